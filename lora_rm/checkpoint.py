@@ -1,0 +1,294 @@
+"""The run folder: what lies where, checkpoints that are whole or not there, and the way back from one.
+
+    RUN/
+      config.yaml        the settings, resolved; runs again as a preset
+      data.json          rows kept, dropped and cut, by reason
+      metrics.jsonl      one line a step
+      checkpoints/       step-000100/ ..., best/: everything the next step depends on
+      adapter/           LoRA matrices, score head, tokenizer, lora_rm.json
+      eval.json          held-out accuracy before and after training
+      merged/            the merged model: a transformers folder
+      parity.json        rewards before and after the merge
+      export/            one folder a target
+      summary.json       the numbers of the last table
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_rm.config import Settings, load_settings, save_settings
+from lora_rm.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, settings: Settings, resume: bool = False) -> "RunFolder":
+        """Makes the folder of a new run, or finds that of an interrupted one.
+
+        Raises:
+            ConfigError: If a run lies there already and neither `resume` nor `overwrite` says what to do with
+                it, or if the settings to resume with are not those it was started with.
+        """
+        run = cls(Path(settings.output_dir))
+        if resume:
+            earlier = run.settings()
+            if earlier != settings:
+                raise ConfigError(
+                    f"{run.config}: the settings differ from those of the run to be resumed. "
+                    f"Resume with `lora-rm train {run.config} --resume`."
+                )
+            return run
+        if run.config.exists():
+            if not settings.overwrite:
+                raise ConfigError(
+                    f"{run.path}: a run lies here already. Choose another output_dir, go on with "
+                    f"`lora-rm train {run.config} --resume`, or replace it with --overwrite True."
+                )
+            shutil.rmtree(run.path)
+        elif run.path.is_dir() and any(run.path.iterdir()):
+            raise ConfigError(f"{run.path}: is not empty and no run of lora_rm. Choose another output_dir.")
+        run.path.mkdir(parents=True, exist_ok=True)
+        save_settings(settings, run.config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """The folder of an earlier run.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        run = cls(Path(path))
+        if not run.config.is_file():
+            raise ConfigError(f"{run.path}: is no run folder (it has no config.yaml). Give the output_dir of a run.")
+        return run
+
+    def settings(self) -> Settings:
+        """The settings the run was started with.
+
+        Raises:
+            ConfigError: If there is no run, or its file cannot be read.
+        """
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path}: there is no run to resume. Start one without --resume.")
+        return load_settings(self.config)
+
+    config = property(lambda self: self.path / "config.yaml")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    best = property(lambda self: self.path / "checkpoints" / "best")
+    adapter = property(lambda self: self.path / "adapter")
+    merged = property(lambda self: self.path / "merged")
+    parity = property(lambda self: self.path / "parity.json")
+    exports = property(lambda self: self.path / "export")
+
+    def write_json(self, name: str, values: Any) -> Path:
+        """Writes a JSON file into the folder, whole or not at all."""
+        file = self.path / name
+        write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False))
+        return file
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the folder, or None if there is none."""
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a text file so that a reader finds the old one or the new one, never a part."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    progress: dict[str, Any],
+) -> None:
+    """Writes everything that the next step depends on, then moves it into place.
+
+    Tensors go to safetensors and the rest to JSON, so nothing is unpickled at resume. `manifest.json` holds
+    the SHA-256 of the others.
+
+    Args:
+        folder: Where the checkpoint will lie; an older one there is replaced.
+        model: Its trainable parameters are stored, in float32.
+        optimizer: Its moments are stored bit for bit.
+        scheduler: Of the learning rate.
+        progress: Plain values: step, best loss, counts.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainable(model)}, partial / "model.safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            name = f"{names[id(parameter)]}/{key}"
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value.detach().cpu().contiguous()
+            else:
+                plain[name] = value
+    save_file(tensors, partial / "optimizer.safetensors")
+    save_file(_random_tensors(), partial / "random.safetensors")
+    state = {
+        "progress": progress,
+        "optimizer": plain,
+        "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+        "random": _random_plain(),
+    }
+    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    manifest = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for file in [*partial.iterdir(), partial]:
+        _flush(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> dict[str, Any]:
+    """Puts model, optimizer, schedule and random states back; returns the progress.
+
+    Raises:
+        ModelError: If the checkpoint belongs to a model with other trainable parameters.
+    """
+    load_weights(folder, model)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer.state.clear()
+    for name, value in [*load_file(folder / "optimizer.safetensors").items(), *state["optimizer"].items()]:
+        parameter_name, key = name.rsplit("/", 1)
+        parameter = by_name[parameter_name]
+        if isinstance(value, torch.Tensor) and key != "step":
+            value = value.to(parameter.device)
+        optimizer.state[parameter][key] = value
+    scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+    for group, rate in zip(optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
+        group["lr"] = rate
+    _restore_random(load_file(folder / "random.safetensors"), state["random"])
+    return state["progress"]
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Puts the trainable parameters of a checkpoint back.
+
+    Raises:
+        ModelError: If they are not those of this model.
+    """
+    stored = load_file(folder / "model.safetensors")
+    own = dict(trainable(model))
+    if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
+        raise ModelError(f"{folder}: its parameters are not those of this model. Was the adapter changed since?")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a sentence about each newer one that was passed over."""
+    passed_over = []
+    for candidate in sorted(step_checkpoints(folder), reverse=True):
+        fault = _fault(candidate)
+        if not fault:
+            return candidate, passed_over
+        passed_over.append(f"{candidate.name} was passed over: {fault}.")
+    return None, passed_over
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by step, oldest first; the best one is not among them."""
+    return sorted(folder.glob("step-*"))
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints."""
+    for old in step_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names and values of the parameters that are trained."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or nothing."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError) as error:
+        return f"its manifest or a file in it cannot be read ({error})"
+    return ""
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's or folder's contents are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_tensors() -> dict[str, torch.Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    for number in range(torch.cuda.device_count()):
+        states[f"cuda.{number}"] = torch.cuda.get_rng_state(number)
+    states["numpy"] = torch.from_numpy(np.random.get_state()[1].astype(np.int64))  # type: ignore[index, union-attr]  # noqa: NPY002
+    return states
+
+
+def _random_plain() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, _, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {"python": [version, list(internal), gauss], "numpy": [name, position, has_gauss, cached]}
+
+
+def _restore_random(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    for number in range(torch.cuda.device_count()):
+        if f"cuda.{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{number}"], number)
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002

@@ -1,0 +1,220 @@
+"""`lora-rm COMMAND`: thin functions over the library, one a command."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings
+from lora_rm.console import plain_errors
+from lora_rm.errors import ConfigError
+
+MANUAL = """\
+lora-rm: train a reward model with QLoRA on one consumer GPU, merge it, prove it, take it with you.
+
+usage
+  lora-rm COMMAND [ARGUMENTS] [--section.setting VALUE ...]
+
+commands
+  train  [PRESET]        preferences in, trained and evaluated adapter out (--resume goes on)
+  merge  RUN             adapter + base -> merged model, and the proof that rewards stayed the same
+  export RUN             merged model -> a folder that other programs open (--to huggingface)
+  eval   MODEL           accuracy of a run, adapter or export on preferences (--data.eval FILE)
+  score  MODEL [FILE]    rewards of conversations, one JSON object a line
+  config [PRESET]        the settings as they would be used, as YAML
+
+settings
+  Precedence: default < preset file < flag. `lora-rm COMMAND --help` shows every setting of a command with
+  its unit and default. Several mistakes are reported together; nothing starts before all are mended.
+
+examples
+  lora-rm train recipes/presets/quickstart.yaml
+  lora-rm train --model.base Qwen/Qwen3-8B --data.train pairs.jsonl --output-dir runs/mine
+  lora-rm train runs/mine/config.yaml --resume
+  lora-rm merge runs/mine
+  lora-rm export runs/mine --to huggingface --out my-reward-model
+  lora-rm eval my-reward-model --data.eval held_out.jsonl
+  lora-rm score my-reward-model conversations.jsonl
+
+exit status
+  0 done; 1 a mistake that the message explains; 130 stopped, and resumable.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        _write(MANUAL)
+        return 0
+    name, *rest = words
+    with plain_errors():
+        if name not in COMMANDS:
+            raise ConfigError(f"{name!r} is no command. Commands: {', '.join(COMMANDS)}. `lora-rm --help` explains them.")
+        COMMANDS[name](rest)
+    return 0
+
+
+def train(words: Sequence[str]) -> None:
+    """`lora-rm train [PRESET] [--resume] [settings]`."""
+    parser = _parser("train", "[PRESET]", "Trains adapter and head, evaluates before and after.")
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
+    options, flags = _parse(parser, words, only=())
+    settings = load_settings(options.preset, flags)
+    from lora_rm.workflow import train_run
+
+    train_run(settings, resume=options.resume)
+
+
+def merge(words: Sequence[str]) -> None:
+    """`lora-rm merge RUN [--out DIR] [settings]`."""
+    parser = _parser("merge", "RUN", "Merges a run's adapter (or an adapter folder) and verifies the rewards.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or the folder of an adapter")
+    parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/merged")
+    options, flags = _parse(parser, words, only=("merge", "verify"))
+    settings = _settings_of(options.run, flags)
+    from lora_rm.workflow import merge_run
+
+    merge_run(Path(options.run), settings, out=Path(options.out) if options.out else None)
+
+
+def export(words: Sequence[str]) -> None:
+    """`lora-rm export RUN --to TARGET [--out DIR] [--push REPOSITORY]`."""
+    parser = _parser("export", "RUN", "Writes a merged model in the form that other programs open.")
+    parser.add_argument("run", metavar="RUN", help="run folder with a merged model, or the merged folder")
+    parser.add_argument("--to", default="huggingface", choices=["huggingface"], help="target (default: huggingface)")
+    parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/export/TARGET")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")
+    options, flags = _parse(parser, words, only=None)
+    _refuse(flags)
+    from lora_rm.workflow import export_run
+
+    out = Path(options.out) if options.out else None
+    export_run(Path(options.run), out=out, overwrite=options.overwrite, push_to=options.push)
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """`lora-rm eval MODEL [settings]`."""
+    parser = _parser("eval", "MODEL", "Counts how many held-out pairs a model puts in the right order.")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    options, flags = _parse(parser, words, only=("data",))
+    settings = _settings_of(options.model, flags)
+    from lora_rm.workflow import evaluate_model
+
+    evaluate_model(Path(options.model), settings, Path(options.json) if options.json else None)
+
+
+def score(words: Sequence[str]) -> None:
+    """`lora-rm score MODEL [FILE]`."""
+    parser = _parser("score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line.")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines; default: standard input")
+    parser.epilog = (
+        'A line is {"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}; '
+        "it comes back with its reward or rewards."
+    )
+    options, flags = _parse(parser, words, only=None)
+    _refuse(flags)
+    from lora_rm.workflow import score_lines
+
+    source = sys.stdin if options.file is None else _open(options.file)
+    with source:
+        for line in score_lines(options.model, source, options.file or "standard input"):
+            _write(line + "\n")
+
+
+def config(words: Sequence[str]) -> None:
+    """`lora-rm config [PRESET] [settings]`."""
+    parser = _parser("config", "[PRESET]", "Prints the settings as they would be used; saved, it is a preset.")
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults")
+    options, flags = _parse(parser, words, only=())
+    _write(dump_settings(load_settings(options.preset, flags)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "merge": merge,
+    "export": export,
+    "eval": evaluate,
+    "score": score,
+    "config": config,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `ConfigError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. `{self.prog} --help` explains the arguments.")
+
+
+def _parser(command: str, positional: str, description: str) -> _Parser:
+    usage = f"lora-rm {command} {positional} [options] [--section.setting VALUE ...]"
+    parser = _Parser(prog=f"lora-rm {command}", usage=usage, description=description, add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this page")
+    return parser
+
+
+def _parse(
+    parser: _Parser, words: Sequence[str], only: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Splits a command's own options from settings; prints the help page if asked.
+
+    `only` names the sections of settings that the help shows: () for all, None for a command without settings.
+    """
+    if "-h" in words or "--help" in words:
+        _write(parser.format_help())
+        if only is not None:
+            preset = next((word for word in words if word.endswith((".yaml", ".yml"))), None)
+            page = help_text(parser.prog, load_settings(preset), only)
+            _write("\n" + page[page.index("╭") :])
+        raise SystemExit(0)
+    own: list[str] = []
+    flags: list[str] = []
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name = word.partition("=")[0]
+        if name in known:
+            own.append(word)
+            if known[name].nargs != 0 and "=" not in word and rest:
+                own.append(rest.pop(0))
+        elif word.startswith("--"):
+            flags.append(word)
+            while "=" not in word and rest and not rest[0].startswith("--"):
+                flags.append(rest.pop(0))
+        else:
+            own.append(word)
+    return parser.parse_args(own), flags
+
+
+def _settings_of(model: str, flags: Sequence[str]) -> Settings:
+    """The settings of a run with flags over them, or the defaults with flags for another folder."""
+    config_file = Path(model) / "config.yaml"
+    return load_settings(config_file if config_file.is_file() else None, flags)
+
+
+def _refuse(flags: Sequence[str]) -> None:
+    if flags:
+        check_settings({}, [f"{flags[0]} is no option of this command. Add --help to see those it has."])
+
+
+def _open(path: str) -> TextIO:
+    try:
+        return Path(path).open(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give a file of JSON lines.") from None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,520 @@
+"""Every setting once, with its meaning, its unit and its default.
+
+The text under a field is its only documentation: `lora-rm train --help` prints it. YAML files hold values
+only. Precedence: default < preset file < flag. This module imports no torch, so help and mistakes show at once.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Interval, Le
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lora_rm.errors import ConfigError
+
+Count = Annotated[int, Ge(1)]
+CountOrNone = Annotated[int, Ge(0)]
+Share = Annotated[float, Interval(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Positive = Annotated[float, Gt(0.0)]
+
+
+class _Section:
+    """Makes an unknown key an error in every settings class."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Section):
+    """The base model, how it is stored while training, and the score head on top."""
+
+    base: str = ""
+    """Base model: a hub id, a local folder, a .gguf file, or builtin:smollm2-135m. Required."""
+
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; a commit makes the run repeatable."""
+
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """Storage of the frozen linear layers: 4-bit NF4 (QLoRA), 8-bit (LLM.int8), or none."""
+
+    double_quantization: bool = True
+    """Quantise NF4's block constants too: 4.127 instead of 4.5 bits a weight."""
+
+    load_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type the base's weights are read in before they are quantised; it decides the NF4 codes."""
+
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of matrix products in training; auto: bfloat16 where the machine has it, else float32."""
+
+    head_init: Literal["normal", "zero"] = "normal"
+    """Start of the score head: normal with standard deviation 1/sqrt(hidden + 1), or zero."""
+
+    device: str = "auto"
+    """Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSettings(_Section):
+    """The LoRA adapter; names and meanings are those of peft.LoraConfig."""
+
+    rank: Count = 16
+    """Rank r of every pair of LoRA matrices."""
+
+    alpha: Positive = 32.0
+    """LoRA alpha; the update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+
+    dropout: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the input of the LoRA matrices (probability)."""
+
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Layers that get an adapter: name endings, or all-linear for every linear layer of the decoder."""
+
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Ranks for some layers: {name or regular expression: rank}."""
+
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Alphas for some layers: {name or regular expression: alpha}."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732)."""
+
+    use_dora: bool = False
+    """Train a magnitude per output row as well (DoRA, arXiv 2402.09353)."""
+
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
+    """Start of the LoRA matrices; pissa, olora and loftq change the base and need quantization none."""
+
+    lora_plus_ratio: Annotated[float, Ge(1.0)] = 1.0
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(_Section):
+    """Preferences: where they come from, how they are checked, split and cut."""
+
+    train: str = ""
+    """Training preferences: a .jsonl, .json, .csv (each also .gz) or .parquet file, a datasets folder, a
+    hub data set, or builtin:checkable. Required."""
+
+    train_split: str = "train"
+    """Split of a hub data set or datasets folder that is trained on."""
+
+    eval: str | None = None
+    """Evaluation preferences, of the same kinds as train; none: a share of the prompts is held out."""
+
+    eval_split: str = "test"
+    """Split of the evaluation data set."""
+
+    eval_share: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.1
+    """Share of the prompts held out for evaluation when eval is not given."""
+
+    max_train: CountOrNone = 0
+    """Train on at most so many preferences, taken at random; 0: on all."""
+
+    max_eval: CountOrNone = 0
+    """Evaluate on at most so many preferences, taken at random; 0: on all."""
+
+    max_length: Annotated[int, Ge(8)] = 1024
+    """Longest conversation, prompt and one answer, in tokens."""
+
+    length_policy: Literal["drop", "truncate_prompt"] = "drop"
+    """What to do with a longer one: drop the preference, or cut the start of its prompt."""
+
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """A row that cannot be read stops the run, or is counted and left out."""
+
+    max_dropped_share: Share = 0.1
+    """More than this share of rows dropped, for whatever reason, is an error."""
+
+    chat_template: str = "tokenizer"
+    """The tokenizer's own template, plain (Human/Assistant lines), or the path of a .jinja file."""
+
+    num_workers: CountOrNone = 0
+    """Processes that turn text into tokens; 0: as many as there are cores."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings(_Section):
+    """What is minimised; the kind of each row (pair, ranking, rating) picks the formula."""
+
+    pair: Literal["bradley_terry", "rao_kupper", "davidson"] = "bradley_terry"
+    """Model of a pair. rao_kupper and davidson give ties a probability of their own."""
+
+    use_margin: bool = False
+    """Ask for a difference of at least the row's margin (Llama 2, arXiv 2307.09288, eq. 2)."""
+
+    label_smoothing: Annotated[float, Interval(ge=0.0, lt=0.5)] = 0.0
+    """Probability that a label is the wrong way round."""
+
+    centering: NonNegative = 0.0
+    """Weight of the squared sum of a pair's rewards (Eisenstein et al. 2023, arXiv 2312.09244)."""
+
+    tie_strength: Positive = 1.0
+    """How likely ties are: eta = 1 + tie_strength of Rao-Kupper, nu of Davidson."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings(_Section):
+    """The optimisation."""
+
+    num_epochs: Positive = 1.0
+    """Passes over the training preferences; may be a fraction."""
+
+    max_steps: CountOrNone = 0
+    """Stop after so many optimizer steps; 0: after num_epochs."""
+
+    preferences_per_step: Count = 32
+    """Preferences whose gradients make one optimizer step."""
+
+    tokens_per_microbatch: Annotated[int, Ge(16)] = 4096
+    """Tokens computed at once; sets the memory needed, never the result."""
+
+    learning_rate: Positive = 1e-4
+    """Highest learning rate."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
+
+    warmup_share: Share = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW in float32, or bitsandbytes' paged 8-bit AdamW (GPU only)."""
+
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+
+    adam_beta1: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.9
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.999
+    """Decay of AdamW's second moment."""
+
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+
+    checkpointing: Literal["none", "full"] = "full"
+    """Activations kept for the backward pass: all, or one per layer (slower, far less memory)."""
+
+    batching: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How rows are computed: prompt shared by its answers, answers packed, or padded; auto: the first
+    of these that a check at the start finds exact for this model."""
+
+    log_every_steps: Count = 1
+    """Steps between lines of metrics."""
+
+    eval_every_steps: CountOrNone = 0
+    """Steps between evaluations; 0: only at the end."""
+
+    early_stopping: CountOrNone = 0
+    """Stop after so many evaluations without a better loss; 0: never."""
+
+    save_every_steps: CountOrNone = 100
+    """Steps between checkpoints; 0: only when interrupted."""
+
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept; the best one is kept beside them."""
+
+    max_skipped_steps: Count = 5
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that get the metrics beside metrics.jsonl."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeSettings(_Section):
+    """How the adapter is added to the base."""
+
+    base: Literal["auto", "dequantized", "original"] = "auto"
+    """Weights that the adapter is added to: those it was trained on, out of their 4-bit codes
+    (dequantized; auto after 4-bit and 8-bit training), or the original ones, which make another model."""
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "bfloat16_nearest"] = "auto"
+    """Type that is written; auto: float16, or bfloat16 with stochastic rounding where float16 overflows.
+    bfloat16_nearest swallows small updates: 19 % of the reward spread in one measurement."""
+
+    overwrite: bool = False
+    """Replace an earlier merge."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifySettings(_Section):
+    """How close the merged model must come to the trained one."""
+
+    max_change: NonNegative = 0.02
+    """Largest change of one reward, as a share of the spread (standard deviation) of rewards."""
+
+    max_mean_change: NonNegative = 0.005
+    """Largest mean change, as a share of the spread."""
+
+    num_answers: Count = 64
+    """Held-out answers scored on both sides, beside the canaries."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Section):
+    """Settings of a run."""
+
+    output_dir: str = "runs/reward-model"
+    """Run folder; everything that the run makes lies in it."""
+
+    seed: int = 0
+    """Seed of the head, the adapter, the order of the data and dropout."""
+
+    overwrite: bool = False
+    """Remove an earlier run in output_dir first."""
+
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings = DataSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings = TrainSettings()
+    merge: MergeSettings = MergeSettings()
+    verify: VerifySettings = VerifySettings()
+
+
+def load_settings(preset: str | Path | None = None, flags: Sequence[str] = ()) -> Settings:
+    """Reads a preset file, then the flags over it.
+
+    Args:
+        preset: A YAML file of values, or None for the defaults.
+        flags: Words like `--adapter.rank 8`; `-` and `_` are the same, `--key=value` works, a list takes
+            several words or a YAML list, a mapping takes a YAML mapping.
+
+    Raises:
+        ConfigError: Naming every unknown key and every value out of range at once.
+    """
+    values = read_yaml(preset) if preset is not None else {}
+    mistakes = _merge_flags(values, flags)
+    return check_settings(values, mistakes)
+
+
+def settings_from_command_line(words: Sequence[str]) -> Settings:
+    """Settings of a recipe called as `recipe.py [PRESET] [--section.setting VALUE ...]`.
+
+    Args:
+        words: `sys.argv`; with --help the page is printed and the program ends.
+
+    Raises:
+        ConfigError: As `load_settings`.
+    """
+    name, *rest = words
+    preset = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if "--help" in rest or "-h" in rest:
+        print(help_text(f"{Path(name).name} [PRESET]", load_settings(preset)))  # noqa: T201
+        raise SystemExit(0)
+    return load_settings(preset, rest)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping of settings.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a .yaml file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}. Write one `key: value` a line.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`.")
+    return {key: ({} if section is None and key in _sections() else section) for key, section in values.items()}
+
+
+def check_settings(values: Mapping[str, Any], mistakes: Sequence[str] = ()) -> Settings:
+    """Turns nested values into `Settings`, collecting every mistake into one error.
+
+    Args:
+        values: Nested as in a preset file.
+        mistakes: Sentences about mistakes found before, reported together with those found here.
+
+    Raises:
+        ConfigError: With one line a mistake: the key, what was found, what is allowed.
+    """
+    mistakes = list(mistakes)
+    settings = None
+    try:
+        settings = TypeAdapter(Settings).validate_python(values)
+    except ValidationError as error:
+        mistakes += [_sentence(item) for item in error.errors()]
+    if settings is not None:
+        mistakes += _contradictions(settings)
+    if settings is None or mistakes:
+        unique = list(dict.fromkeys(mistakes))
+        if len(unique) == 1:
+            raise ConfigError(unique[0])
+        raise ConfigError(f"{len(unique)} settings cannot be used:\n" + "\n".join(f"  {line}" for line in unique))
+    return settings
+
+
+def save_settings(settings: Settings, path: Path) -> None:
+    """Writes the settings as a YAML file that runs again as a preset."""
+    path.write_text(dump_settings(settings), encoding="utf-8")
+
+
+def dump_settings(settings: Settings) -> str:
+    """The settings as YAML text, every value resolved."""
+    plain = _plain(dataclasses.asdict(settings))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def help_text(command: str, preset: Settings | None = None, only: Sequence[str] = ()) -> str:
+    """Every setting with its meaning and default, as a page for the terminal.
+
+    Args:
+        command: Name to show, like `lora-rm train`.
+        preset: Settings whose values are shown as the defaults.
+        only: Sections to show; empty: all.
+    """
+    import tyro
+
+    default: Any = preset or Settings()
+    described: type[Any] = Settings
+    if only:
+        described = dataclasses.make_dataclass(
+            "Settings",
+            [(name, _sections()[name], getattr(default, name)) for name in only],
+            frozen=True,
+            kw_only=True,
+        )
+        default = described()
+    parser = tyro.extras.get_parser(described, prog=command, default=default, config=(tyro.conf.FlagConversionOff,))
+    return parser.format_help()
+
+
+def _sections() -> dict[str, type[Any]]:
+    return {
+        field.name: field.type
+        for field in dataclasses.fields(Settings)
+        if isinstance(field.type, type) and issubclass(field.type, _Section)
+    }
+
+
+def _keys() -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its annotation."""
+    for field in dataclasses.fields(Settings):
+        if field.name in _sections():
+            for inner in dataclasses.fields(_sections()[field.name]):
+                yield f"{field.name}.{inner.name}", inner.type
+        else:
+            yield field.name, field.type
+
+
+def _merge_flags(values: dict[str, Any], flags: Sequence[str]) -> list[str]:
+    """Writes flags into the nested values; returns sentences about those that cannot be."""
+    mistakes: list[str] = []
+    annotations = dict(_keys())
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            mistakes.append(f"{word!r} stands where a flag was expected. Flags look like --train.learning-rate 1e-5.")
+            continue
+        name, has_value, inline = word[2:].partition("=")
+        key = name.replace("-", "_")
+        given = [inline] if has_value else []
+        while not has_value and words and not words[0].startswith("--"):
+            given.append(words.pop(0))
+        if key not in annotations:
+            mistakes.append(_unknown_key(key))
+        elif not given:
+            mistakes.append(f"{key} has no value. Write --{name} VALUE.")
+        else:
+            value, mistake = _flag_value(key, annotations[key], given)
+            if mistake:
+                mistakes.append(mistake)
+                continue
+            section, _, field = key.rpartition(".")
+            target = values.setdefault(section, {}) if section else values
+            if isinstance(target, dict):  # else the preset is wrong there, which is reported for itself
+                target[field] = value
+    return mistakes
+
+
+def _flag_value(key: str, annotation: Any, given: list[str]) -> tuple[Any, str]:
+    """The value of one flag's words, and a sentence if they do not fit together."""
+    origin = typing.get_origin(annotation)
+    if origin in (tuple, dict):
+        try:
+            parsed = yaml.safe_load(given[0]) if len(given) == 1 else given
+        except yaml.YAMLError:
+            parsed = given[0]
+        return (given if origin is tuple and not isinstance(parsed, list) else parsed), ""
+    if len(given) > 1:
+        return None, f"{key} takes one value, found {len(given)}: {' '.join(given)}."
+    is_optional = origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(annotation)
+    if is_optional and given[0].lower() in ("none", "null"):
+        return None, ""
+    return given[0], ""
+
+
+def _unknown_key(key: str) -> str:
+    names = [name for name, _ in _keys()]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if not near:  # the right name under the wrong section, or under none
+        last = key.rpartition(".")[2]
+        near = [name for name in names if name.rpartition(".")[2] == last] or difflib.get_close_matches(
+            last, [name.rpartition(".")[2] for name in names], n=1
+        )
+    hint = f" Did you mean {near[0]}?" if near else " `lora-rm train --help` lists every setting."
+    return f"{key} is not a setting.{hint}"
+
+
+def _sentence(item: Any) -> str:
+    """One mistake found by pydantic, in this project's words."""
+    key = ".".join(str(part) for part in item["loc"] if part not in ("tuple[str, ...]",))
+    if item["type"] == "unexpected_keyword_argument":
+        return _unknown_key(key)
+    allowed = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    allowed = allowed.split(", unable to parse")[0]
+    found = item["input"]
+    if dataclasses.is_dataclass(found) or isinstance(found, dict) and "dataclass" in item["type"]:
+        found = type(found).__name__
+    return f"{key} is {found!r}; allowed: {allowed}."
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """Settings that are fine alone and not together."""
+    mistakes = []
+    if settings.adapter.init in ("pissa", "olora", "loftq", "eva"):
+        mistakes.append(
+            f"adapter.init is {settings.adapter.init}, which "
+            + (
+                "looks at activations of the base over the data before training and is not built in yet"
+                if settings.adapter.init == "eva"
+                else "changes the base's weights; these stay as they are here, so that the merge can be exact"
+            )
+            + ". Use default, gaussian or orthogonal."
+        )
+    if settings.adapter.init == "orthogonal" and settings.adapter.rank % 2:
+        mistakes.append(f"adapter.rank is {settings.adapter.rank}; adapter.init orthogonal needs an even rank.")
+    if settings.model.quantization == "none" and settings.merge.base == "dequantized":
+        mistakes.append("merge.base is dequantized, but model.quantization is none. Use merge.base original.")
+    if settings.train.early_stopping and not settings.train.eval_every_steps:
+        mistakes.append("train.early_stopping needs train.eval_every_steps above 0.")
+    for name, rank in settings.adapter.rank_pattern.items():
+        if rank < 1:
+            mistakes.append(f"adapter.rank_pattern[{name}] is {rank}; allowed: 1 or more.")
+    return mistakes
+
+
+def _plain(value: Any) -> Any:
+    """Dataclass values as YAML can hold them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,1 @@
+"""Preference files on one side, packed rows of token ids on the other."""

@@ -1,0 +1,174 @@
+"""Conversations: prompts and answers out of texts, message lists, ShareGPT and HH transcripts."""
+
+import re
+from typing import Any
+
+from lora_rm.data.fields import (
+    Fields,
+    RowError,
+    check_objects,
+    check_text,
+    empty,
+    missing,
+    read_optional_text,
+    require,
+    shown,
+    wrong_type,
+)
+from lora_rm.data.preference import Message, Messages
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_prompt(row: Fields, *names: str) -> Messages:
+    """Reads the prompt from the first column of `names` that is there; a text is one user message."""
+    name = next((name for name in names if name in row), names[0])
+    require(row, name)
+    prompt = read_messages(row[name], name, "user")
+    if prompt[-1]["role"] == "assistant":
+        message = f"field '{name}' ends with a message from the assistant. It ends before the answer; cut it."
+        raise RowError("wrong roles", message)
+    return prompt
+
+
+def read_answer(value: Any, field: str) -> Messages:
+    """Reads an answer that does not repeat the prompt; a text is one assistant message."""
+    answer = read_messages(value, field, "assistant")
+    check_ends_with_assistant(answer, field)
+    if answer[0]["role"] != "assistant":
+        message = (
+            f"field '{field}' starts with the role '{answer[0]['role']}'. "
+            "An answer starts with the assistant; move what comes before it to the prompt."
+        )
+        raise RowError("wrong roles", message)
+    return answer
+
+
+def read_conversation(value: Any, field: str) -> Messages:
+    """Reads a whole conversation, which a text cannot be."""
+    if isinstance(value, str):
+        raise wrong_type(field, value, "a list of messages, as the other answer has no 'prompt' and is one")
+    return read_messages(value, field, "assistant")
+
+
+def check_ends_with_assistant(answer: Messages, field: str) -> None:
+    """Raises if somebody else has the last word."""
+    if answer[-1]["role"] != "assistant":
+        message = (
+            f"field '{field}' ends with the role '{answer[-1]['role']}'. "
+            "The last message must be the assistant's; cut or complete it."
+        )
+        raise RowError("wrong roles", message)
+
+
+def repeat_prompt(prompt: Messages, answer: Messages) -> Messages:
+    """Makes a whole conversation of an answer, unless it is one that starts with the prompt."""
+    if answer[0]["role"] == "assistant":
+        return prompt + answer
+    if not _repeats(answer, prompt):
+        message = (
+            f"an answer starts with the role '{answer[0]['role']}' and other messages than the prompt. "
+            "It either repeats the prompt or starts with the assistant; correct one of the two."
+        )
+        raise RowError("different prompt", message)
+    return answer
+
+
+def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, tuple[Messages, Messages]]:
+    """Splits two conversations into the prompt that they share and the two answers.
+
+    The prompt is the longest common prefix that leaves a message of each and does not end with the
+    assistant: two answers may begin with the same turn.
+    """
+    length = 0
+    while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
+        length += 1
+    while length and chosen[length - 1]["role"] == "assistant":
+        length -= 1
+    return chosen[:length], (chosen[length:], rejected[length:])
+
+
+def _repeats(conversation: Messages, prompt: Messages) -> bool:
+    """Whether the conversation starts with the prompt, after a system message that it may have."""
+    start = 1 if conversation[0]["role"] == "system" != prompt[0]["role"] else 0
+    repeated = conversation[start : start + len(prompt)]
+    # Not `==` of the messages: a prompt column is often stripped of white space, its first message not.
+    return len(repeated) == len(prompt) and all(
+        said["role"] == asked["role"] and said["content"].strip() == asked["content"].strip()
+        for said, asked in zip(repeated, prompt, strict=True)
+    )
+
+
+def read_messages(value: Any, field: str, text_role: str) -> Messages:
+    """Reads a text, one message, or a list of messages."""
+    if isinstance(value, str):
+        return ({"role": text_role, "content": check_text(value, field)},)
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list | tuple):
+        raise wrong_type(field, value, "a text or a list of messages")
+    if not items:
+        raise empty(field)
+    return tuple(_message(item, f"{field}[{index}]") for index, item in enumerate(items))
+
+
+def _message(value: Any, field: str) -> Message:
+    """Reads {role, content} or ShareGPT's {from, value}; keeps tool calls and drops other keys."""
+    if not isinstance(value, dict):
+        raise wrong_type(field, value, "a message with 'role' and 'content'")
+    is_sharegpt = "from" in value and "role" not in value
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    roles = SHAREGPT_ROLES if is_sharegpt else {role: role for role in ROLES}
+    role, content, tool_calls = (value.get(key) for key in (role_key, content_key, "tool_calls"))
+    if role is None:
+        raise missing(f"{field}.{role_key}", value)
+    if not isinstance(role, str):
+        raise wrong_type(f"{field}.{role_key}", role, "a text")
+    if role not in roles:
+        message = f"field '{field}.{role_key}' is {shown(role)}. Allowed: {', '.join(roles)}; rename it."
+        raise RowError("wrong roles", message)
+    if tool_calls:
+        checked_calls = check_objects(tool_calls, f"{field}.tool_calls")
+        text = check_text("" if content is None else content, f"{field}.{content_key}", may_be_empty=True)
+        return {"role": roles[role], "content": text, "tool_calls": checked_calls}
+    if content is None:
+        raise missing(f"{field}.{content_key}", value)
+    # A tool that prints nothing is no mistake.
+    text = check_text(content, f"{field}.{content_key}", may_be_empty=roles[role] == "tool")
+    return {"role": roles[role], "content": text}
+
+
+def is_hh(text: str) -> bool:
+    """Whether a text is one of Anthropic's transcripts: "Human:" and "Assistant:" after blank lines."""
+    return HH_TURN.match("\n\n" + text.strip()) is not None
+
+
+def read_hh(text: str, field: str) -> Messages:
+    """Reads the turns of a transcript; white space around a turn belongs to the notation."""
+    _, *parts = HH_TURN.split("\n\n" + text.strip())
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return tuple(
+        {"role": HH_ROLES[speaker], "content": check_text(turn.strip(), f"{field}[{index}]")}
+        for index, (speaker, turn) in enumerate(turns)
+    )
+
+
+def with_system(prompt: Messages, row: Fields) -> Messages:
+    """Puts the `system` column before the prompt."""
+    system = read_optional_text(row, "system")
+    if not system or (prompt and prompt[0] == {"role": "system", "content": system}):
+        return prompt
+    if any(message["role"] == "system" for message in prompt):
+        message = "field 'system' is there, and another system message in the prompt. Keep one of the two."
+        raise RowError("wrong roles", message)
+    return ({"role": "system", "content": system}, *prompt)

@@ -1,0 +1,150 @@
+"""The fields of a row, read one by one and checked, and the error that names a bad one."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from lora_rm.errors import DataError
+
+Fields: TypeAlias = Mapping[str, Any]
+
+
+class RowError(DataError):
+    """A row that cannot be used; `reason` is a few words to count it under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def check_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
+    """Returns a text that is not blank and can be encoded."""
+    if not isinstance(value, str):
+        raise wrong_type(field, value, "a text")
+    if not may_be_empty and not value.strip():
+        raise empty(field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        message = (
+            f"field '{field}' has half a character (a lone surrogate) at position {error.start}. "
+            "Text must be valid Unicode; see what cut it."
+        )
+        raise RowError("not valid text", message) from error
+    return value
+
+
+def read_optional_text(row: Fields, name: str) -> str:
+    """Returns a text, or "" where the column is not there or blank."""
+    text = check_text(row.get(name, ""), name, may_be_empty=True)
+    return text if text.strip() else ""
+
+
+def read_number(row: Fields, name: str) -> float:
+    """Returns a finite number from a column that is there."""
+    return check_number(row[name], name)
+
+
+def check_number(value: Any, field: str) -> float:
+    """Returns a finite number; true and false are none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    elif not isinstance(value, bool):
+        raise wrong_type(field, value, "a number")
+    message = f"field '{field}' is {shown(value)}. Allowed: a finite number; correct it or leave it out."
+    raise RowError("not a number", message)
+
+
+def read_boolean(row: Fields, name: str) -> bool:
+    """Returns true or false; false where the column is not there."""
+    value = row.get(name, False)
+    if not isinstance(value, bool):
+        raise wrong_type(name, value, "true or false")
+    return value
+
+
+def read_list(row: Fields, name: str) -> list[Any]:
+    """Returns a list that is not empty, from a column that is there."""
+    value = row[name]
+    if not isinstance(value, list | tuple):
+        raise wrong_type(name, value, "a list")
+    if not value:
+        raise empty(name)
+    return list(value)
+
+
+def check_objects(value: Any, field: str) -> list[dict[str, Any]]:
+    """Returns a list of JSON objects, such as tool calls."""
+    if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
+        raise wrong_type(field, value, "a list of objects")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        message = f"field '{field}' has half a character (a lone surrogate). Text must be valid Unicode."
+        raise RowError("not valid text", message) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"field '{field}' is no JSON: {error}. Allowed: a list of objects."
+        raise RowError("wrong type", message) from error
+    return list(value)
+
+
+def read_tools(row: Fields) -> tuple[dict[str, Any], ...]:
+    """Returns the tool definitions of a row, given as a list or as its JSON."""
+    value = row.get("tools", ())
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else ()
+        except (ValueError, RecursionError) as error:
+            message = f"field 'tools' is no JSON ({error}). Allowed: a list of tool definitions, or its JSON."
+            raise RowError("broken JSON", message) from error
+    return tuple(check_objects(value, "tools"))
+
+
+def require(row: Fields, name: str) -> None:
+    """Raises if a column is not there."""
+    if name not in row:
+        raise missing(name, row)
+
+
+def missing(field: str, found: Mapping[str, Any]) -> RowError:
+    """The error for a field that is not in `found`."""
+    message = f"field '{field}' is missing (found: {listed(found)}). Add it; null counts as missing."
+    return RowError("missing field", message)
+
+
+def empty(field: str) -> RowError:
+    """The error for a blank text or an empty list."""
+    return RowError(
+        "empty field", f"field '{field}' is empty. It needs content; fill it in, or remove the row."
+    )
+
+
+def wrong_type(field: str, value: Any, allowed: str) -> RowError:
+    """The error for a value of another type than `allowed`, which is put in words."""
+    message = f"field '{field}' is {shown(value)}. Allowed: {allowed}; convert it."
+    return RowError("wrong type", message)
+
+
+def listed(found: Mapping[str, Any]) -> str:
+    """The names of columns, for a message."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in map(str, found)) or "nothing"
+
+
+def shown(value: Any) -> str:
+    """A value, for a message: short, and printable whatever it is."""
+    if isinstance(value, dict | list | tuple):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and abs(value) > 10**18:
+        return "a huge number"
+    words = "null" if value is None else repr(value)
+    return words if len(words) <= 60 else words[:57] + "..."

@@ -1,0 +1,335 @@
+"""Rows out of files: JSON lines, JSON, CSV, Parquet, a saved dataset, or the Hugging Face Hub.
+
+A row that cannot be read comes out as a `BadRow` in its place, so that whoever reads can stop at it or
+count it and go on. What is wrong with a whole file is a `DataError`.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_rm.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+# A CSV cell is text; the name of its column says what else it can be.
+NUMBER_COLUMNS = {
+    "margin",
+    "probability",
+    "score_chosen",
+    "score_rejected",
+    "overall_preference",
+    "preference_strength",
+    "rating",
+    "score",
+    "label",
+}
+LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "tools"}
+MESSAGE_COLUMNS = {
+    "prompt",
+    "context",
+    "conversations",
+    "chosen",
+    "rejected",
+    "response1",
+    "response2",
+    "response_1",
+    "response_2",
+    "response_a",
+    "response_b",
+    "response",
+    "completion",
+}
+JSON_COLUMNS = LIST_COLUMNS | MESSAGE_COLUMNS
+# What `Dataset.to_csv` makes of a list of messages: Python's notation, which JSON cannot read.
+PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{'(role|content|from|value)'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row as the file has it."""
+
+    values: dict[str, Any]
+    """Column name -> value."""
+
+    source: str
+    """Where it stands: `pairs.jsonl line 17`, or `pairs.parquet row 17`; both count from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """A row that cannot be read."""
+
+    source: str
+    """Where it stands, as in `Row`."""
+
+    reason: str
+    """A few words to count it under, such as `broken JSON`."""
+
+    message: str
+    """What is wrong and what is allowed, without the source."""
+
+
+def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
+    """Yields the rows of a file, a saved dataset or a dataset on the Hub, one after the other.
+
+    Args:
+        source: A file with one of `SUFFIXES`, a folder written by `save_to_disk`, or a Hub id.
+        split: Which split of a saved or Hub dataset; a file has none.
+
+    Raises:
+        DataError: If the source does not exist, is damaged, of an unknown type, or holds no rows.
+    """
+    is_empty = True
+    for row in _open(source, split):
+        is_empty = False
+        yield row
+    if is_empty:
+        raise DataError(f"{source} holds no rows. A source needs at least one; check how it was written.")
+
+
+def _open(source: str, split: str) -> Iterator[Row | BadRow]:
+    """Chooses the reader by what the source is."""
+    path = Path(source).expanduser()
+    suffix = next((known for known in SUFFIXES if path.name.lower().endswith(known)), "")
+    if path.is_dir():
+        return _saved_rows(source, path, split)
+    if path.exists() and not suffix:
+        raise DataError(f"{source} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
+    if not path.exists() and (suffix or not HUB_ID.fullmatch(source)):
+        raise DataError(f"{source}: no such file. Check the path; it is looked up from {Path.cwd()}.")
+    if not path.exists():
+        return _hub_rows(source, split)
+    if suffix.startswith(".jsonl"):
+        return _json_line_rows(source, path)
+    if suffix.startswith(".json"):
+        return _json_rows(source, path)
+    if suffix.startswith(".csv"):
+        return _csv_rows(source, path)
+    return _parquet_rows(source, path)
+
+
+def _lines(source: str, path: Path) -> Iterator[bytes]:
+    r"""Yields the lines of a plain or gzipped file with their line ends, without a byte order mark.
+
+    Lines end at `\n` only: a text may hold U+2028 and the others that `str.splitlines` splits at.
+    """
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file):
+                yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
+
+
+def _json_line_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+    for number, line in enumerate(_lines(source, path), 1):
+        if not line.strip():
+            continue
+        where = f"{source} line {number}"
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            yield BadRow(source=where, reason="not UTF-8", message=_not_utf8(error))
+        except (ValueError, RecursionError) as error:
+            message = f"broken JSON ({error}). Each line is one whole JSON object; see what wrote the line."
+            yield BadRow(source=where, reason="broken JSON", message=message)
+        else:
+            yield _object_row(value, where)
+
+
+def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+    content = b"".join(_lines(source, path))
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: {_not_utf8(error)}") from error
+    except (ValueError, RecursionError) as error:
+        hint = "A file with one object a line is named .jsonl." if "Extra data" in str(error) else ""
+        raise DataError(
+            f"{source}: broken JSON ({error}). A .json file is one list of rows. {hint}"
+        ) from error
+    if isinstance(value, dict):
+        value = value.get("data")
+    if not isinstance(value, list):
+        raise DataError(f'{source} is not a list of rows. A .json file holds [...] or {{"data": [...]}}.')
+    for number, item in enumerate(value, 1):
+        yield _object_row(item, f"{source} row {number}")
+
+
+def _object_row(value: Any, where: str) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(values=value, source=where)
+    found = {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number, true or false")
+    message = (
+        f"the row is {found}. A row is a JSON object with named fields; one list of rows is a .json file."
+    )
+    return BadRow(source=where, reason="wrong type", message=message)
+
+
+def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+    # Conversations outgrow the default of 131,072 characters a cell; 2**31 - 1 fits a C long everywhere.
+    csv.field_size_limit(2**31 - 1)
+    # Bytes that are not UTF-8 pass as lone surrogates, which UTF-8 cannot hold, and are found in their row.
+    reader = csv.reader((line.decode(errors="surrogateescape") for line in _lines(source, path)), strict=True)
+    columns: list[str] = []
+    last_line = 0
+    while True:
+        where = f"{source} line {last_line + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            message = (
+                f"broken CSV ({error}). A cell with commas, quotes or line breaks stands in double quotes."
+            )
+            if not columns:
+                raise DataError(f"{where}: {message}") from error
+            yield BadRow(source=where, reason="broken CSV", message=message)
+            continue
+        finally:
+            last_line = reader.line_num
+        if not "".join(cells).strip():
+            continue
+        if columns:
+            yield _cells_row(columns, cells, where)
+        elif len(set(cells)) < len(cells):
+            raise DataError(
+                f"{where}: two columns have the same name. The first line names each column once."
+            )
+        else:
+            columns = cells
+
+
+def _cells_row(columns: list[str], cells: list[str], where: str) -> Row | BadRow:
+    if len(cells) != len(columns):
+        message = f"{len(cells)} cells, but the first line names {len(columns)} columns. Each has one cell."
+        return BadRow(source=where, reason="wrong number of cells", message=message)
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        message = "the bytes are not UTF-8. Only UTF-8 is read; save the file again with that encoding."
+        return BadRow(source=where, reason="not UTF-8", message=message)
+    for column, cell in zip(columns, cells, strict=True):
+        if column in JSON_COLUMNS and PYTHON_MESSAGES.match(cell):
+            message = f"field '{column}' is in Python's notation. Write lists as JSON, or the file as .jsonl."
+            return BadRow(source=where, reason="broken JSON", message=message)
+    values = {column: _decode_cell(column, cell) for column, cell in zip(columns, cells, strict=True)}
+    return Row(values=values, source=where)
+
+
+def _decode_cell(column: str, cell: str) -> Any:
+    """Reads numbers, booleans and JSON where the column calls for them; what cannot be read stays text."""
+    if column == "tie":
+        return {"": None, "true": True, "1": True, "false": False, "0": False}.get(cell.strip().lower(), cell)
+    if column in NUMBER_COLUMNS:
+        return _decode_number(cell)
+    if column in JSON_COLUMNS:
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            return None if column in LIST_COLUMNS and not cell.strip() else cell
+        # "[1, 2]" is a text to be answered, unless the column can hold nothing but a list.
+        if (column in LIST_COLUMNS and isinstance(value, list)) or _is_messages(value):
+            return value
+    return cell
+
+
+def _decode_number(cell: str) -> int | float | str | None:
+    if not cell.strip():
+        return None
+    for number in (int, float):
+        try:
+            return number(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def _is_messages(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in items
+    )
+
+
+def _parquet_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+    import pyarrow  # type: ignore[import-untyped]  # ships no types, as of 26.0
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for offset in range(batch.num_rows):
+                number += 1
+                where = f"{source} row {number}"
+                try:
+                    values = batch.slice(offset, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield BadRow(source=where, reason="not UTF-8", message=_not_utf8(error))
+                else:
+                    yield Row(values=_without_nulls(values), source=where)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
+
+
+def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        message = "is not a folder written by `datasets.save_to_disk`. Name a file in it, or save it that way"
+        raise DataError(f"{source} {message} ({_first_line(error)}).") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{source} has no split '{split}'. It has: {', '.join(dataset)}; choose one.")
+        dataset = dataset[split]
+    yield from _dataset_rows(dataset.with_format(None), source)
+
+
+def _hub_rows(source: str, split: str) -> Iterator[Row | BadRow]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        message = f"{source} is no local file, and the Hub does not give its split '{split}'"
+        raise DataError(
+            f"{message}: {_first_line(error)} Check the name, the split and the network."
+        ) from error
+    yield from _dataset_rows(dataset, f"{source} {split}")
+
+
+def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
+    for number, values in enumerate(dataset, 1):
+        yield Row(values=_without_nulls(values), source=f"{source} row {number}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drops the nulls that Arrow fills in where one row, message or tool lacks a key that another has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    found = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
+    return f"{found}. Only UTF-8 is read; save the file again with that encoding."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,333 @@
+r"""Any row of preference data -> `Preference`.
+
+The columns of a row say which format it has; the first line of the table that fits is taken.
+
+columns                                        format                           kind
+conversations, chosen, rejected                ShareGPT as LLaMA-Factory has    pair
+                                               it
+prompt, chosen, rejected                       the answers may repeat the       pair
+                                               prompt, as in UltraFeedback
+chosen, rejected (lists of messages)           two whole conversations          pair
+chosen, rejected (texts, "\n\nHuman: ...")     raw Anthropic HH                 pair
+prompt, responses, scores or ranks             K answers; a high score and a    pair if K = 2, ranking
+                                               low rank are good                if K > 2, rating if 1
+context or prompt, completions (each with      NeMo-RL; a low rank is good      pair if K = 2, ranking
+  rank and completion)                                                          if K > 2
+prompt or context, response1, response2, and   HelpSteer: -3..3, below 0 the    pair
+  overall_preference or preference_strength    first is better; the margin
+prompt or context, response1, response2,       a soft label: how likely the     pair
+  probability                                  first is better
+prompt, response or completion, and            one answer and its number        rating
+  rating, score or label
+
+An answer is a text or a list of messages, a prompt likewise. `response_a` and `response_b` are other
+names of `response1` and `response2`, and so are `response_1` and `response_2`. A message is
+{role, content} or {from, value}.
+
+Any row may also have `system` (a text, put before the prompt), `tools` (a list or its JSON), `subset`
+(a text); a pair also `margin` (0 or more), `tie` (true: probability 0.5), `probability` (that `chosen`,
+or the first response, is better) and, beside `chosen`, `score_chosen` and `score_rejected` (their
+difference is the margin, none is a tie). Other columns and nulls are ignored.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any, Literal
+
+from lora_rm.data.conversations import (
+    check_ends_with_assistant,
+    is_hh,
+    read_answer,
+    read_conversation,
+    read_hh,
+    read_messages,
+    read_prompt,
+    repeat_prompt,
+    split_conversations,
+    with_system,
+)
+from lora_rm.data.fields import (
+    Fields,
+    RowError,
+    check_number,
+    listed,
+    missing,
+    read_boolean,
+    read_list,
+    read_number,
+    read_optional_text,
+    read_tools,
+    require,
+    wrong_type,
+)
+from lora_rm.data.files import BadRow, Row, read_rows
+from lora_rm.data.preference import Messages, Preference
+from lora_rm.errors import DataError
+
+__all__ = ["BadRow", "Row", "RowError", "parse_row", "read_preferences", "read_rows"]
+
+TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
+ACCEPTED = (
+    "prompt + chosen + rejected; chosen + rejected (whole conversations or HH text); "
+    "conversations + chosen + rejected; prompt + response1 + response2 + overall_preference or probability; "
+    "context + completions; prompt + responses + scores or ranks; prompt + response + rating"
+)
+
+
+def read_preferences(
+    source: str,
+    *,
+    split: str = "train",
+    on_bad_row: Literal["raise", "skip"] = "raise",
+    limit: int | None = None,
+) -> tuple[list[Preference], Counter[str]]:
+    """Reads the preferences of a file, a saved dataset or a dataset on the Hub, in their order.
+
+    Args:
+        source: As for `read_rows`.
+        split: Which split of a saved or Hub dataset; a file has none.
+        on_bad_row: Whether the first bad row ends the reading, or bad rows are left out and counted.
+        limit: Stop after so many preferences.
+
+    Returns:
+        The preferences, and how many rows were left out for which reason.
+
+    Raises:
+        RowError: At the first bad row, if `on_bad_row` is "raise".
+        DataError: If the source cannot be read, or none of its rows can be used.
+    """
+    assert limit is None or limit > 0, limit
+    preferences: list[Preference] = []
+    dropped: Counter[str] = Counter()
+    for row in read_rows(source, split=split):
+        try:
+            if isinstance(row, BadRow):
+                raise RowError(row.reason, f"{row.source}: {row.message}")
+            preferences.append(parse_row(row.values, row.source))
+        except RowError as error:
+            if on_bad_row == "raise":
+                advice = "Mend the row, or leave such rows out with on_bad_row='skip'."
+                raise RowError(error.reason, f"{error} {advice}") from None
+            dropped[error.reason] += 1
+        if len(preferences) == limit:
+            break
+    if not preferences:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
+        raise DataError(f"{source} has no row that can be used ({counts}). Read it with on_bad_row='raise'.")
+    return preferences, dropped
+
+
+def parse_row(values: Mapping[str, Any], source: str) -> Preference:
+    """Makes a preference of one row, whichever format of the module's table it has.
+
+    Raises:
+        RowError: If the row fits no format or breaks a rule; the message begins with `source`.
+    """
+    row = {name: value for name, value in values.items() if value is not None}
+    try:
+        return _parse(row, source)
+    except RowError as error:
+        raise RowError(error.reason, f"{source}: {error}") from None
+
+
+def _parse(row: Fields, source: str) -> Preference:
+    if "chosen" in row or "rejected" in row:
+        fields = _parse_chosen_rejected(row)
+    elif "responses" in row:
+        fields = _parse_responses(row)
+    elif "completions" in row:
+        fields = _parse_completions(row)
+    elif any(name in row for names in TWO_RESPONSES for name in names):
+        fields = _parse_two_responses(row)
+    elif "response" in row or "completion" in row:
+        fields = _parse_rating(row)
+    else:
+        raise RowError("unknown format", f"no format has the columns {listed(row)}. Accepted: {ACCEPTED}.")
+    fields["prompt"] = with_system(fields["prompt"], row)
+    if any(first == second for first, second in combinations(fields["answers"], 2)):
+        message = "two answers are identical. Answers that are compared must differ; remove the row."
+        raise RowError("identical answers", message)
+    return Preference(
+        **fields, tools=read_tools(row), subset=read_optional_text(row, "subset"), source=source
+    )
+
+
+# The formats. Each returns the fields of a Preference that it knows.
+
+
+def _parse_chosen_rejected(row: Fields) -> dict[str, Any]:
+    require(row, "chosen")
+    require(row, "rejected")
+    prompt, answers = _chosen_rejected_messages(row)
+    advantage, probability = 0.0, 1.0
+    if "score_chosen" in row and "score_rejected" in row:
+        advantage = read_number(row, "score_chosen") - read_number(row, "score_rejected")
+        if advantage < 0:
+            message = (
+                "score_chosen is below score_rejected. It is above, or equal for a tie; swap the answers."
+            )
+            raise RowError("chosen scored below rejected", message)
+        probability = 1.0 if advantage > 0 else 0.5
+    return _pair(row, prompt, answers, probability, _margin(row, default=advantage))
+
+
+def _chosen_rejected_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
+    if "prompt" in row or "conversations" in row:
+        prompt = read_prompt(row, "conversations", "prompt")
+        chosen, rejected = (read_messages(row[name], name, "assistant") for name in ("chosen", "rejected"))
+        is_repeated = any(answer[0]["role"] != "assistant" for answer in (chosen, rejected))
+    else:
+        prompt, is_repeated = (), True
+        if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+            if not (is_hh(row["chosen"]) and is_hh(row["rejected"])):
+                require(row, "prompt")
+            chosen, rejected = (read_hh(row[name], name) for name in ("chosen", "rejected"))
+        else:
+            chosen, rejected = (read_conversation(row[name], name) for name in ("chosen", "rejected"))
+    check_ends_with_assistant(chosen, "chosen")
+    check_ends_with_assistant(rejected, "rejected")
+    if not is_repeated:
+        return prompt, (chosen, rejected)
+    if not prompt and all(message["role"] == "assistant" for message in chosen + rejected):
+        require(row, "prompt")  # two answers without a prompt, not two whole conversations
+    if prompt:
+        chosen, rejected = repeat_prompt(prompt, chosen), repeat_prompt(prompt, rejected)
+    return split_conversations(chosen, rejected)
+
+
+def _parse_responses(row: Fields) -> dict[str, Any]:
+    name = "ranks" if "ranks" in row and "scores" not in row else "scores"
+    require(row, name)
+    responses = read_list(row, "responses")
+    answers = tuple(read_answer(item, f"responses[{index}]") for index, item in enumerate(responses))
+    numbers = [check_number(item, f"{name}[{index}]") for index, item in enumerate(read_list(row, name))]
+    if len(numbers) != len(answers):
+        message = (
+            f"{len(answers)} responses, but {len(numbers)} {name}. Each response has one; add or remove."
+        )
+        raise RowError("wrong length", message)
+    prompt = read_prompt(row, "prompt")
+    if name == "ranks":
+        return _ranked(row, prompt, answers, numbers)
+    if len(answers) == 1:
+        return {"prompt": prompt, "answers": answers, "kind": "rating", "scores": tuple(numbers)}
+    return _scored(row, prompt, answers, numbers)
+
+
+def _parse_completions(row: Fields) -> dict[str, Any]:
+    answers: list[Messages] = []
+    ranks: list[float] = []
+    for index, item in enumerate(read_list(row, "completions")):
+        field = f"completions[{index}]"
+        if not isinstance(item, dict):
+            raise wrong_type(field, item, "an object with 'rank' and 'completion'")
+        for name in ("rank", "completion"):
+            if item.get(name) is None:
+                raise missing(f"{field}.{name}", item)
+        answers.append(read_answer(item["completion"], f"{field}.completion"))
+        ranks.append(check_number(item["rank"], f"{field}.rank"))
+    return _ranked(row, read_prompt(row, "context", "prompt"), tuple(answers), ranks)
+
+
+def _parse_two_responses(row: Fields) -> dict[str, Any]:
+    names = next(names for names in TWO_RESPONSES if any(name in row for name in names))
+    for name in names:
+        require(row, name)
+    answers = tuple(read_answer(row[name], name) for name in names)
+    prompt = read_prompt(row, "prompt", "context")
+    strength_name = "preference_strength" if "preference_strength" in row else "overall_preference"
+    if strength_name in row:
+        strength = read_number(row, strength_name)
+        if strength not in range(-3, 4):
+            message = (
+                f"field '{strength_name}' is {strength:g}. Allowed: a whole number from -3 to 3; correct it."
+            )
+            raise RowError("out of range", message)
+        return _pair(row, prompt, answers, _better(0.0, strength), -strength)
+    if "probability" not in row and not read_boolean(row, "tie"):
+        require(row, strength_name)
+    return _pair(row, prompt, answers, 0.5, 0.0)
+
+
+def _parse_rating(row: Fields) -> dict[str, Any]:
+    answer_name = "response" if "response" in row else "completion"
+    score_name = next((name for name in ("rating", "score", "label") if name in row), "rating")
+    require(row, score_name)
+    answer = read_answer(row[answer_name], answer_name)
+    score = read_number(row, score_name)
+    return {"prompt": read_prompt(row, "prompt"), "answers": (answer,), "kind": "rating", "scores": (score,)}
+
+
+# The targets.
+
+
+def _pair(
+    row: Fields, prompt: Messages, answers: tuple[Messages, ...], probability: float, advantage: float
+) -> dict[str, Any]:
+    """A pair with the preferred answer first.
+
+    `probability` and `advantage` say how likely and by how much the first of `answers` is better (below 0:
+    worse). The columns `probability` and `tie` overrule the one, `margin` the size of the other.
+    """
+    if "probability" in row:
+        probability = read_number(row, "probability")
+    if read_boolean(row, "tie"):
+        probability = 0.5
+    if not 0.0 <= probability <= 1.0:
+        message = f"field 'probability' is {probability:g}. Allowed: a number from 0 to 1; correct it."
+        raise RowError("out of range", message)
+    if advantage * (probability - 0.5) < 0.0:
+        message = (
+            f"the probability {probability:g} calls one answer the better, the margin or the scores call the "
+            "other. They must agree; correct one of them."
+        )
+        raise RowError("contradiction", message)
+    margin = _margin(row, default=abs(advantage))
+    if probability < 0.5:
+        answers, probability = answers[::-1], 1.0 - probability
+    margin = 0.0 if probability == 0.5 else margin
+    return {"prompt": prompt, "answers": answers, "probability": probability, "margin": margin}
+
+
+def _scored(
+    row: Fields, prompt: Messages, answers: tuple[Messages, ...], scores: list[float]
+) -> dict[str, Any]:
+    """A pair or a ranking; equal scores are ties."""
+    if len(answers) == 2:
+        return _pair(row, prompt, answers, _better(*scores), scores[0] - scores[1])
+    if len(set(scores)) == 1:
+        message = (
+            f"all {len(scores)} answers are equally good. A ranking needs two that differ; remove the row."
+        )
+        raise RowError("no preference", message)
+    return {"prompt": prompt, "answers": answers, "kind": "ranking", "scores": tuple(scores)}
+
+
+def _ranked(
+    row: Fields, prompt: Messages, answers: tuple[Messages, ...], ranks: list[float]
+) -> dict[str, Any]:
+    """A pair or a ranking from ranks, of which the lower is better."""
+    if len(answers) == 1:
+        message = "one answer and its rank. A rank needs an answer to compare with; a rating needs 'scores'."
+        raise RowError("no preference", message)
+    if len(answers) == 2:
+        # Ranks say which answer is better, not by how much.
+        return _pair(row, prompt, answers, _better(ranks[1], ranks[0]), 0.0)
+    return _scored(row, prompt, answers, [0.0 - rank for rank in ranks])  # -rank would make -0.0 of 0
+
+
+def _better(first: float, second: float) -> float:
+    """The probability that the first answer is better, by two scores."""
+    return 0.5 if first == second else float(first > second)
+
+
+def _margin(row: Fields, *, default: float) -> float:
+    margin = read_number(row, "margin") if "margin" in row else default
+    if not 0.0 <= margin < math.inf:
+        message = (
+            f"the margin is {margin:g}. Allowed: a finite number, 0 or more; swap the answers if it is less."
+        )
+        raise RowError("out of range", message)
+    return margin

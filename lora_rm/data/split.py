@@ -1,0 +1,170 @@
+"""Training and evaluation preferences out of files: checked, split by prompt, tokenised, and counted."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_rm.config import DataSettings
+from lora_rm.console import show_table
+from lora_rm.data.checkable import checkable_preferences
+from lora_rm.data.formats import read_preferences
+from lora_rm.data.preference import Preference
+from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
+from lora_rm.errors import DataError
+
+BUILTIN = "builtin:checkable"
+"""The project's own preference set; see `lora_rm.data.checkable`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Preferences of one side of the split, with their tokens, in one order."""
+
+    preferences: list[Preference]
+    trees: list[TokenTree]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Both sides, which share no prompt, and what became of every row."""
+
+    train: Side
+    eval: Side
+    report: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By side: rows read, kept, and dropped or cut by reason."""
+
+    def show(self) -> None:
+        """Prints the report."""
+        reasons = list(dict.fromkeys(reason for counts in self.report.values() for reason in counts))
+        rows = [[reason, *(counts.get(reason, 0) for counts in self.report.values())] for reason in reasons]
+        show_table("Preferences", ["", *self.report], rows)
+
+
+def load_data(
+    settings: DataSettings, chat: ChatTokenizer, *, seed: int = 0, cache: Path | None = None
+) -> Data:
+    """Reads, splits and tokenises.
+
+    Prompts found on both sides are removed from training. The training rows are never evaluated on.
+
+    Args:
+        settings: Sources, limits and policies.
+        chat: Tokenizer and template.
+        seed: Of the split and of the choice under `max_train` and `max_eval`.
+        cache: Folder for token ids.
+
+    Raises:
+        DataError: If a row is bad (with `on_bad_row` raise), a side is empty, or more than
+            `max_dropped_share` of the rows was dropped.
+    """
+    train_counts: Counter[str] = Counter()
+    eval_counts: Counter[str] = Counter()
+    if settings.train == BUILTIN:
+        train, held_out = checkable_preferences()
+        train_counts["rows read"], eval_counts["rows read"] = len(train), len(held_out)
+        if settings.eval is not None:
+            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts)
+    else:
+        train = _read(settings.train, settings.train_split, settings, train_counts)
+        if settings.eval is not None:
+            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts)
+        else:
+            train, held_out = split_by_prompt(train, settings.eval_share, seed)
+            train_counts["held out for evaluation"] = len(held_out)
+            eval_counts["rows read"] = len(held_out)
+    held_out_prompts = {preference.prompt_key for preference in held_out}
+    disjoint = [preference for preference in train if preference.prompt_key not in held_out_prompts]
+    train_counts["dropped: prompt is in the evaluation data"] = len(train) - len(disjoint)
+    sides = {
+        "train": _side(disjoint, chat, settings, settings.max_train, seed, train_counts, cache),
+        "eval": _side(held_out, chat, settings, settings.max_eval, seed, eval_counts, cache),
+    }
+    report = {"train": dict(train_counts), "eval": dict(eval_counts)}
+    for name, side in sides.items():
+        _check(side, name, report[name], settings)
+    return Data(sides["train"], sides["eval"], report)
+
+
+def read_side(settings: DataSettings, chat: ChatTokenizer, *, seed: int = 0, cache: Path | None = None) -> Side:
+    """Reads and tokenises `data.eval` alone, to evaluate a model that is trained already.
+
+    Raises:
+        DataError: As `load_data`.
+    """
+    counts: Counter[str] = Counter()
+    preferences = _read(settings.eval or "", settings.eval_split, settings, counts)
+    side = _side(preferences, chat, settings, settings.max_eval, seed, counts, cache)
+    Data(side, side, {"eval": dict(counts)}).show()
+    _check(side, "eval", counts, settings)
+    return side
+
+
+def split_by_prompt(
+    preferences: Sequence[Preference], eval_share: float, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """Holds out all rows of a share of the prompts; at least one prompt stays on each side if there are two."""
+    prompts = sorted({preference.prompt_key for preference in preferences})
+    random.Random(f"{seed} split").shuffle(prompts)
+    num_eval = min(max(1, round(len(prompts) * eval_share)), len(prompts) - 1)
+    chosen = set(prompts[:num_eval])
+    train = [preference for preference in preferences if preference.prompt_key not in chosen]
+    return train, [preference for preference in preferences if preference.prompt_key in chosen]
+
+
+def _read(source: str, split: str, settings: DataSettings, counts: Counter[str]) -> list[Preference]:
+    if not source:
+        raise DataError(f"data.train is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
+    if source == BUILTIN:
+        preferences = checkable_preferences()[1]
+        counts["rows read"] += len(preferences)
+        return preferences
+    preferences, dropped = read_preferences(source, split=split, on_bad_row=settings.on_bad_row)
+    counts["rows read"] += len(preferences) + sum(dropped.values())
+    for reason, number in dropped.items():
+        counts[f"dropped: {reason}"] += number
+    return preferences
+
+
+def _side(
+    preferences: list[Preference],
+    chat: ChatTokenizer,
+    settings: DataSettings,
+    limit: int,
+    seed: int,
+    counts: Counter[str],
+    cache: Path | None,
+) -> Side:
+    if limit and limit < len(preferences):
+        counts["left out by the limit"] = len(preferences) - limit
+        chosen = sorted(random.Random(f"{seed} limit").sample(range(len(preferences)), limit))
+        preferences = [preferences[number] for number in chosen]
+    trees, reasons = tokenize(
+        preferences,
+        chat,
+        max_length=settings.max_length,
+        length_policy=settings.length_policy,
+        num_workers=settings.num_workers,
+        cache=cache,
+    )
+    counts.update(reasons)
+    kept = [(p, tree) for p, tree in zip(preferences, trees, strict=True) if tree is not None]
+    counts["kept"] = len(kept)
+    return Side([p for p, _ in kept], [tree for _, tree in kept])
+
+
+def _check(side: Side, name: str, counts: Mapping[str, int], settings: DataSettings) -> None:
+    allowed = settings.max_dropped_share
+    dropped = {reason: number for reason, number in counts.items() if reason.startswith("dropped") and number}
+    share = sum(dropped.values()) / max(1, sum(dropped.values()) + counts["kept"])
+    if share > allowed:
+        raise DataError(
+            f"{share:.0%} of the {name} rows were dropped ({dropped}); data.max_dropped_share allows {allowed:.0%}. "
+            "Mend the data, raise data.max_length, set data.length_policy truncate_prompt, or raise the share."
+        )
+    if not side.trees:
+        raise DataError(
+            f"No {name} preferences are left (rows: {dict(counts)}). "
+            "Give more data, raise data.max_length, or change data.eval_share."
+        )

@@ -1,0 +1,305 @@
+"""The one place where text becomes token ids; training, evaluation, scoring and serving all come here.
+
+A conversation is rendered by the chat template and tokenised without further special tokens; then it gets
+exactly one BOS if the tokenizer is one that adds a BOS. The reward is read at its last token.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_rm.console import progress
+from lora_rm.data.preference import Kind, Messages, Preference
+from lora_rm.errors import DataError, ModelError
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ 'Human: ' + message['content'] + '\\n\\n' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\\n\\n' if not loop.last else 'Assistant: ' + message['content'] + eos_token }}
+{%- else -%}{{ message['content'] + '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}"""
+"""Template for base models that have none: Human and Assistant lines, an EOS after every answer."""
+
+PARALLEL_FROM = 5000
+"""Conversations from which on further processes pay: each takes about 4 s to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """A preference as token ids: what all its conversations begin with, and each one's own rest."""
+
+    prompt_ids: list[int]
+    """Longest common start of the K conversations, at most all but the last token of the shortest."""
+
+    answer_ids: tuple[list[int], ...]
+    """Each conversation's own tokens, at least one."""
+
+    kind: Kind = "pair"
+    probability: float = 1.0
+    margin: float = 0.0
+    scores: tuple[float, ...] = ()
+    subset: str = ""
+
+    def conversations(self) -> list[list[int]]:
+        """The K whole conversations."""
+        return [self.prompt_ids + answer for answer in self.answer_ids]
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template, its BOS rule and a padding id that is safe for a reward model."""
+
+    def __init__(self, tokenizer: Any, template: str = "tokenizer") -> None:
+        """Args: tokenizer of transformers; template as in `data.chat_template`.
+
+        Raises:
+            ModelError: If the tokenizer has no template and none was chosen, or the template fails.
+        """
+        self.tokenizer = tokenizer
+        if template == "plain":
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        elif template != "tokenizer":
+            tokenizer.chat_template = _read_template(template)
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "The tokenizer has no chat template, and how a conversation is written decides the rewards. "
+                "Set data.chat_template to plain (Human/Assistant lines) or to the path of a .jinja file."
+            )
+        bos = tokenizer.bos_token_id
+        self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+        sample: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        self.end_id = self.ids([(sample, ())])[0][-1]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self._safe_pad_id())
+        tokenizer.padding_side = "right"
+
+    @classmethod
+    def load(cls, folder: Path, template: str = "tokenizer") -> "ChatTokenizer":
+        """Opens the tokenizer of a model folder.
+
+        Raises:
+            ModelError: If the folder has no tokenizer that transformers can open.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder}: its tokenizer cannot be opened ({error}).") from None
+        return cls(tokenizer, template)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id for padding; no conversation ends with it, so it cannot move the pooled position."""
+        return self.tokenizer.pad_token_id
+
+    @property
+    def template_hash(self) -> str:
+        """SHA-256 of the chat template."""
+        return hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()
+
+    def identity(self) -> str:
+        """A hash of all that decides how text becomes ids: vocabulary, merges, template, BOS rule."""
+        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, str(self.adds_bos))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def render(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text of a conversation, with its special tokens.
+
+        Raises:
+            DataError: If the template refuses the conversation.
+        """
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False)
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise DataError(
+                f"the chat template refuses a conversation of roles {[m['role'] for m in messages]}: {error}. "
+                "Change the conversation, or choose another data.chat_template."
+            ) from None
+
+    def ids(self, conversations: Sequence[tuple[Messages, Sequence[dict[str, Any]]]]) -> list[list[int]]:
+        """Token ids of whole conversations, each with its tools; exactly one BOS where there is one."""
+        texts = [self.render(messages, tools) for messages, tools in conversations]
+        return self.text_ids(texts)
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that are rendered already."""
+        if not texts:
+            return []
+        bos = self.tokenizer.bos_token_id
+        rows = []
+        for row in self.tokenizer(list(texts), add_special_tokens=False).input_ids:
+            while bos is not None and row[:2] == [bos, bos]:
+                row = row[1:]
+            rows.append([bos, *row] if self.adds_bos and row[:1] != [bos] else row)
+        return rows
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer and template so that `AutoTokenizer.from_pretrained(folder)` opens them."""
+        self.tokenizer.save_pretrained(folder)
+
+    def _safe_pad_id(self) -> int:
+        """The tokenizer's own pad id if nothing ends with it, else a special token that nothing ends with.
+
+        `*ForSequenceClassification` pools at the last token that is not the pad id, so with pad = EOS it reads
+        the token before a final EOS (transformers 5.23, modeling_layers.py).
+        """
+        tokenizer = self.tokenizer
+        ends = {self.end_id, tokenizer.eos_token_id}
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+            return tokenizer.pad_token_id
+        added = sorted(tokenizer.added_tokens_decoder.items())
+        special = [number for number, token in added if token.special and number not in ends]
+        named = [number for number, token in added if number in special and "pad" in token.content.lower()]
+        others = [number for number in special if number != tokenizer.bos_token_id]
+        return next(iter(named + others + special + [n for n in range(len(ends) + 1) if n not in ends]))
+
+
+def tokenize(
+    preferences: Sequence[Preference],
+    chat: ChatTokenizer,
+    *,
+    max_length: int,
+    length_policy: Literal["drop", "truncate_prompt"] = "drop",
+    num_workers: int = 1,
+    cache: Path | None = None,
+) -> tuple[list[TokenTree | None], Counter[str]]:
+    """Turns preferences into trees of token ids.
+
+    Args:
+        preferences: Any kinds mixed.
+        chat: Tokenizer and template.
+        max_length: Longest conversation, in tokens.
+        length_policy: `drop`, or `truncate_prompt`, which keeps the BOS, the end of the prompt and whole answers.
+        num_workers: Processes; 0: as many as cores. Short lists are done in this process.
+        cache: Folder in which token ids are kept under a hash of texts, tokenizer and template.
+
+    Returns:
+        One tree a preference, None where it was dropped, and how many were dropped or truncated, by reason.
+
+    Raises:
+        DataError: If a conversation ends with the padding id, or the template refuses one.
+    """
+    ids = _all_ids(preferences, chat, num_workers, cache)
+    counts: Counter[str] = Counter()
+    trees: list[TokenTree | None] = []
+    for preference, rows in zip(preferences, ids, strict=True):
+        if any(row[-1] == chat.pad_id for row in rows):
+            raise DataError(
+                f"{preference.source}: its conversation ends with the padding token "
+                f"{chat.tokenizer.pad_token!r}, so other programs would read the reward at another token. "
+                "End the chat template with the EOS token."
+            )
+        tree, reason = _tree(preference, rows, chat, max_length, length_policy)
+        trees.append(tree)
+        if reason:
+            counts[reason] += 1
+    return trees, counts
+
+
+def _tree(
+    preference: Preference, rows: list[list[int]], chat: ChatTokenizer, max_length: int, length_policy: str
+) -> tuple[TokenTree | None, str]:
+    """The tree of one preference, or None; and why it was dropped or cut, if it was."""
+    reason = ""
+    if len(set(map(tuple, rows))) < len(rows):
+        return None, "dropped: answers identical as tokens"
+    shared = len(os.path.commonprefix(rows)) if len(rows) > 1 else len(_prompt_ids(preference, chat, rows[0]))
+    shared = min(shared, min(map(len, rows)) - 1)
+    excess = max(map(len, rows)) - max_length
+    if excess > 0:
+        # the BOS stays; at least one prompt token beside it must be left to make sense of the answer
+        first = 1 if rows[0][:1] == [chat.tokenizer.bos_token_id] else 0
+        if length_policy == "drop" or first + excess >= shared:
+            return None, f"dropped: longer than {max_length} tokens"
+        rows = [row[:first] + row[first + excess :] for row in rows]
+        shared -= excess
+        reason = f"prompt cut to fit {max_length} tokens"
+    tree = TokenTree(
+        rows[0][:shared],
+        tuple(row[shared:] for row in rows),
+        preference.kind,
+        preference.probability,
+        preference.margin,
+        preference.scores,
+        preference.subset,
+    )
+    return tree, reason
+
+
+def _prompt_ids(preference: Preference, chat: ChatTokenizer, row: list[int]) -> list[int]:
+    """The start of a single conversation that its prompt alone gives: the part that may be cut."""
+    if not preference.prompt:
+        return []
+    return os.path.commonprefix([chat.ids([(preference.prompt, preference.tools)])[0], row])
+
+
+def _all_ids(
+    preferences: Sequence[Preference], chat: ChatTokenizer, num_workers: int, cache: Path | None
+) -> list[list[list[int]]]:
+    """The ids of every conversation of every preference, out of the cache if they are there."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    conversations = [(p.prompt + answer, p.tools) for p in preferences for answer in p.answers]
+    file = None
+    flat: list[list[int]]
+    if cache is not None:
+        text = json.dumps([chat.identity(), conversations], ensure_ascii=True)
+        file = cache / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    if file is not None and file.is_file():
+        stored = load_file(file)
+        flat = [part.tolist() for part in np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])]
+    else:
+        flat = _tokenize_all(conversations, chat, num_workers)
+        if file is not None and flat:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            ids = np.fromiter(chain.from_iterable(flat), dtype=np.int32)
+            save_file({"ids": ids, "lengths": np.array([len(row) for row in flat], dtype=np.int64)}, partial)
+            partial.replace(file)
+    rows = iter(flat)
+    return [[next(rows) for _ in preference.answers] for preference in preferences]
+
+
+def _tokenize_all(
+    conversations: list[tuple[Messages, Sequence[dict[str, Any]]]], chat: ChatTokenizer, num_workers: int
+) -> list[list[int]]:
+    chunks = [list(chunk) for chunk in _batched(conversations, 256)]
+    workers = num_workers or os.cpu_count() or 1
+    flat: list[list[int]] = []
+    with progress("tokenising", len(conversations)) as advance:
+        if workers == 1 or len(conversations) < PARALLEL_FROM:
+            for chunk in chunks:
+                flat += chat.ids(chunk)
+                advance(len(chunk))
+            return flat
+        # spawn, not fork: a forked child would inherit torch's and the tokenizer's threads in unknown states
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for rows in pool.map(chat.ids, chunks):
+                flat += rows
+                advance(len(rows))
+    return flat
+
+
+def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"data.chat_template is {path}, which cannot be read ({error}). Allowed: tokenizer, plain, or a .jinja file."
+        ) from None

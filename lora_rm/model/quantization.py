@@ -1,0 +1,112 @@
+"""What quantisation does to a weight: its codes, their hash, and the values that training really saw."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantization:
+    """How the frozen linear layers are stored."""
+
+    kind: Literal["nf4", "int8", "none"]
+    double: bool
+    """Of NF4: whether the block constants are quantised too."""
+
+    load_dtype: torch.dtype
+    """Type the weights are read in before they are quantised; float16 changes 5.7 % of the values."""
+
+    def config(self, compute_dtype: torch.dtype) -> Any:
+        """The matching `transformers.BitsAndBytesConfig`, or None.
+
+        `llm_int8_skip_modules` stays unset: any list of one's own replaces transformers' default and the
+        score head becomes a 4-bit layer (seen with transformers 5.23).
+        """
+        from transformers import BitsAndBytesConfig
+
+        if self.kind == "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=self.double,
+                bnb_4bit_compute_dtype=compute_dtype,
+            )
+        if self.kind == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return None
+
+    def round_trip(self, weight: torch.Tensor) -> tuple[torch.Tensor, str]:
+        """Quantises a weight as loading it for training does, and back.
+
+        Args:
+            weight: The whole matrix as the checkpoint holds it; the nested offset is a mean over the tensor,
+                so rows cannot be done one by one.
+
+        Returns:
+            The values that training saw, in `load_dtype` (float32 for int8), and the hash of the codes.
+        """
+        weight = weight.to(self.load_dtype)
+        if self.kind == "nf4":
+            codes, state = bnb_functional.quantize_4bit(
+                weight, blocksize=64, compress_statistics=self.double, quant_type="nf4"
+            )
+            return bnb_functional.dequantize_4bit(codes, state), _hash_4bit(codes, state)
+        codes, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return codes.float() * (scales.float()[:, None] / 127.0), _hash_tensors(codes, scales)
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The model's quantised linear layers by name."""
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return {
+        name.removesuffix(".base_layer"): module  # PEFT's name for the layer inside a LoRA layer
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+
+
+def code_hashes(model: torch.nn.Module) -> dict[str, str]:
+    """A hash of the codes and constants of every quantised layer, by layer name.
+
+    The merge rebuilds the codes from the checkpoint and compares: a base that has changed since training, or
+    a machine that quantises differently, is found before anything is written.
+    """
+    hashes = {}
+    for name, module in quantized_layers(model).items():
+        weight: Any = module.weight
+        if isinstance(module, bnb.nn.Linear4bit):
+            hashes[name] = _hash_4bit(weight.data, weight.quant_state)
+        else:
+            codes, scales = (weight.CB, weight.SCB) if weight.CB is not None else (weight.data, weight.SCB)
+            hashes[name] = _hash_tensors(codes, scales)
+    return hashes
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place.
+
+    On CPUs with AVX512-BF16 the first forward without gradients does (bitsandbytes 0.50.2, Linear4bit.forward).
+    After it dequantisation returns garbage and gradients through the base are None with only a warning.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _hash_4bit(codes: torch.Tensor, state: Any) -> str:
+    if state.nested:
+        return _hash_tensors(codes, state.absmax, state.state2.absmax, state.offset)
+    return _hash_tensors(codes, state.absmax)
+
+
+def _hash_tensors(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,611 @@
+"""A 4-bit base, LoRA adapters and a float32 score head with one logit."""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from lora_rm.config import AdapterSettings, ModelSettings
+from lora_rm.console import console, say
+from lora_rm.data.batches import Batching, TreeBatch, build_batch
+from lora_rm.data.tokens import ChatTokenizer, TokenTree
+from lora_rm.errors import ModelError
+from lora_rm.model import tree_attention
+from lora_rm.model.base import BaseModel, find_base, read_json
+from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, keep_4bit_layout, quantized_layers
+
+RECORD = "lora_rm.json"
+"""File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
+
+HEAD_KEY = "base_model.model.score.weight"
+"""Name of the head in PEFT's adapter file."""
+
+BATCHINGS: tuple[Batching, ...] = ("shared", "packed", "padded")
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """Numbers of parameters."""
+
+    adapter: int
+    head: int
+    total: int
+
+
+class RewardModel(nn.Module):
+    """Rewards of answers: backbone, adapter, and the head read at each answer's last token.
+
+    `model` is the transformers (or PEFT) model, `chat` the tokenizer, `base` where the weights lie,
+    `quantization` how they are stored, and `batching` how a row of answers is computed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        chat: ChatTokenizer,
+        base: BaseModel,
+        quantization: Quantization,
+        compute_dtype: torch.dtype,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.chat = chat
+        self.base = base
+        self.quantization = quantization
+        self.record = record or {}
+        self.batching: Batching = "padded"
+        self._plain_attention: str = self.classifier.config._attn_implementation
+        self.set_compute_dtype(compute_dtype)
+
+    # -- making and opening -------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        base: str | BaseModel,
+        *,
+        settings: ModelSettings | None = None,
+        adapter: AdapterSettings | None = None,
+        chat_template: str = "tokenizer",
+        checkpointing: bool = False,
+        seed: int = 0,
+    ) -> "RewardModel":
+        """Makes a new reward model on a base model.
+
+        Args:
+            base: Hub id, local folder, GGUF file or built-in name; or a base found before.
+            settings: Quantisation, types, head start and device.
+            adapter: LoRA settings; None: no adapter, and every weight frozen but the head.
+            chat_template: As in `data.chat_template`.
+            checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+            seed: Of head and adapter.
+
+        Raises:
+            ModelError: If the base cannot be used, or the head is not what it must be.
+        """
+        settings = settings or ModelSettings()
+        found = base if isinstance(base, BaseModel) else find_base(base, settings.revision)
+        chat = ChatTokenizer.load(found.path, chat_template)
+        quantization = Quantization(
+            kind=settings.quantization,
+            double=settings.double_quantization,
+            load_dtype=DTYPES[settings.load_dtype],
+        )
+        device = pick_device(settings.device)
+        compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
+        model = _load_classifier(found, quantization, device, compute_dtype, chat)
+        generator = torch.Generator().manual_seed(seed)
+        head = model.score.weight
+        if settings.head_init == "zero":
+            nn.init.zeros_(head)
+        else:  # Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1
+            values = torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5
+            head.data.copy_(values)
+        if checkpointing:
+            # on the bare model: on a PEFT model this would also switch on gradients of the embeddings' output
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.requires_grad_(False)
+        if adapter is not None:
+            torch.manual_seed(seed)
+            model = get_peft_model(model, lora_config(adapter))
+        else:
+            model.score.requires_grad_(True)
+        return cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)._ready()
+
+    @classmethod
+    def load_adapter(
+        cls, folder: Path, *, device: str = "auto", compute_dtype: str = "auto", base: str | None = None
+    ) -> "RewardModel":
+        """Opens a saved adapter on the base it was trained on, quantised as it was then.
+
+        Args:
+            folder: Written by `save`.
+            device: As in `model.device`.
+            compute_dtype: As in `model.compute_dtype`.
+            base: Where the base lies now, if not where it lay.
+
+        Raises:
+            ModelError: If a file is missing, the head is missing or has not one logit, or the base's quantised
+                codes are not those of training.
+        """
+        record = read_record(folder)
+        found = find_base(base or record["base"]["name"], record["base"]["revision"])
+        quantization = recorded_quantization(record)
+        target = pick_device(device)
+        dtype = pick_compute_dtype(compute_dtype, target)
+        chat = ChatTokenizer.load(folder)
+        model = _load_classifier(found, quantization, target, dtype, chat)
+        head = read_head(folder)
+        if head.shape != model.score.weight.shape:
+            raise ModelError(
+                f"{folder}: its score head has shape {list(head.shape)}, the base {found.name} needs "
+                f"{list(model.score.weight.shape)}. The adapter belongs to another base."
+            )
+        _check_codes(model, record, folder, found)
+        with _quiet("peft"):
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        opened = cls(
+            peft_model, chat=chat, base=found, quantization=quantization, compute_dtype=dtype, record=record
+        )
+        opened.head.data.copy_(head)  # PEFT casts it to the base's type when it loads
+        return opened._ready()
+
+    @classmethod
+    def load_merged(cls, folder: Path, *, device: str = "auto", compute_dtype: str = "auto") -> "RewardModel":
+        """Opens a merged or exported model, with its head in float32.
+
+        Raises:
+            ModelError: If it has no score head, or one that has not one logit.
+        """
+        target = pick_device(device)
+        dtype = pick_compute_dtype(compute_dtype, target)
+        base = find_base(str(folder))
+        if read_json(base.path / "config.json").get("model_type") is None:
+            raise ModelError(f"{folder}: config.json names no model_type. Give the folder of a merged model.")
+        chat = ChatTokenizer.load(folder)
+        head = _stored_head(base)
+        quantization = Quantization(kind="none", double=False, load_dtype=dtype)
+        model = _load_classifier(base, quantization, target, dtype, chat)
+        model.requires_grad_(False)
+        opened = cls(model, chat=chat, base=base, quantization=quantization, compute_dtype=dtype)
+        opened.head.data.copy_(head)
+        return opened._ready()
+
+    # -- computing ----------------------------------------------------------------------------------------
+
+    def forward(self, batch: TreeBatch) -> torch.Tensor:
+        """The same as `rewards`; wrappers such as DDP call it."""
+        return self.rewards(batch)
+
+    def rewards(self, batch: TreeBatch) -> torch.Tensor:
+        """Rewards of a batch's answers, (R,) float32, in the order of `batch.preferences`.
+
+        Only the decoder runs: no logits over the vocabulary, and the head sees R hidden states.
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if batch.plan is not None:
+            inputs["tree_plan"] = batch.plan
+        else:
+            inputs["attention_mask"] = batch.attention_mask
+        device_type = batch.input_ids.device.type
+        use_autocast = self.compute_dtype != torch.float32
+        with torch.autocast(device_type, dtype=self.compute_dtype, enabled=use_autocast):
+            hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
+        with torch.autocast(device_type, enabled=False):
+            at_scores = hidden.flatten(0, 1)[batch.score_index].float()
+            return F.linear(at_scores, self.head).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> list[list[float]]:
+        """Rewards of every tree's answers, without gradients, in the order given."""
+        from lora_rm.data.batches import microbatches
+
+        was_training = self.training
+        self.eval()
+        results: dict[int, list[float]] = {}
+        order = {id(tree): number for number, tree in enumerate(trees)}
+        for start in range(0, len(trees), 512):
+            for group in microbatches(trees[start : start + 512], tokens_per_microbatch, self.batching):
+                rewards = self.rewards(self.batch(group)).tolist()
+                for tree in group:
+                    results[order[id(tree)]] = [rewards.pop(0) for _ in tree.answer_ids]
+        self.train(was_training)
+        return [results[number] for number in range(len(trees))]
+
+    def batch(self, preferences: list[TokenTree]) -> TreeBatch:
+        """Builds a batch the way this model computes it, on its device."""
+        return build_batch(preferences, self.batching).to(self.device)
+
+    def choose_batching(self, wanted: str = "auto", tolerance: float = 1e-4) -> Batching:
+        """Picks how rows are computed: the first way that this model computes exactly.
+
+        One small tree is scored in each way and compared with padded rows through the model's own attention;
+        every layer must have called the tree attention once.
+
+        Args:
+            wanted: `auto`, or the only way allowed.
+            tolerance: Largest difference, as a share of the largest reward, in float32.
+
+        Raises:
+            ModelError: If `wanted` is not exact for this model.
+        """
+        with self.precise():
+            self._set_attention("padded")
+            probe = _probe(self.classifier.config.get_text_config().vocab_size)
+            expected = torch.tensor([reward for rewards in self.score(probe) for reward in rewards])
+            reasons = {}
+            for batching in BATCHINGS[:-1]:
+                if wanted not in ("auto", batching):
+                    continue
+                reasons[batching] = self._inexact(batching, probe, expected, tolerance)
+                if not reasons[batching]:
+                    self._set_attention(batching)
+                    break
+            else:
+                self._set_attention("padded")
+        if self.batching != wanted and reasons:
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+            if wanted != "auto":
+                raise ModelError(f"train.batching is {wanted}, which is not exact for this model ({why}). Use auto.")
+            if why:
+                say(f"Batches are {self.batching}, because others are not exact for this model ({why}).")
+        return self.batching
+
+    def _inexact(self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float) -> str:
+        """Why a way of batching cannot be used, or nothing."""
+        self._set_attention(batching)
+        batch = self.batch(probe)
+        assert batch.plan is not None
+        try:
+            with torch.no_grad():
+                rewards = self.eval().rewards(batch).cpu()
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            return str(error).splitlines()[0][:120]
+        layers = self.classifier.config.get_text_config().num_hidden_layers
+        if batch.plan.num_calls != layers:
+            return f"{batch.plan.num_calls} of {layers} layers use the tree attention"
+        difference = float((rewards - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        return "" if difference <= tolerance else f"rewards differ by {difference:.1e}"
+
+    def _set_attention(self, batching: Batching) -> None:
+        self.batching = batching
+        name = self._plain_attention if batching == "padded" else tree_attention.NAME
+        self.backbone.set_attn_implementation(name)
+
+    # -- types --------------------------------------------------------------------------------------------
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Sets the type of matrix products: 16-bit under autocast, or float32 throughout.
+
+        Frozen weights that are not quantised (embeddings, norms) are held in float32 for float32 products,
+        else in the type they were loaded in; the values do not change.
+        """
+        self.compute_dtype = dtype
+        held = torch.float32 if dtype == torch.float32 else self.quantization.load_dtype
+        for module in self.classifier.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.compute_dtype, module.compute_type_is_set = dtype, True
+        quantized = {id(module.weight) for module in quantized_layers(self.classifier).values()}
+        for name, parameter in self.classifier.named_parameters():
+            is_own = "lora_" in name or name.startswith("score")  # float32 always
+            if parameter.is_floating_point() and id(parameter) not in quantized and not is_own:
+                parameter.data = parameter.data.to(held)
+
+    @contextlib.contextmanager
+    def precise(self) -> Iterator[None]:
+        """Float32 products for a while, as verification and canaries need them."""
+        before = self.compute_dtype
+        self.set_compute_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            self.set_compute_dtype(before)
+
+    # -- parts --------------------------------------------------------------------------------------------
+
+    @property
+    def classifier(self) -> Any:
+        """The transformers `*ForSequenceClassification`, with LoRA layers in place if there is an adapter."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def backbone(self) -> Any:
+        """The decoder without head."""
+        return getattr(self.classifier, self.classifier.base_model_prefix)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The trained head's weight, (1, H) float32."""
+        score = self.classifier.score
+        return score.modules_to_save["default"].weight if hasattr(score, "modules_to_save") else score.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.head.device
+
+    def trainable(self) -> Trainable:
+        """How many parameters are trained, and how many there are."""
+        head = self.head.numel()
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        base = 0
+        for parameter in self.parameters():
+            state = getattr(parameter, "quant_state", None)
+            base += state.shape.numel() if state is not None else parameter.numel()
+        return Trainable(adapter=trained - head, head=head, total=base)
+
+    # -- saving -------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, record: dict[str, Any]) -> None:
+        """Writes adapter, head, tokenizer and `lora_rm.json`.
+
+        Plain PEFT opens the folder too, on a base loaded with `num_labels=1`.
+
+        Args:
+            folder: Made if need be.
+            record: What `describe` gives, with settings and canaries.
+
+        Raises:
+            ModelError: If the head in the file is not the head in memory.
+        """
+        self._check_head()
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model.save_pretrained(str(folder))
+        readme = folder / "README.md"
+        readme.unlink(missing_ok=True)  # PEFT's card names a local path as the base model
+        self.chat.save(folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
+        if not torch.equal(read_head(folder), self.head.detach().cpu()):
+            raise ModelError(f"{folder}: the saved score head is not the trained one.")
+
+    def describe(self, hashes: dict[str, str]) -> dict[str, Any]:
+        """The part of `lora_rm.json` that is known before training.
+
+        Args:
+            hashes: Of the quantised codes, taken right after loading (`code_hashes`).
+        """
+        return {
+            "format": 1,
+            "num_labels": 1,
+            "model_type": self.classifier.config.model_type,
+            "architecture": type(self.classifier).__name__,
+            "base": {
+                "name": self.base.name,
+                "revision": self.base.revision,
+                "files": self.base.file_hashes(),
+            },
+            "load_dtype": _dtype_name(self.quantization.load_dtype),
+            "quantization": {"kind": self.quantization.kind, "double": self.quantization.double, "codes": hashes},
+            "tokens": {
+                "pad_id": self.chat.pad_id,
+                "end_id": self.chat.end_id,
+                "eos_id": self.chat.tokenizer.eos_token_id,
+                "adds_bos": self.chat.adds_bos,
+                "template_sha256": self.chat.template_hash,
+            },
+        }
+
+    def _ready(self) -> "RewardModel":
+        keep_4bit_layout(self)
+        self._check_head()
+        return self
+
+    def _check_head(self) -> None:
+        """One logit, float32, finite, never quantised.
+
+        Raises:
+            ModelError: Otherwise.
+        """
+        head = self.head
+        if head.dim() != 2 or head.shape[0] != 1:
+            raise ModelError(f"The score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden].")
+        if head.dtype != torch.float32 or hasattr(head, "quant_state"):
+            raise ModelError(f"The score head is {head.dtype}; it must be a plain float32 tensor.")
+        if not torch.isfinite(head).all():
+            raise ModelError("The score head holds NaN or infinite values.")
+        if self.training and any("lora_" in n for n, p in self.named_parameters() if p.requires_grad) and not head.requires_grad:
+            raise ModelError("The score head is frozen while the adapter is trained.")
+
+
+# -- helpers, in the order of their use -------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `model.device`.
+
+    Raises:
+        ModelError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device is {name!r}; allowed: auto, cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"model.device is {name}, but torch finds {torch.cuda.device_count()} CUDA devices here.")
+    return device
+
+
+def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of `model.compute_dtype`; auto is bfloat16 only where the hardware multiplies it.
+
+    On a CPU without AVX512-BF16 or AMX, bfloat16 products take three times as long as float32 ones.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def lora_config(settings: AdapterSettings) -> LoraConfig:
+    """The PEFT configuration; the task type makes PEFT train and save the head."""
+    targets: Any = list(settings.target_modules)
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=True if settings.init == "default" else settings.init,
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads `lora_rm.json`.
+
+    Raises:
+        ModelError: If it is missing or was written by a newer version.
+    """
+    if not (folder / RECORD).is_file():
+        raise ModelError(f"{folder}: has no {RECORD}. It is no adapter that lora_rm saved.")
+    record: dict[str, Any] = read_json(folder / RECORD)
+    if record.get("format") != 1:
+        raise ModelError(f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm.")
+    return record
+
+
+def recorded_quantization(record: dict[str, Any]) -> Quantization:
+    """How the base was quantised when the adapter was trained."""
+    stored = record["quantization"]
+    return Quantization(kind=stored["kind"], double=stored["double"], load_dtype=DTYPES[record["load_dtype"]])
+
+
+def read_head(folder: Path) -> torch.Tensor:
+    """The head in an adapter's file, (1, H) float32.
+
+    Raises:
+        ModelError: If there is none, or it has not one logit.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{folder}: has no adapter_model.safetensors.")
+    tensors = load_file(file)
+    if HEAD_KEY not in tensors:
+        raise ModelError(
+            f"{folder}: the adapter has no score head ({len(tensors)} tensors, none named {HEAD_KEY}). "
+            "It was not trained as a reward model; rewards from a fresh head would be random."
+        )
+    return _one_logit(tensors[HEAD_KEY], folder)
+
+
+def _stored_head(base: BaseModel) -> torch.Tensor:
+    from safetensors import safe_open
+
+    for file in base.weight_files:
+        with safe_open(file, framework="pt") as tensors:
+            if "score.weight" in tensors.keys():  # noqa: SIM118 - not a dict
+                return _one_logit(tensors.get_tensor("score.weight"), base.path)
+    raise ModelError(f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random.")
+
+
+def _one_logit(head: torch.Tensor, folder: Path) -> torch.Tensor:
+    if head.dim() != 2 or head.shape[0] != 1:
+        raise ModelError(f"{folder}: its score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden].")
+    return head.float()
+
+
+def _load_classifier(
+    base: BaseModel,
+    quantization: Quantization,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    chat: ChatTokenizer,
+) -> Any:
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
+            "so no program could open the exported reward model."
+        )
+    text = config.get_text_config()
+    config.num_labels = 1
+    text.pad_token_id = chat.pad_id
+    softcapped = getattr(text, "attn_logit_softcapping", None) is not None
+    with _quiet("transformers"):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base.path,
+            config=config,
+            dtype=quantization.load_dtype,
+            quantization_config=quantization.config(compute_dtype),
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager" if softcapped else None,
+        )
+    if not isinstance(getattr(model, "score", None), nn.Linear) or isinstance(model.score, bnb.nn.Linear4bit):
+        raise ModelError(
+            f"{base.name}: {type(model).__name__} has no linear layer `score` over the last token. "
+            "Reward models are made from decoder-only models; encoders are not."
+        )
+    model.score.weight.data = model.score.weight.data.float()
+    _one_logit(model.score.weight, base.path)
+    return model
+
+
+def _check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseModel) -> None:
+    expected: dict[str, str] = record["quantization"]["codes"]
+    if not expected:
+        return
+    found = code_hashes(model)
+    changed = [name for name, value in expected.items() if found.get(name) != value]
+    if changed:
+        raise ModelError(
+            f"{folder}: {len(changed)} of {len(expected)} quantised layers of {base.name} are not those it was "
+            f"trained on (first: {changed[0]}). The base has changed since, or this machine quantises differently."
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _probe(vocabulary: int) -> list[TokenTree]:
+    """Two trees of three and two answers whose lengths all differ."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(length: int) -> list[int]:
+        return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+
+    return [TokenTree(some(7), (some(3), some(5), some(1))), TokenTree(some(2), (some(6), some(4)))]
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Silences a library's warnings and bars: a fresh head is what is wanted here, not a mistake."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,125 @@
+"""Safetensors files read and written piece by piece, without mapping them into memory.
+
+The format: eight bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, the
+tensors' bytes. All offsets are known before the first byte of data, so every tensor is written straight to
+its place. Reading uses plain reads into one buffer: mapped pages would count as memory of the process.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rm.errors import ModelError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+BLOCK = 32 * 2**20
+"""Bytes of a tensor handled at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Offset of its first byte in the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor."""
+        return next(self.blocks(max(self.num_bytes, 1))).reshape(self.shape)
+
+    def blocks(self, size: int = BLOCK) -> Iterator[torch.Tensor]:
+        """The tensor as flat pieces of at most `size` bytes.
+
+        Raises:
+            ModelError: If the file ends before the tensor does.
+        """
+        size -= size % self.dtype.itemsize
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.start)
+            left = self.num_bytes
+            while left or not self.num_bytes:
+                buffer = torch.empty(min(size, left), dtype=torch.uint8)
+                view, filled = memoryview(buffer.numpy()), 0
+                while filled < len(view):
+                    count = stream.readinto(view[filled:])
+                    if not count:
+                        raise ModelError(f"{self.file}: ends in the middle of {self.name}. Fetch the file again.")
+                    filled += count
+                left -= len(view)
+                yield buffer.view(self.dtype)
+                if not left:
+                    return
+
+
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """What a safetensors file holds, in the order of its bytes.
+
+    Raises:
+        ModelError: If it is no safetensors file, or holds a type that weights do not have.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100 * 2**20:  # the limit that safetensors sets itself
+                raise ValueError("header too long")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = [
+            StoredTensor(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        ]
+    except KeyError as error:
+        raise ModelError(
+            f"{file}: holds tensors of type {error}. Merging needs 16- or 32-bit weights; give the model that was not quantised."
+        ) from None
+    except (OSError, ValueError, struct.error, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: is not a safetensors file ({error}).") from None
+    return sorted(found, key=lambda tensor: tensor.start)
+
+
+class TensorWriter:
+    """Writes a safetensors file, tensor by tensor in the order announced."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Writes the header; `tensors` gives type and shape of each, in the order in which they will come."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            end = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.expected = 8 + len(encoded) + offset
+        self.stream = file.open("wb", buffering=0)
+        self.stream.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, piece: torch.Tensor) -> None:
+        """Appends a piece of the present tensor."""
+        view = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        while len(view):
+            view = view[self.stream.write(view) :]
+
+    def close(self) -> None:
+        """Flushes the file to the disk; asserts that all announced bytes have come."""
+        assert self.stream.tell() == self.expected, "tensors written do not match the header"
+        os.fsync(self.stream.fileno())
+        self.stream.close()

@@ -1,0 +1,95 @@
+"""Rewards for users: open any run, adapter or export in one call; score, rank, pick the best of n."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_rm.checkpoint import RunFolder
+from lora_rm.data.preference import Message, Messages
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import DataError, ModelError
+from lora_rm.model.reward_model import RECORD, RewardModel
+
+
+def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: str = "auto") -> "Scorer":
+    """Opens a reward model.
+
+    Args:
+        path: A run folder (its adapter is opened on the quantised base), an adapter, a merged model or an export.
+        device: auto, cpu, cuda, ...
+        compute_dtype: auto, float32, bfloat16 or float16.
+
+    Raises:
+        ModelError: If the folder is none of these, or its head is missing or has not one logit.
+    """
+    folder = Path(path)
+    if (folder / "config.yaml").is_file():
+        folder = RunFolder.open(folder).adapter
+    if (folder / RECORD).is_file():
+        model = RewardModel.load_adapter(folder, device=device, compute_dtype=compute_dtype)
+    elif (folder / "config.json").is_file():
+        model = RewardModel.load_merged(folder, device=device, compute_dtype=compute_dtype)
+    else:
+        raise ModelError(f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders.")
+    model.choose_batching()
+    return Scorer(model.eval())
+
+
+class Scorer:
+    """A reward model that takes text.
+
+    >>> scorer = load_reward_model("runs/quickstart")  # doctest: +SKIP
+    >>> scorer.score("What is 2 + 2?", ["4", "Paris"])  # doctest: +SKIP
+    [3.1, -2.7]
+    """
+
+    def __init__(self, model: RewardModel) -> None:
+        """Wraps an opened model; `load_reward_model` does it."""
+        self.model = model
+
+    def score(
+        self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]
+    ) -> list[float]:
+        """Rewards of K answers to one prompt, which is computed once.
+
+        Args:
+            prompt: A text, taken as one user message, or messages.
+            answers: Texts, taken as assistant messages, or lists of messages.
+        """
+        before = _messages(prompt, "user") if prompt else ()
+        return self.score_conversations([(*before, *_messages(answer, "assistant")) for answer in answers])
+
+    def score_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """Rewards of whole conversations; those that begin alike are not told apart from others.
+
+        Raises:
+            DataError: If one is empty or ends with no assistant message.
+        """
+        for number, conversation in enumerate(conversations):
+            if not conversation or conversation[-1]["role"] != "assistant":
+                raise DataError(f"conversation {number}: does not end with an assistant message, so there is no answer to score.")
+        rows = self.model.chat.ids([(tuple(conversation), ()) for conversation in conversations])
+        return self.score_ids(rows)
+
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Rewards of whole conversations given as token ids."""
+        trees = [TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,)) for row in rows]
+        return [rewards[0] for rewards in self.model.score(trees)]
+
+    def rank(self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]) -> list[int]:
+        """Indices of the answers, best first."""
+        rewards = self.score(prompt, answers)
+        return sorted(range(len(answers)), key=lambda number: rewards[number], reverse=True)
+
+    def best_of(self, prompt: str | Sequence[Message], answers: Sequence[str]) -> str:
+        """The answer with the highest reward.
+
+        Raises:
+            DataError: If there is none to choose from.
+        """
+        if not answers:
+            raise DataError("best_of needs at least one answer.")
+        return answers[self.rank(prompt, answers)[0]]
+
+
+def _messages(text: str | Sequence[Message], role: str) -> Messages:
+    return ({"role": role, "content": text},) if isinstance(text, str) else tuple(text)

@@ -1,0 +1,283 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import get_scheduler
+
+from lora_rm.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
+from lora_rm.config import Settings
+from lora_rm.console import say
+from lora_rm.data.batches import microbatches, training_order
+from lora_rm.data.split import Data
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import ConfigError, Interrupted, ModelError
+from lora_rm.evaluate import evaluate
+from lora_rm.losses import preference_losses
+from lora_rm.metrics import MetricsLog, StepSums, memory_gib
+from lora_rm.model.reward_model import RewardModel
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def train(model: RewardModel, data: Data, settings: Settings, run: RunFolder, *, resume: bool = False) -> Progress:
+    """Trains adapter and head.
+
+    At every step the preferences of `training_order` are cut into rows of at most `tokens_per_microbatch`
+    tokens; the losses add up to their mean over the step. With `eval_every_steps` the best state by
+    evaluation loss is kept and put back at the end.
+
+    Args:
+        model: With trainable adapter and head; trained in place.
+        data: Both sides; the evaluation side is used with `eval_every_steps` only.
+        settings: Of the run.
+        run: Where metrics and checkpoints go.
+        resume: Go on from the newest whole checkpoint.
+
+    Raises:
+        Interrupted: After Ctrl-C or SIGTERM, when a checkpoint is saved.
+        ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient.
+        ConfigError: If a setting needs hardware that is not here.
+    """
+    wanted = settings.train
+    num_steps = count_steps(len(data.train.trees), settings)
+    accelerator = _accelerator(settings, model.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(model, settings)
+    scheduler = get_scheduler(wanted.schedule, optimizer, round(wanted.warmup_share * num_steps), num_steps)
+    progress = Progress()
+    if resume:
+        progress = _resume(model, optimizer, scheduler, run)
+    metrics = MetricsLog(
+        run.metrics, num_steps, first_step=progress.step, every=wanted.log_every_steps, accelerator=accelerator
+    )
+
+    def save(name: str) -> None:
+        save_checkpoint(
+            run.checkpoints / name, model=model, optimizer=optimizer, scheduler=scheduler, progress=asdict(progress)
+        )
+        remove_old(run.checkpoints, wanted.keep_checkpoints)
+
+    order = training_order(len(data.train.trees), num_steps, wanted.preferences_per_step, settings.seed)
+    model.train()
+    with metrics.display(), _stop_signals() as stop:
+        for step, numbers in enumerate(order, start=1):
+            if step <= progress.step:
+                continue
+            started = time.monotonic()
+            sums = StepSums()
+            rate = scheduler.get_last_lr()[0]
+            preferences = [data.train.trees[number] for number in numbers]
+            for group in microbatches(preferences, wanted.tokens_per_microbatch, model.batching):
+                losses = _losses(model, group, settings, sums)
+                accelerator.backward(losses.sum() / len(preferences))
+            norm = _gradient_norm(parameters, wanted.max_grad_norm)
+            if math.isfinite(sums.loss) and math.isfinite(norm):
+                optimizer.step()
+                progress.skipped_in_a_row = 0
+            else:
+                _count_skipped(progress, step, sums, norm, model, wanted.max_skipped_steps)
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step = step
+            seconds = time.monotonic() - started
+            metrics.step(
+                step,
+                {
+                    **sums.to_json(),
+                    "grad_norm": norm if math.isfinite(norm) else None,
+                    "learning_rate": rate,
+                    "num_preferences": len(preferences),
+                    "num_tokens": sums.num_tokens,
+                    "num_skipped": progress.num_skipped,
+                    "seconds": seconds,
+                    "tokens_per_second": sums.num_tokens / seconds,
+                    "memory_gib": memory_gib(model.device),
+                },
+            )
+            enough = False
+            if wanted.eval_every_steps and (step % wanted.eval_every_steps == 0 or step == num_steps):
+                enough = _evaluate(model, data, settings, metrics, progress)
+                if progress.best_step == step:
+                    save("best")
+            if stop.requested or (wanted.save_every_steps and step % wanted.save_every_steps == 0 and step < num_steps):
+                save(f"step-{step:06d}")
+            if stop.requested and step < num_steps:
+                raise Interrupted(
+                    f"Stopped at step {step} of {num_steps}; nothing is lost. "
+                    f"Go on with `lora-rm train {run.config} --resume`."
+                )
+            if enough:
+                say(f"No better evaluation since step {progress.best_step}: training stops at step {step}.")
+                break
+    if progress.best_step:
+        load_weights(run.best, model)
+    accelerator.end_training()
+    return progress
+
+
+def count_steps(num_preferences: int, settings: Settings) -> int:
+    """Optimizer steps of a run; an epoch's last step may be smaller than the others.
+
+    Raises:
+        ConfigError: If the training would have none.
+    """
+    per_epoch = math.ceil(num_preferences / settings.train.preferences_per_step)
+    steps = max(1, round(per_epoch * settings.train.num_epochs))
+    return min(steps, settings.train.max_steps) if settings.train.max_steps else steps
+
+
+def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; the B matrices have a rate of their own with LoRA+.
+
+    Raises:
+        ConfigError: If the optimizer needs a GPU and there is none.
+    """
+    wanted = settings.train
+    own_rate = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
+    fast = {id(p) for p in own_rate} if settings.adapter.lora_plus_ratio != 1.0 else set()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in fast]},
+    ]
+    if fast:
+        groups.append({"params": own_rate, "lr": wanted.learning_rate * settings.adapter.lora_plus_ratio})
+    arguments: dict[str, Any] = {
+        "lr": wanted.learning_rate,
+        "betas": (wanted.adam_beta1, wanted.adam_beta2),
+        "weight_decay": wanted.weight_decay,
+    }
+    if wanted.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **arguments)
+    if model.device.type != "cuda":
+        raise ConfigError(f"train.optimizer is paged_adamw_8bit, which needs a GPU; the model is on {model.device}. Use adamw.")
+    import bitsandbytes as bnb
+
+    return bnb.optim.PagedAdamW8bit(groups, **arguments)
+
+
+def _losses(model: RewardModel, group: list[TokenTree], settings: Settings, sums: StepSums) -> torch.Tensor:
+    batch = model.batch(group)
+    rewards = model(batch)
+    losses = preference_losses(rewards, group, settings.loss)
+    sums.add(group, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
+    return losses
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter], highest: float) -> float:
+    """The norm of all gradients, which are scaled down to `highest` if that is not 0."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, highest or math.inf))
+
+
+def _count_skipped(
+    progress: Progress, step: int, sums: StepSums, norm: float, model: RewardModel, allowed: int
+) -> None:
+    progress.num_skipped += 1
+    progress.skipped_in_a_row += 1
+    say(f"Step {step} is skipped: its loss is {sums.loss / sums.num_preferences}, its gradient norm {norm}.")
+    if progress.skipped_in_a_row < allowed:
+        return
+    largest = max((abs(r) for r in sums.rewards if math.isfinite(r)), default=math.nan)
+    not_finite = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    raise ModelError(
+        f"{allowed} steps in a row had a non-finite loss or gradient (last: step {step}; largest finite reward "
+        f"{largest:.3g}; parameters that are not finite: {not_finite[:3] or 'none'}). "
+        "Lower train.learning_rate, or set model.compute_dtype to bfloat16 or float32."
+    )
+
+
+def _evaluate(model: RewardModel, data: Data, settings: Settings, metrics: MetricsLog, progress: Progress) -> bool:
+    """Evaluates, remembers whether it is the best so far; true if training should stop."""
+    found = evaluate(model, data.eval.trees, settings.loss, settings.train.tokens_per_microbatch)
+    low, high = found.pairs.interval
+    say(f"evaluation at step {progress.step}: loss {found.loss:.4f}, accuracy {found.pairs.accuracy:.3f} [{low:.3f}, {high:.3f}]")
+    metrics.evaluation(progress.step, {"loss": found.loss, "accuracy": found.pairs.accuracy, "margin": found.margin_mean})
+    if progress.best_loss is None or found.loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.evaluations_since_best = found.loss, progress.step, 0
+    else:
+        progress.evaluations_since_best += 1
+    return bool(settings.train.early_stopping) and progress.evaluations_since_best >= settings.train.early_stopping
+
+
+def _resume(
+    model: RewardModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    run: RunFolder,
+) -> Progress:
+    checkpoint, passed_over = newest_checkpoint(run.checkpoints)
+    for sentence in passed_over:
+        say(sentence)
+    if checkpoint is None:
+        say("There is no checkpoint yet: training starts at the first step.")
+        return Progress()
+    say(f"Going on from {checkpoint}.")
+    return Progress(**load_checkpoint(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler))
+
+
+def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
+    """Holds the trackers and does the backward pass; the model sets its own types and device."""
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        log_with=list(settings.train.trackers) or None,
+        project_dir=settings.output_dir,
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"{accelerator.num_processes} processes were launched; training runs in one so far. Use plain `lora-rm train`.")
+    if settings.train.trackers:
+        accelerator.init_trackers("lora_rm")
+    return accelerator
+
+
+@dataclass(slots=True)
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Notes Ctrl-C and SIGTERM so that the loop can save first; a second Ctrl-C stops at once."""
+    stop = _Stop()
+
+    def note(number: int, frame: object) -> None:
+        del frame
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+        say("Stopping after this step; a second Ctrl-C stops at once and loses the steps since the last checkpoint.")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # not in the main thread, where Python allows no handlers
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

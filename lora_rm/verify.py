@@ -1,0 +1,241 @@
+"""Rewards before and after the merge, each side opened from the disk in a process of its own.
+
+The contract are the canaries of `lora_rm.json` and held-out answers, as token ids. The same ids go through
+the adapter on the quantised base and through the merged model, in float32 on both sides: through this library
+and through plain transformers padded on the right, padded on the left and one by one.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_rm.config import MergeSettings, VerifySettings
+from lora_rm.console import say, show_table
+from lora_rm.errors import MergeError
+
+HELD_OUT = "held_out.json"
+"""File of a run with the token ids of held-out answers, grouped by prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """How far rewards are from those expected."""
+
+    mean: float
+    """Mean absolute change, as a share of the spread of the expected rewards."""
+
+    largest: float
+    """Largest absolute change, as a share of the spread."""
+
+    kendall_tau: float
+    """Rank correlation over all pairs of answers, ties counted (tau-b, Kendall 1945)."""
+
+    pair_flips: int
+    """Pairs of answers whose order changed, out of `num_pairs`."""
+
+    num_pairs: int
+
+
+def measure_change(expected: Sequence[float], found: Sequence[float]) -> Change:
+    """Compares two lists of rewards of the same answers."""
+    count = len(expected)
+    spread = standard_deviation(expected) or 1.0
+    changes = [abs(a - b) for a, b in zip(expected, found, strict=True)]
+    flips = agreeing = 0
+    ties = [0, 0]
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    for i, j in pairs:
+        before, after = expected[i] - expected[j], found[i] - found[j]
+        ties[0] += before == 0
+        ties[1] += after == 0
+        flips += before * after < 0
+        agreeing += before * after > 0
+    scale = math.sqrt((len(pairs) - ties[0]) * (len(pairs) - ties[1]))
+    return Change(
+        mean=sum(changes) / count / spread,
+        largest=max(changes) / spread if all(map(math.isfinite, changes)) else math.inf,
+        kendall_tau=(agreeing - flips) / scale if scale else 1.0,
+        pair_flips=flips,
+        num_pairs=len(pairs),
+    )
+
+
+def verify(
+    adapter: Path, merged: Path, settings: VerifySettings | None = None, *, held_out: Path | None = None
+) -> dict[str, Any]:
+    """Checks weights, then rewards; writes `parity.json` into the merged folder.
+
+    Args:
+        adapter: Folder of the trained adapter.
+        merged: Folder that `merge` wrote.
+        settings: How much rewards may change.
+        held_out: A run's file of held-out answers, to be compared beside the canaries.
+
+    Returns:
+        What `parity.json` holds: spread, changes by way of scoring, and texts with their expected rewards.
+
+    Raises:
+        MergeError: If the weights are wrong, the trained adapter no longer gives its canaries' rewards, or the
+            merged model's rewards changed by more than allowed.
+    """
+    from lora_rm.merge import RECORD, Plan, check_weights
+    from lora_rm.model.base import read_json
+    from lora_rm.model.reward_model import read_record
+
+    settings = settings or VerifySettings()
+    merge_record: dict[str, Any] = read_json(merged / RECORD)
+    plan = Plan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
+    rounding = check_weights(plan, merged)
+    record = read_record(adapter)
+    canaries = record["canaries"]
+    rows = [canary["ids"] for canary in canaries]
+    more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
+    rows += [ids for ids in more[: settings.num_answers] if ids not in rows]
+    say(f"Scoring {len(rows)} answers with the adapter and with the merged model, in fresh processes ...")
+    before = score_in_fresh_process(adapter, rows, "adapter")["library"]
+    after = score_in_fresh_process(merged, rows, "merged")
+    remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
+    changes = {way: measure_change(before, rewards) for way, rewards in after.items()}
+    chat = plan_tokenizer(adapter)
+    parity = {
+        "merge": merge_record | {"rounding_error": None},
+        "worst_rounding": max(rounding.values(), default=0.0),
+        "spread": standard_deviation(before),
+        "num_answers": len(rows),
+        "canaries_against_training": asdict(remembered),
+        "changes": {way: asdict(change) for way, change in changes.items()},
+        "allowed": asdict(settings),
+        "answers": [
+            {"text": _text(chat, ids), "ids": ids, "reward": reward, "merged": merged_reward}
+            for ids, reward, merged_reward in zip(rows, before, after["library"], strict=True)
+        ],
+    }
+    (merged / "parity.json").write_text(json.dumps(parity, indent=1, ensure_ascii=False), encoding="utf-8")
+    show_table(
+        f"Rewards of the merged model against the adapter's ({len(rows)} answers, spread {parity['spread']:.3f})",
+        ["way", "mean change", "largest", "Kendall tau", "pairs flipped"],
+        [
+            [way, f"{c.mean:.3%}", f"{c.largest:.3%}", f"{c.kendall_tau:.4f}", f"{c.pair_flips} of {c.num_pairs}"]
+            for way, c in changes.items()
+        ],
+    )
+    _judge(remembered, changes, settings, merge_record)
+    return parity
+
+
+def _judge(
+    remembered: Change, changes: dict[str, Change], settings: VerifySettings, merge_record: dict[str, Any]
+) -> None:
+    if remembered.largest > settings.max_change:
+        raise MergeError(
+            f"The adapter's canaries moved by {remembered.largest:.2%} of the spread since training "
+            f"(allowed: {settings.max_change:.2%}). Adapter or base on the disk are not what was trained."
+        )
+    for way, change in changes.items():
+        # written so that NaN fails too
+        if not (change.largest <= settings.max_change and change.mean <= settings.max_mean_change):
+            raise MergeError(
+                f"Merging changed rewards by {change.mean:.2%} of their spread on average and {change.largest:.2%} at "
+                f"most ({way}; base: {merge_record['base_weights']}, stored as {merge_record['dtype']}; allowed: "
+                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). "
+                "Use --merge.base dequantized and --merge.dtype float16, or raise verify.max_change."
+            )
+
+
+def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: str) -> dict[str, list[float]]:
+    """Rewards of token-id lists by a folder's model, opened from the disk by a new interpreter.
+
+    Args:
+        folder: Of an adapter or a merged model.
+        rows: Whole conversations.
+        kind: `adapter`, or `merged`, which also scores through plain transformers.
+
+    Raises:
+        MergeError: If the process fails; with what it said.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        request.write_text(json.dumps({"folder": str(folder.resolve()), "rows": list(rows), "kind": kind}))
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_rm.verify", str(request), str(answer)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise MergeError(f"{folder}: cannot be opened and scored in a fresh process: {done.stderr[-1500:]}")
+        return json.loads(answer.read_text())
+
+
+def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list[float]]:
+    """What the fresh process does: every way of scoring that applies, in float32."""
+    import torch
+
+    from lora_rm.data.tokens import TokenTree
+    from lora_rm.model.reward_model import RewardModel
+
+    if kind == "adapter":
+        model = RewardModel.load_adapter(folder, compute_dtype="float32")
+    else:
+        model = RewardModel.load_merged(folder, compute_dtype="float32")
+    model.choose_batching()
+    trees = [TokenTree(ids[:-1], (ids[-1:],), kind="rating", scores=(0.0,)) for ids in rows]
+    ways = {"library": [rewards[0] for rewards in model.score(trees)]}
+    if kind == "adapter":
+        return ways
+    del model
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    pad = plain.config.get_text_config().pad_token_id
+
+    @torch.inference_mode()
+    def padded(group: list[list[int]], on_the_left: bool) -> list[float]:
+        longest = max(map(len, group))
+        blank = [[pad] * (longest - len(ids)) for ids in group]
+        ids = [b + i if on_the_left else i + b for i, b in zip(group, blank, strict=True)]
+        mask = [[0] * len(b) + [1] * len(i) if on_the_left else [1] * len(i) + [0] * len(b) for i, b in zip(group, blank, strict=True)]
+        logits = plain(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+        assert logits.shape[1] == 1
+        return logits[:, 0].tolist()
+
+    groups = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+    ways["transformers, padded right"] = [reward for group in groups for reward in padded(group, False)]
+    if hasattr(plain.config.get_text_config(), "rope_parameters"):  # absolute positions cannot be padded left
+        ways["transformers, padded left"] = [reward for group in groups for reward in padded(group, True)]
+    ways["transformers, one by one"] = [padded([ids], False)[0] for ids in rows]
+    return ways
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    """Of a population."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+
+def plan_tokenizer(adapter: Path) -> Any:
+    """The adapter's tokenizer."""
+    from lora_rm.data.tokens import ChatTokenizer
+
+    return ChatTokenizer.load(adapter)
+
+
+def _text(chat: Any, ids: list[int]) -> str:
+    """The text that gives these ids in a plain tokenizer call, which adds the BOS itself if it adds one."""
+    own = ids[1:] if chat.adds_bos else ids
+    return chat.tokenizer.decode(own, clean_up_tokenization_spaces=False)
+
+
+def _main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(score_rows(Path(request["folder"]), request["rows"], request["kind"])))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,269 @@
+"""What the commands and the recipes do, each step one function."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_rm.checkpoint import RunFolder
+from lora_rm.config import Settings
+from lora_rm.console import say, show_facts
+from lora_rm.data.split import Data, load_data, read_side
+from lora_rm.errors import ConfigError, DataError, MergeError
+from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
+from lora_rm.export.huggingface import export_huggingface, push
+from lora_rm.merge import merge
+from lora_rm.model.base import cache_folder
+from lora_rm.model.quantization import code_hashes
+from lora_rm.model.reward_model import RewardModel, read_record
+from lora_rm.score import Scorer, load_reward_model
+from lora_rm.train import train
+from lora_rm.verify import HELD_OUT, verify
+
+NUM_CANARIES = 64
+"""Held-out answers kept with the adapter, with their rewards: what every later form of the model is held to."""
+
+
+def train_run(settings: Settings, *, resume: bool = False) -> RunFolder:
+    """Trains and evaluates; leaves a run folder with an adapter.
+
+    Raises:
+        LoraRmError: If a setting, the data or the model cannot be used, or training was stopped.
+    """
+    run = RunFolder.create(settings, resume)
+    model = open_model(settings)
+    data = read_data(settings, model, run)
+    evaluate_before(model, data, settings, run)
+    train(model, data, settings, run, resume=resume)
+    evaluate_after(model, data, settings, run)
+    save_adapter(model, data, settings, run)
+    say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
+    return run
+
+
+def open_model(settings: Settings) -> RewardModel:
+    """Loads the base, adds adapter and head, picks how batches are computed, and says what is trained."""
+    say(f"Loading {settings.model.base or 'the base model'} ({settings.model.quantization}) ...")
+    model = RewardModel.load(
+        settings.model.base,
+        settings=settings.model,
+        adapter=settings.adapter,
+        chat_template=settings.data.chat_template,
+        checkpointing=settings.train.checkpointing == "full",
+        seed=settings.seed,
+    )
+    model.choose_batching(settings.train.batching)
+    count = model.trainable()
+    say(
+        f"{count.total:,} parameters, of which trained: {count.adapter:,} in the adapter, {count.head:,} in the head. "
+        f"Batches {model.batching}, products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}."
+    )
+    return model
+
+
+def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
+    """Reads both sides of the data and writes what became of every row to `data.json`."""
+    data = load_data(settings.data, model.chat, seed=settings.seed, cache=cache_folder())
+    run.write_json("data.json", data.report)
+    data.show()
+    return data
+
+
+def evaluate_before(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> dict[str, Any]:
+    """Evaluates the untrained model, once a run, beside what shortcuts reach."""
+    known = run.read_json("eval.json")
+    if known:
+        return known["before"]
+    before = _evaluate("before training", model, data, settings)
+    words = bag_of_words_baseline(data.train.preferences, data.eval.preferences)
+    run.write_json("eval.json", {"before": before.to_json(), "bag_of_words_baseline": words if words == words else None})
+    return before.to_json()
+
+
+def evaluate_after(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> Evaluation:
+    """Evaluates the trained model on the held-out side and adds it to `eval.json`."""
+    after = _evaluate("after training", model, data, settings)
+    run.write_json("eval.json", {**(run.read_json("eval.json") or {}), "after": after.to_json()})
+    return after
+
+
+def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> None:
+    """Writes the adapter with its canaries, and the held-out answers that `verify` scores beside them."""
+    rows = [row for tree in data.eval.trees for row in tree.conversations()]
+    model.eval()
+    with model.precise():
+        rewards = Scorer(model).score_ids(rows[:NUM_CANARIES])
+    record = model.describe(code_hashes(model.classifier))
+    record["canaries"] = [{"ids": ids, "reward": reward} for ids, reward in zip(rows, rewards, strict=False)]
+    record["settings"] = run.config.read_text(encoding="utf-8")
+    record["length_policy"] = {"max_length": settings.data.max_length, "policy": settings.data.length_policy}
+    model.save(run.adapter, record)
+    run.write_json(HELD_OUT, rows[NUM_CANARIES:][: max(settings.verify.num_answers, 64)])
+
+
+def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
+    """Merges a run's adapter, or the adapter in a folder of its own, and verifies the rewards.
+
+    Returns:
+        The run folder, or the merged folder of a lone adapter: what `export_run` takes.
+
+    Raises:
+        MergeError: If it cannot be merged, or rewards changed by more than allowed.
+    """
+    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    adapter = run.adapter if run else path
+    read_record(adapter)
+    if out is None:
+        out = run.merged if run else path.with_name(path.name + "-merged")
+    report = merge(adapter, out, settings.merge)
+    say(
+        f"{report.num_updated} of {report.num_tensors} tensors updated ({report.base_weights} base, {report.dtype}); "
+        f"rounding took at most {report.worst_rounding:.2%} of a tensor's update."
+    )
+    parity = verify(adapter, out, settings.verify, held_out=run.path / HELD_OUT if run else None)
+    if run:
+        run.write_json("parity.json", {key: value for key, value in parity.items() if key != "answers"})
+    say(f"The merged model lies in {out}. Next: lora-rm export {path if run else out} --to huggingface")
+    return path if run else out
+
+
+def export_run(path: Path, *, out: Path | None = None, overwrite: bool = False, push_to: str | None = None) -> Path:
+    """Exports a run's merged model, or a merged folder, for transformers.
+
+    Raises:
+        MergeError: If there is no merged and verified model, or the export gives other rewards.
+    """
+    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    merged = run.merged if run else path
+    if not (merged / "config.json").is_file():
+        raise MergeError(f"{path}: holds no merged model. Run `lora-rm merge {path}` first.")
+    if out is None:
+        out = run.exports / "huggingface" if run else path.with_name(path.name + "-huggingface")
+    export_huggingface(merged, out, run=run, overwrite=overwrite)
+    say(f"The export lies in {out}.")
+    if push_to:
+        say(f"Uploaded to {push(out, push_to)}.")
+    return out
+
+
+def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> Evaluation:
+    """Evaluates any saved model on `data.eval`, or on the held-out side of its own run.
+
+    Raises:
+        ConfigError: If there is nothing to evaluate on.
+    """
+    is_run = (path / "config.yaml").is_file()
+    if settings.data.eval is None and not is_run:
+        raise ConfigError("data.eval is not set. Give the preferences to evaluate on: --data.eval FILE.")
+    scorer = load_reward_model(path, device=settings.model.device, compute_dtype=settings.model.compute_dtype)
+    chat = scorer.model.chat
+    if settings.data.eval is None:
+        side = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder()).eval
+    else:
+        side = read_side(settings.data, chat, seed=settings.seed, cache=cache_folder())
+    found = evaluate(scorer.model, side.trees, settings.loss, settings.train.tokens_per_microbatch)
+    _show("evaluation", found)
+    if file is not None:
+        file.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+    return found
+
+
+def score_lines(path: str, lines: Iterable[str], name: str) -> Iterator[str]:
+    """Adds a reward to every conversation in JSON lines.
+
+    Raises:
+        DataError: If a line is no conversation; with its number.
+    """
+    scorer = load_reward_model(path)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            if "messages" in values:
+                values["reward"] = scorer.score_conversations([values["messages"]])[0]
+            elif "responses" in values:
+                values["rewards"] = scorer.score(values["prompt"], values["responses"])
+            else:
+                values["reward"] = scorer.score(values["prompt"], [values["response"]])[0]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{name} line {number}: is no conversation ({error}). Write "
+                '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
+            ) from None
+        yield json.dumps(values, ensure_ascii=False)
+
+
+def summarize(run: RunFolder, started: float) -> dict[str, Any]:
+    """Writes `summary.json` out of the run's files and shows it as the last table.
+
+    Args:
+        run: With evaluation, merge and export done.
+        started: `time.monotonic()` at the start of the job.
+    """
+    evaluation, parity, data = run.read_json("eval.json"), run.read_json("parity.json"), run.read_json("data.json")
+    before, after = evaluation["before"], evaluation["after"]
+    change = parity["changes"]["library"]
+    summary = {
+        "accuracy_before": before["pairs"]["accuracy"],
+        "accuracy_after": after["pairs"]["accuracy"],
+        "accuracy_interval": after["interval"],
+        "length_baseline": after["length_baseline"],
+        "bag_of_words_baseline": evaluation["bag_of_words_baseline"],
+        "num_pairs_train": data["train"]["kept"],
+        "num_pairs_eval": data["eval"]["kept"],
+        "merge_mean_change": change["mean"],
+        "merge_max_change": change["largest"],
+        "pair_flips": change["pair_flips"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    run.write_json("summary.json", summary)
+    low, high = after["interval"]
+    words = evaluation["bag_of_words_baseline"]
+    export = run.exports / "huggingface"
+    show_facts(
+        "Reward model",
+        {
+            "held-out accuracy": f"{_percent(before['pairs']['accuracy'])} -> {_percent(after['pairs']['accuracy'])}  "
+            f"(95 % interval {_percent(low)} to {_percent(high)}, {after['pairs']['num_pairs']} pairs)",
+            "longer answer wins": _percent(after["length_baseline"]),
+            "bag of words": "-" if words is None else _percent(words),
+            "rewards before merge": f"{parity['num_answers']} answers, spread {parity['spread']:.3f}",
+            "rewards after merge": f"changed by {change['mean']:.3%} of the spread on average, {change['largest']:.3%} at "
+            f"most; {change['pair_flips']} of {change['num_pairs']} pairs flipped",
+            "adapter": run.adapter,
+            "merged model": run.merged,
+            "export": export,
+            "time": f"{summary['seconds']:.0f} s",
+            "next": f"lora-rm score {export} conversations.jsonl",
+        },
+    )
+    return summary
+
+
+def _evaluate(when: str, model: RewardModel, data: Data, settings: Settings) -> Evaluation:
+    say(f"Evaluating {when} on {len(data.eval.trees)} held-out preferences ...")
+    found = evaluate(model, data.eval.trees, settings.loss, settings.train.tokens_per_microbatch)
+    _show(when, found)
+    return found
+
+
+def _show(title: str, found: Evaluation) -> None:
+    low, high = found.pairs.interval
+    facts: dict[str, object] = {"preferences": found.num_preferences, "loss": f"{found.loss:.4f}"}
+    if found.pairs.num_pairs:
+        facts |= {
+            "accuracy": f"{_percent(found.pairs.accuracy)} of {found.pairs.num_pairs} pairs [{_percent(low)}, {_percent(high)}]",
+            "ties": found.pairs.num_ties,
+            "longer answer wins": _percent(found.length_baseline),
+            "calibration error": f"{found.calibration_error:.3f}",
+        }
+    facts["reward"] = f"{found.reward_mean:.3f} ± {found.reward_spread:.3f}"
+    for name, count in found.subsets.items():
+        facts[f"  {name}"] = f"{_percent(count.accuracy)} of {count.num_pairs}"
+    show_facts(title, facts)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,655 @@
+"""Preference files of every format and type, good and bad."""
+
+import csv
+import gzip
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_rm.data.formats import BadRow, Row, RowError, parse_row, read_preferences, read_rows
+from lora_rm.data.preference import Preference
+from lora_rm.errors import DataError
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+PAIR = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_one(path, *rows):
+    preferences, dropped = read_preferences(write_lines(path, *rows))
+    assert len(preferences) == 1
+    assert not dropped
+    return preferences[0]
+
+
+# One hand-written file per format.
+
+
+def test_explicit_prompt_of_texts(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5", "system": "Be brief.", '
+        '"margin": 2, "subset": "math", "tools": "[{\\"name\\": \\"add\\"}]", "unknown": [1]}\n'
+    )
+    preferences, _ = read_preferences(str(path))
+    assert preferences == [
+        Preference(
+            prompt=(system("Be brief."), user("What is 2 + 2?")),
+            answers=((assistant("4"),), (assistant("5"),)),
+            margin=2.0,
+            tools=({"name": "add"},),
+            subset="math",
+            source=f"{path} line 1",
+        )
+    ]
+
+
+def test_explicit_prompt_of_messages(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}], "refusal": None}
+    row = {
+        "prompt": [system("s"), user("a"), assistant("b"), user("c")],
+        "chosen": [call, {"role": "tool", "content": "", "id": 7}, assistant("4")],
+        "rejected": [{**assistant("5"), "thinking": "hm"}],
+    }
+    preference = read_one(tmp_path / "pairs.jsonl", row)
+    assert preference.prompt == (system("s"), user("a"), assistant("b"), user("c"))
+    assert preference.answers == (
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]},
+            {"role": "tool", "content": ""},
+            assistant("4"),
+        ),
+        (assistant("5"),),
+    )
+
+
+def test_two_whole_conversations(tmp_path):
+    start = [user("a"), assistant("b"), user("c")]
+    row = {"chosen": [*start, assistant("good")], "rejected": [*start, assistant("bad")]}
+    preference = read_one(tmp_path / "pairs.jsonl", row)
+    assert preference.prompt == tuple(start)
+    assert preference.answers == ((assistant("good"),), (assistant("bad"),))
+
+
+def test_the_prompt_leaves_an_answer_and_does_not_end_with_the_assistant():
+    longer = {
+        "chosen": [user("a"), assistant("b")],
+        "rejected": [user("a"), assistant("b"), user("c"), assistant("d")],
+    }
+    preference = parse_row(longer, "here")
+    assert preference.prompt == (user("a"),)
+    assert preference.answers[1] == (assistant("b"), user("c"), assistant("d"))
+
+    same_start = {
+        "chosen": [user("a"), assistant("b"), assistant("c")],
+        "rejected": [user("a"), assistant("b"), assistant("d")],
+    }
+    assert parse_row(same_start, "here").prompt == (user("a"),)
+
+
+@pytest.mark.parametrize(
+    ("scores", "probability", "margin"), [((8.5, 7.0), 1.0, 1.5), ((6.0, 6.0), 0.5, 0.0)]
+)
+def test_ultrafeedback(tmp_path, scores, probability, margin):
+    row = {
+        "prompt": "why?",
+        "prompt_id": "1",
+        "chosen": [user("why? "), assistant("because")],
+        "rejected": [user("why? "), assistant("no")],
+        "messages": [user("why?"), assistant("because")],
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
+    }
+    preference = read_one(tmp_path / "uf.jsonl", row)
+    assert preference.prompt == (user("why? "),)
+    assert preference.answers == ((assistant("because"),), (assistant("no"),))
+    assert (preference.probability, preference.margin) == (probability, margin)
+
+
+def test_hh_text(tmp_path):
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHere to help.\n\nHuman: Bye\n\nAssistant:"
+    row = {"chosen": start + " Goodbye!", "rejected": start + " Human: what?\n"}
+    preference = read_one(tmp_path / "hh.jsonl", row)
+    assert preference.prompt == (user("Hi"), assistant("Hello.\n\nHere to help."), user("Bye"))
+    assert preference.answers == ((assistant("Goodbye!"),), (assistant("Human: what?"),))
+
+
+def test_sharegpt(tmp_path):
+    row = {
+        "conversations": [
+            {"from": "human", "value": "time?"},
+            {"from": "function_call", "value": '{"name": "now"}'},
+            {"from": "observation", "value": "12:00"},
+        ],
+        "chosen": {"from": "gpt", "value": "Noon."},
+        "rejected": {"from": "gpt", "value": "Late."},
+        "system": "",
+        "tools": '[{"name": "now"}]',
+    }
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([row]))
+    [preference], _ = read_preferences(str(path))
+    assert [message["role"] for message in preference.prompt] == ["user", "assistant", "tool"]
+    assert preference.answers == ((assistant("Noon."),), (assistant("Late."),))
+    assert preference.tools == ({"name": "now"},)
+
+
+@pytest.mark.parametrize(
+    ("strength", "first", "probability", "margin"),
+    [(-2, "one", 1.0, 2.0), (3, "two", 1.0, 3.0), (0, "one", 0.5, 0.0)],
+)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("context", "response1", "response2", "overall_preference"),
+        ("prompt", "response_1", "response_2", "preference_strength"),
+    ],
+)
+def test_helpsteer(tmp_path, names, strength, first, probability, margin):
+    row = dict(zip(names, ([user("q")], "one", "two", strength), strict=True))
+    preference = read_one(tmp_path / "helpsteer.jsonl", row)
+    assert preference.prompt == (user("q"),)
+    assert preference.answers[0] == (assistant(first),)
+    assert (preference.probability, preference.margin) == (probability, margin)
+
+
+@pytest.mark.parametrize(("given_probability", "first", "probability"), [(0.7, "a", 0.7), (0.25, "b", 0.75)])
+def test_soft_labels(tmp_path, given_probability, first, probability):
+    responses = {"prompt": "q", "response_a": "a", "response_b": "b", "probability": given_probability}
+    chosen = {"prompt": "q", "chosen": "a", "rejected": "b", "probability": given_probability}
+    for row in (responses, chosen):
+        preference = read_one(tmp_path / "soft.jsonl", row)
+        assert preference.answers[0] == (assistant(first),)
+        assert preference.probability == pytest.approx(probability)
+
+
+def test_ties():
+    tie = parse_row(PAIR | {"tie": True, "margin": 1.0}, "here")
+    assert tie.is_tie
+    assert tie.margin == 0.0
+    assert not parse_row(PAIR | {"tie": False}, "here").is_tie
+    assert parse_row({"prompt": "q", "response1": "a", "response2": "b", "tie": True}, "here").is_tie
+
+
+def test_nemo(tmp_path):
+    def row(*ranks):
+        completions = [
+            {"rank": rank, "completion": [assistant(f"r{rank}-{i}")]} for i, rank in enumerate(ranks)
+        ]
+        return {"context": [user("q")], "completions": completions}
+
+    pair = read_one(tmp_path / "nemo.jsonl", row(1, 0))
+    assert pair.kind == "pair"
+    assert pair.answers == ((assistant("r0-1"),), (assistant("r1-0"),))
+    assert pair.margin == 0.0
+    assert read_one(tmp_path / "nemo.jsonl", row(0, 0)).is_tie
+    ranking = read_one(tmp_path / "nemo.jsonl", row(2, 0, 1))
+    assert (ranking.kind, ranking.scores) == ("ranking", (-2.0, 0.0, -1.0))
+
+
+def test_scored_responses(tmp_path):
+    path = tmp_path / "lists.jsonl"
+    row = {"prompt": "q", "responses": ["a", [assistant("b")], "c"], "scores": [1, 3, 3]}
+    ranking = read_one(path, row)
+    assert ranking.kind == "ranking"
+    assert ranking.answers == ((assistant("a"),), (assistant("b"),), (assistant("c"),))
+    assert ranking.scores == (1.0, 3.0, 3.0)
+    pair = read_one(path, {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 3.5]})
+    assert (pair.kind, pair.answers[0], pair.margin) == ("pair", (assistant("b"),), 2.5)
+    assert read_one(path, {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}).is_tie
+    pair = read_one(path, {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]})
+    assert (pair.answers[0], pair.margin) == ((assistant("a"),), 0.0)
+    rating = read_one(path, {"prompt": "q", "responses": ["a"], "scores": [0.25]})
+    assert (rating.kind, rating.scores) == ("rating", (0.25,))
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"), [("response", "rating"), ("completion", "score"), ("response", "label")]
+)
+def test_rating(tmp_path, answer, score):
+    preference = read_one(tmp_path / "ratings.jsonl", {"prompt": "q", answer: "a", score: 4})
+    assert preference.kind == "rating"
+    assert preference.answers == ((assistant("a"),),)
+    assert preference.scores == (4.0,)
+
+
+# Every type of source.
+
+MIXED = [
+    PAIR | {"margin": 0.5, "subset": "math"},
+    {"prompt": [user("a\u2028b\nc")], "chosen": [assistant("é")], "rejected": [assistant("f")], "tie": True},
+]
+
+
+def check_mixed(source, where, **options):
+    preferences, dropped = read_preferences(str(source), **options)
+    assert not dropped
+    expected = [parse_row(row, f"{source} {place}") for row, place in zip(MIXED, where, strict=True)]
+    assert preferences == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_json_lines(tmp_path, suffix, bom):
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in MIXED]
+    content = bom + lines[0] + b"\r\n\n  \n" + lines[1]
+    path = tmp_path / f"pairs.jsonl{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    check_mixed(path, ["line 1", "line 4"])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("content", [MIXED, {"data": MIXED}])
+def test_json(tmp_path, suffix, content):
+    encoded = json.dumps(content, indent=1).encode()
+    path = tmp_path / f"pairs.json{suffix}"
+    path.write_bytes(gzip.compress(encoded) if suffix else encoded)
+    check_mixed(path, ["row 1", "row 2"])
+
+
+def csv_bytes(columns, rows, path):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_csv(tmp_path, suffix):
+    columns = ["prompt", "chosen", "rejected", "margin", "subset", "tie"]
+    rows = [
+        ["What is 2 + 2?", "4", "5", "0.5", "math", ""],
+        [json.dumps([user("a\u2028b\nc")]), '[{"role": "assistant", "content": "é"}]', "f", "", "", "True"],
+    ]
+    content = b"\xef\xbb\xbf" + csv_bytes(columns, rows, tmp_path / "plain.csv")
+    path = tmp_path / f"pairs.csv{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    check_mixed(path, ["line 2", "line 3"])
+
+
+def test_csv_lines_numbers_and_texts_that_look_like_json(tmp_path):
+    long = "x" * 200_000
+    rows = [["[1, 2]", "two\nlines", '{"a": 1}', "1"], [], ["q", long, "b", "2"]]
+    path = tmp_path / "pairs.csv"
+    csv_bytes(["prompt", "chosen", "rejected", "margin"], rows, path)
+    preferences, _ = read_preferences(str(path))
+    assert preferences[0].prompt == (user("[1, 2]"),)
+    assert preferences[0].answers == ((assistant("two\nlines"),), (assistant('{"a": 1}'),))
+    assert [p.source for p in preferences] == [f"{path} line 2", f"{path} line 5"]
+    assert preferences[1].answers[0][0]["content"] == long
+
+    csv_bytes(["prompt", "responses", "scores"], [["q", '["a", "b"]', "[1, 2]"]], path)
+    assert read_preferences(str(path))[0][0].margin == 1.0
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    columns = {
+        "prompt": [[user("q"), assistant("a"), user("r")], [user("q")]],
+        "chosen": [[assistant("b")], [{"role": "assistant", "tool_calls": [{"name": "add"}]}]],
+        "rejected": [[assistant("c")], [assistant("d")]],
+        "margin": [0.5, None],
+        "subset": ["math", None],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    preferences, _ = read_preferences(str(path))
+    assert [(p.margin, p.subset, p.source) for p in preferences] == [
+        (0.5, "math", f"{path} row 1"),
+        (0.0, "", f"{path} row 2"),
+    ]
+    assert preferences[0].prompt == (user("q"), assistant("a"), user("r"))
+    assert preferences[0].answers == ((assistant("b"),), (assistant("c"),))
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    assert preferences[1].answers == ((called,), (assistant("d"),))
+
+    bad = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
+    table = pyarrow.table({"prompt": bad, "chosen": ["a", "a"], "rejected": ["b", "b"]})
+    pyarrow.parquet.write_table(table, path)
+    good, wrong = read_rows(str(path))
+    assert isinstance(good, Row)
+    assert (wrong.source, wrong.reason) == (f"{path} row 2", "not UTF-8")
+
+
+def test_saved_dataset(tmp_path):
+    import datasets
+
+    train, test = (datasets.Dataset.from_list([PAIR | {"subset": name}]) for name in ("train", "test"))
+    train.save_to_disk(tmp_path / "single")
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "splits")
+
+    [preference], _ = read_preferences(str(tmp_path / "single"), split="anything")
+    assert preference.source == f"{tmp_path / 'single'} row 1"
+    [preference], _ = read_preferences(str(tmp_path / "splits"), split="test")
+    assert preference.subset == "test"
+    with pytest.raises(DataError, match=r"has no split 'dev'. It has: train, test"):
+        read_preferences(str(tmp_path / "splits"), split="dev")
+    with pytest.raises(DataError, match="is not a folder written by"):
+        read_preferences(str(tmp_path))
+
+
+def test_hub_dataset(monkeypatch):
+    import datasets
+
+    def load_dataset(name, **options):
+        assert (name, options) == ("someone/pairs", {"split": "test"})
+        return datasets.Dataset.from_list([PAIR])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    [preference], _ = read_preferences("someone/pairs", split="test")
+    assert preference.source == "someone/pairs test row 1"
+
+    def refuse(name, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"someone/pairs is no local file.*no network"):
+        read_preferences("someone/pairs")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.csv.gz", "./pairs", "a/b/c"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(DataError, match="no such file"):
+        read_preferences(name)
+
+
+# What is wrong with a whole file.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.jsonl", b"", "holds no rows"),
+        ("pairs.jsonl", b"\n \n", "holds no rows"),
+        ("pairs.json", b"", "holds no rows"),
+        ("pairs.json", b"[]", "holds no rows"),
+        ("pairs.csv", b"prompt,chosen,rejected\n", "holds no rows"),
+        ("pairs.json", b'{"a": 1}\n{"a": 2}', r"Extra data.*\.jsonl"),
+        ("pairs.json", b'{"rows": []}', "is not a list of rows"),
+        ("pairs.json", b'["\xff"]', "0xff at position 2 is not UTF-8"),
+        ("pairs.csv", b"a,a\n1,2\n", "two columns have the same name"),
+        ("pairs.csv", b'"a"b,c\n1,2\n', "line 1: broken CSV"),
+        ("pairs.txt", b"hello", r"unknown type. Allowed: \.jsonl"),
+        ("pairs.jsonl.gz", b"hello", "cannot be read to its end"),
+        ("pairs.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read to its end"),
+        ("pairs.parquet", b"hello", "cannot be read to its end"),
+    ],
+)
+def test_bad_file(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_preferences(str(path), on_bad_row="skip")
+    assert str(path) in str(caught.value)
+
+
+# What is wrong with a row.
+
+BAD_LINES = [
+    ("broken JSON", b'{"prompt": "a"', "broken JSON"),
+    ("broken JSON", b'{"prompt": ' + b"[" * 100_000 + b"}", "broken JSON"),
+    ("not UTF-8", b'{"prompt": "\xff"}', "byte 0xff at position 12 is not UTF-8"),
+    ("wrong type", b'["a"]', "the row is a list"),
+    ("wrong type", b"null", "the row is null"),
+    ("not valid text", b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "lone surrogate"),
+    ("not a number", b'{"prompt": "q", "chosen": "a", "rejected": "b", "margin": NaN}', "'margin' is nan"),
+    ("not a number", b'{"prompt": "q", "response": "a", "rating": 1e999}', "'rating' is inf"),
+    ("not a number", b'{"prompt": "q", "response": "a", "rating": true}', "'rating' is True"),
+]
+LISTS = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 2, 3]}
+TWO = {"prompt": "q", "response1": "a", "response2": "b"}
+UF = {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+BAD_ROWS = [
+    (
+        "missing field",
+        {"prompt": "q", "chosen": "a", "response": "b"},
+        "field 'rejected' is missing (found: prompt, chosen, response).",
+    ),
+    ("missing field", PAIR | {"chosen": None}, "'chosen' is missing (found: prompt, rejected)"),
+    ("missing field", {"chosen": "a", "rejected": "b"}, "'prompt' is missing"),
+    ("missing field", {"chosen": [assistant("a")], "rejected": [assistant("b")]}, "'prompt' is missing"),
+    (
+        "missing field",
+        PAIR | {"chosen": [{"role": "assistant"}]},
+        "'chosen[0].content' is missing (found: role)",
+    ),
+    ("missing field", PAIR | {"chosen": [{"content": "a"}]}, "'chosen[0].role' is missing"),
+    ("missing field", {"prompt": "q", "responses": ["a", "b"]}, "'scores' is missing"),
+    ("missing field", TWO, "'overall_preference' is missing"),
+    ("missing field", {"prompt": "q", "response": "a"}, "'rating' is missing"),
+    (
+        "missing field",
+        {"context": "q", "completions": [{"rank": 0}]},
+        "'completions[0].completion' is missing",
+    ),
+    (
+        "unknown format",
+        {"instruction": "q", "output": "a"},
+        "columns instruction, output. Accepted: prompt + chosen",
+    ),
+    ("unknown format", {}, "columns nothing"),
+    ("empty field", PAIR | {"rejected": " \n"}, "'rejected' is empty"),
+    ("empty field", PAIR | {"prompt": []}, "'prompt' is empty"),
+    ("empty field", PAIR | {"prompt": [user("")]}, "'prompt[0].content' is empty"),
+    (
+        "empty field",
+        {"chosen": "\n\nHuman: a\n\nAssistant: ", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+        "'chosen[1]'",
+    ),
+    ("wrong type", PAIR | {"chosen": 4}, "'chosen' is 4"),
+    ("wrong type", PAIR | {"chosen": ["4"]}, "'chosen[0]' is '4'"),
+    ("wrong type", PAIR | {"chosen": [assistant([{"type": "text"}])]}, "'chosen[0].content' is a list"),
+    ("wrong type", PAIR | {"margin": "0.5"}, "'margin' is '0.5'"),
+    ("wrong type", PAIR | {"tie": 1}, "'tie' is 1"),
+    ("wrong type", PAIR | {"subset": 1}, "'subset' is 1"),
+    ("wrong type", PAIR | {"tools": ["add"]}, "'tools' is a list"),
+    ("wrong type", LISTS | {"responses": "a"}, "'responses' is 'a'"),
+    ("wrong type", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": [assistant("b")]}, "'chosen' is"),
+    ("broken JSON", PAIR | {"tools": "[{"}, "'tools' is no JSON"),
+    ("wrong roles", PAIR | {"chosen": [{"role": "bot", "content": "a"}]}, "'chosen[0].role' is 'bot'"),
+    ("wrong roles", PAIR | {"chosen": [assistant("a"), user("b")]}, "'chosen' ends with the role 'user'"),
+    (
+        "wrong roles",
+        PAIR | {"prompt": [user("a"), assistant("b")]},
+        "'prompt' ends with a message from the assistant",
+    ),
+    (
+        "wrong roles",
+        LISTS | {"responses": [[user("a"), assistant("b")], "b", "c"]},
+        "'responses[0]' starts with",
+    ),
+    ("wrong roles", PAIR | {"system": "a", "prompt": [system("b"), user("c")]}, "'system' is there"),
+    (
+        "wrong roles",
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"},
+        "'rejected' ends with the role 'user'",
+    ),
+    ("different prompt", UF | {"prompt": "other"}, "an answer starts with the role 'user'"),
+    ("not a number", LISTS | {"scores": [1, 2, 10**400]}, "'scores[2]' is a huge number"),
+    ("not valid text", PAIR | {"tools": [{"name": "\ud800"}]}, "'tools' has half a character"),
+    ("identical answers", PAIR | {"rejected": "4"}, "two answers are identical"),
+    ("identical answers", PAIR | {"rejected": "4", "tie": True}, "two answers are identical"),
+    ("identical answers", LISTS | {"responses": ["a", "b", "a"]}, "two answers are identical"),
+    ("no preference", LISTS | {"scores": [1, 1, 1]}, "all 3 answers are equally good"),
+    ("no preference", {"prompt": "q", "responses": ["a"], "ranks": [0]}, "one answer and its rank"),
+    ("wrong length", LISTS | {"scores": [1, 2]}, "3 responses, but 2 scores"),
+    ("out of range", PAIR | {"margin": -1}, "the margin is -1"),
+    ("out of range", PAIR | {"probability": 1.5}, "'probability' is 1.5"),
+    ("out of range", TWO | {"overall_preference": 4}, "'overall_preference' is 4"),
+    ("out of range", TWO | {"overall_preference": 0.5}, "'overall_preference' is 0.5"),
+    ("chosen scored below rejected", UF | {"score_chosen": 1, "score_rejected": 2}, "score_chosen is below"),
+    ("contradiction", PAIR | {"margin": 1, "probability": 0.2}, "the probability 0.2"),
+]
+
+
+def check_bad_line(path, content, line, reason, words):
+    path.write_bytes(content)
+    with pytest.raises(RowError) as caught:
+        read_preferences(str(path))
+    assert caught.value.reason == reason
+    assert str(caught.value).startswith(f"{path} line {line}: ")
+    assert words in str(caught.value)
+    assert "on_bad_row='skip'" in str(caught.value)
+    str(caught.value).encode()
+    preferences, dropped = read_preferences(str(path), on_bad_row="skip")
+    assert len(preferences) == 2
+    assert dropped == Counter({reason: 1})
+
+
+@pytest.mark.parametrize(("reason", "line", "words"), BAD_LINES)
+def test_bad_line(tmp_path, reason, line, words):
+    good = json.dumps(PAIR).encode()
+    check_bad_line(tmp_path / "pairs.jsonl", good + b"\n\n" + line + b"\n" + good, 3, reason, words)
+
+
+@pytest.mark.parametrize(("reason", "row", "words"), BAD_ROWS)
+def test_bad_row(tmp_path, reason, row, words):
+    good = json.dumps(PAIR).encode()
+    content = good + b"\n\n" + json.dumps(row).encode() + b"\n" + good
+    check_bad_line(tmp_path / "pairs.jsonl", content, 3, reason, words)
+
+
+@pytest.mark.parametrize(
+    ("reason", "line", "words"),
+    [
+        ("wrong number of cells", b"q,a", "2 cells, but the first line names 4 columns"),
+        ("broken CSV", b'"q"x,a,b,1', "broken CSV"),
+        ("not UTF-8", b"q,\xff,b,1", "not UTF-8"),
+        (
+            "broken JSON",
+            b"q,\"[{'role': 'assistant', 'content': 'a'}]\",b,1",
+            "'chosen' is in Python's notation",
+        ),
+        ("empty field", b"q,,b,1", "'chosen' is empty"),
+        ("wrong type", b"q,a,b,much", "'margin' is 'much'"),
+        ("not a number", b"q,a,b,nan", "'margin' is nan"),
+    ],
+)
+def test_bad_csv_line(tmp_path, reason, line, words):
+    content = b'prompt,chosen,rejected,margin\n"two\nlines",a,b,1\n' + line + b"\nq,a,b,\n"
+    check_bad_line(tmp_path / "pairs.csv", content, 4, reason, words)
+
+
+def test_rows_come_in_order_with_bad_ones_in_their_place(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"a": 1}\nx\n{"a": 2}\n')
+    rows = list(read_rows(str(path)))
+    assert rows[0] == Row(values={"a": 1}, source=f"{path} line 1")
+    assert isinstance(rows[1], BadRow)
+    assert (rows[1].source, rows[1].reason) == (f"{path} line 2", "broken JSON")
+    assert rows[2] == Row(values={"a": 2}, source=f"{path} line 3")
+
+
+def test_skipping_counts_by_reason(tmp_path):
+    rows = [PAIR, {"a": 1}, PAIR | {"chosen": ""}, {"b": 1}, PAIR]
+    preferences, dropped = read_preferences(write_lines(tmp_path / "a.jsonl", *rows), on_bad_row="skip")
+    assert len(preferences) == 2
+    assert dropped == {"unknown format": 2, "empty field": 1}
+    with pytest.raises(DataError, match=r"no row that can be used \(unknown format: 1\)"):
+        read_preferences(write_lines(tmp_path / "b.jsonl", {"a": 1}), on_bad_row="skip")
+
+
+def test_limit_stops_the_reading(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", PAIR, PAIR, {"a": 1})
+    assert len(read_preferences(path, limit=2)[0]) == 2
+    assert len(read_preferences(path, limit=9, on_bad_row="skip")[0]) == 2
+
+
+# Real data.
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "num_good", "dropped"),
+    [
+        ("alpaca_pairs_train.jsonl.gz", "pair", 2613, {}),
+        ("alpaca_pairs_test.jsonl.gz", "pair", 538, {}),
+        # All eight scores are 0 or all are 1: nothing to learn from.
+        ("alpaca_lists_train.jsonl.gz", "ranking", 605, {"no preference": 40}),
+        ("alpaca_lists_test.jsonl.gz", "ranking", 147, {"no preference": 13}),
+        # Four chosen answers, on lines 87, 517, 926 and 1104, are empty.
+        ("hh_harmless_test.jsonl.gz", "pair", 2308, {"empty field": 4}),
+        ("llamafactory_dpo_en_demo.json", "pair", 300, {}),
+    ],
+)
+def test_real_data(name, kind, num_good, dropped):
+    path = REAL_DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is not there")
+    preferences, counts = read_preferences(str(path), on_bad_row="skip")
+    assert len(preferences) == num_good
+    assert counts == dropped
+    for preference in preferences:
+        assert preference.kind == kind
+        assert preference.prompt[-1]["role"] == "user"
+        assert all(answer[0]["role"] == answer[-1]["role"] == "assistant" for answer in preference.answers)
+
+
+# Anything at all.
+
+TEXTS = st.text(max_size=6) | st.sampled_from(["q", "\n\nHuman: a\n\nAssistant: b", "[]", "\ud800", ""])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "bot"]) | SCALARS
+MESSAGE_DICTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": ROLES,
+        "content": SCALARS,
+        "from": ROLES,
+        "value": SCALARS,
+        "tool_calls": st.lists(SCALARS),
+    },
+)
+COMPLETIONS = st.fixed_dictionaries(
+    {}, optional={"rank": SCALARS, "completion": st.lists(MESSAGE_DICTS, max_size=2)}
+)
+VALUES = st.recursive(
+    SCALARS | MESSAGE_DICTS | COMPLETIONS | st.lists(MESSAGE_DICTS, max_size=4),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(TEXTS, children, max_size=2),
+    max_leaves=8,
+)
+COLUMNS = sorted(
+    {name for _, row, _ in BAD_ROWS for name in row} | {"conversations", "preference_strength", "ranks"}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([row for _, row, _ in BAD_ROWS] + [PAIR, UF, TWO, LISTS]),
+    st.dictionaries(st.sampled_from(COLUMNS) | TEXTS, VALUES, max_size=4),
+)
+def test_any_row_is_read_or_refused(start, values):
+    for row in (values, start | values):
+        try:
+            preference = parse_row(row, "here")
+        except DataError as error:
+            str(error).encode()
+        else:
+            assert isinstance(preference, Preference)
+            assert 0.5 <= preference.probability <= 1.0
+            assert preference.margin >= 0.0
+            assert all(answer and answer[-1]["role"] == "assistant" for answer in preference.answers)
+            assert all(map(math.isfinite, (preference.margin, *preference.scores)))
+            assert preference.prompt_key

@@ -1,0 +1,150 @@
+"""Rewards and every gradient of a packed, prefix-shared row equal those of separate conversations."""
+
+import pytest
+import torch
+
+from conftest import FAMILIES, make_base, make_model, shake
+from lora_rm.data.batches import build_batch
+from lora_rm.data.tokens import TokenTree
+
+
+def some_trees(vocabulary: int) -> list[TokenTree]:
+    """Trees of 3, 2 and 1 answers, prompts of 9, 1 and 4 tokens; longer than the windows of 8."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length):
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    return [
+        TokenTree(ids(9), (ids(4), ids(7), ids(1)), kind="ranking", scores=(3.0, 2.0, 1.0)),
+        TokenTree(ids(1), (ids(12), ids(3))),
+        TokenTree(ids(4), (ids(6),), kind="rating", scores=(0.5,)),
+    ]
+
+
+def separate(model, trees):
+    """Rewards of every conversation alone, unpadded, through the model's own attention and its own head."""
+    model._set_attention("padded")
+    rewards = []
+    for tree in trees:
+        for ids in tree.conversations():
+            hidden = model.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+            rewards.append((hidden[0, -1].float() @ model.head[0]))
+    return torch.stack(rewards)
+
+
+def gradients(model, rewards):
+    weights = torch.linspace(-1.0, 2.0, len(rewards))
+    model.zero_grad()
+    (rewards * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("batching", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, batching):
+    base = make_base(tmp_path / family, family, dtype=torch.float32)
+    model = shake(make_model(base, quantization="none", load_dtype="float32"))
+    model.train()
+    trees = some_trees(model.classifier.config.vocab_size)
+    expected = separate(model, trees)
+    expected_gradients = gradients(model, expected)
+    model._set_attention(batching)
+    found = model.rewards(build_batch(trees, batching))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found_gradients = gradients(model, found)
+    assert len(found_gradients) > 10
+    for name, gradient in expected_gradients.items():
+        # 1e-5 of the largest entry: single entries near zero are sums that cancel
+        distance = float((found_gradients[name] - gradient).abs().max() / gradient.abs().max())
+        assert distance < 1e-5, f"{name}: {distance:.1e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_at_the_start_chooses_sharing(tmp_path, family, capsys):
+    model = make_model(make_base(tmp_path / family, family, dtype=torch.float32), quantization="none", load_dtype="float32")
+    assert model.batching == "shared", capsys.readouterr().out
+
+
+def test_a_recurrent_hybrid_falls_back_to_padded_with_one_line(tmp_path, capsys):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    from lora_rm.config import AdapterSettings
+
+    model = make_model(
+        tmp_path / "hybrid", quantization="none", load_dtype="float32",
+        adapter=AdapterSettings(rank=2, alpha=6.0, target_modules=("q_proj", "v_proj")),
+    )  # fmt: skip
+    assert model.batching == "padded"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "padded" in line]
+    assert len(lines) == 1
+    assert "of 4 layers" in lines[0]
+    trees = some_trees(len(tokenizer))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.rewards(model.batch(trees)), separate(model, trees), rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_is_refused(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from conftest import make_tokenizer
+    from lora_rm.errors import ModelError
+
+    tokenizer = make_tokenizer()
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="encoders are not"):
+        make_model(tmp_path / "bert", quantization="none")
+
+
+def test_a_way_of_batching_that_is_not_exact_is_refused_by_name(base, monkeypatch):
+    from lora_rm.errors import ModelError
+    from lora_rm.model import tree_attention
+
+    model = make_model(base)
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def wrong(*args, is_causal=False, **kwargs):
+        return real(*args, is_causal=False, **kwargs)  # every token sees the whole conversation
+
+    monkeypatch.setattr(tree_attention.F, "scaled_dot_product_attention", wrong)
+    with pytest.raises(ModelError, match="rewards differ"):
+        model.choose_batching("shared")
+    assert model.batching == "padded"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_recomputed_layers_give_the_same_gradients(base, trees, quantization):
+    from lora_rm.config import AdapterSettings, ModelSettings
+    from lora_rm.model.base import BaseModel
+    from lora_rm.model.reward_model import RewardModel
+
+    found = []
+    for checkpointing in (False, True):
+        model = shake(
+            RewardModel.load(
+                BaseModel(name=str(base), path=base),
+                settings=ModelSettings(quantization=quantization, compute_dtype="float32"),
+                adapter=AdapterSettings(rank=4, alpha=12.0),
+                checkpointing=checkpointing,
+            )
+        )
+        model.choose_batching("shared")
+        model.train()
+        found.append(gradients(model, model.rewards(model.batch(trees[:5]))))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
