@@ -1,16 +1,16 @@
 """The run folder: what lies where, checkpoints that are whole or not there, and the way back from one.
 
-    RUN/
-      config.yaml        the settings, resolved; runs again as a preset
-      data.json          rows kept, dropped and cut, by reason
-      metrics.jsonl      one line a step
-      checkpoints/       step-000100/ ..., best/: everything the next step depends on
-      adapter/           LoRA matrices, score head, tokenizer, lora_rm.json
-      eval.json          held-out accuracy before and after training
-      merged/            the merged model: a transformers folder
-      parity.json        rewards before and after the merge
-      export/            one folder a target
-      summary.json       the numbers of the last table
+RUN/
+config.yaml        the settings, resolved; runs again as a preset
+data.json          rows kept, dropped and cut, by reason
+metrics.jsonl      one line a step
+checkpoints/       step-000100/ ..., best/: everything the next step depends on
+adapter/           LoRA matrices, score head, tokenizer, lora_rm.json
+eval.json          held-out accuracy before and after training
+merged/            the merged model: a transformers folder
+parity.json        rewards before and after the merge
+export/            one folder a target
+summary.json       the numbers of the last table
 """
 
 import hashlib
@@ -76,7 +76,9 @@ class RunFolder:
         """
         run = cls(Path(path))
         if not run.config.is_file():
-            raise ConfigError(f"{run.path}: is no run folder (it has no config.yaml). Give the output_dir of a run.")
+            raise ConfigError(
+                f"{run.path}: is no run folder (it has no config.yaml). Give the output_dir of a run."
+            )
         return run
 
     def settings(self) -> Settings:
@@ -144,7 +146,9 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names = {id(p): name for name, p in model.named_parameters()}
-    save_file({name: p.detach().cpu().contiguous() for name, p in trainable(model)}, partial / "model.safetensors")
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in trainable(model)}, partial / "model.safetensors"
+    )
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
@@ -210,7 +214,9 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     stored = load_file(folder / "model.safetensors")
     own = dict(trainable(model))
     if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
-        raise ModelError(f"{folder}: its parameters are not those of this model. Was the adapter changed since?")
+        raise ModelError(
+            f"{folder}: its parameters are not those of this model. Was the adapter changed since?"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(stored[name])
@@ -218,7 +224,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a sentence about each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in sorted(step_checkpoints(folder), reverse=True):
         fault = _fault(candidate)
         if not fault:
@@ -273,13 +279,13 @@ def _random_tensors() -> dict[str, torch.Tensor]:
     states = {"torch": torch.get_rng_state()}
     for number in range(torch.cuda.device_count()):
         states[f"cuda.{number}"] = torch.cuda.get_rng_state(number)
-    states["numpy"] = torch.from_numpy(np.random.get_state()[1].astype(np.int64))  # type: ignore[index, union-attr]  # noqa: NPY002
+    states["numpy"] = torch.from_numpy(np.random.get_state()[1].astype(np.int64))  # type: ignore[index]
     return states
 
 
 def _random_plain() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
-    name, _, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, _, position, has_gauss, cached = np.random.get_state()
     return {"python": [version, list(internal), gauss], "numpy": [name, position, has_gauss, cached]}
 
 
@@ -291,4 +297,4 @@ def _restore_random(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> 
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
     name, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))

@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = words
     with plain_errors():
         if name not in COMMANDS:
-            raise ConfigError(f"{name!r} is no command. Commands: {', '.join(COMMANDS)}. `lora-rm --help` explains them.")
+            raise ConfigError(
+                f"{name!r} is no command. Commands: {', '.join(COMMANDS)}. `lora-rm --help` explains them."
+            )
         COMMANDS[name](rest)
     return 0
 
@@ -59,8 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(words: Sequence[str]) -> None:
     """`lora-rm train [PRESET] [--resume] [settings]`."""
     parser = _parser("train", "[PRESET]", "Trains adapter and head, evaluates before and after.")
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
+    parser.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint of output_dir"
+    )
     options, flags = _parse(parser, words, only=())
     settings = load_settings(options.preset, flags)
     from lora_rm.workflow import train_run
@@ -70,7 +76,9 @@ def train(words: Sequence[str]) -> None:
 
 def merge(words: Sequence[str]) -> None:
     """`lora-rm merge RUN [--out DIR] [settings]`."""
-    parser = _parser("merge", "RUN", "Merges a run's adapter (or an adapter folder) and verifies the rewards.")
+    parser = _parser(
+        "merge", "RUN", "Merges a run's adapter (or an adapter folder) and verifies the rewards."
+    )
     parser.add_argument("run", metavar="RUN", help="run folder, or the folder of an adapter")
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/merged")
     options, flags = _parse(parser, words, only=("merge", "verify"))
@@ -84,7 +92,9 @@ def export(words: Sequence[str]) -> None:
     """`lora-rm export RUN --to TARGET [--out DIR] [--push REPOSITORY]`."""
     parser = _parser("export", "RUN", "Writes a merged model in the form that other programs open.")
     parser.add_argument("run", metavar="RUN", help="run folder with a merged model, or the merged folder")
-    parser.add_argument("--to", default="huggingface", choices=["huggingface"], help="target (default: huggingface)")
+    parser.add_argument(
+        "--to", default="huggingface", choices=["huggingface"], help="target (default: huggingface)"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/export/TARGET")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")
@@ -110,7 +120,9 @@ def evaluate(words: Sequence[str]) -> None:
 
 def score(words: Sequence[str]) -> None:
     """`lora-rm score MODEL [FILE]`."""
-    parser = _parser("score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line.")
+    parser = _parser(
+        "score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line."
+    )
     parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
     parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines; default: standard input")
     parser.epilog = (
@@ -129,8 +141,12 @@ def score(words: Sequence[str]) -> None:
 
 def config(words: Sequence[str]) -> None:
     """`lora-rm config [PRESET] [settings]`."""
-    parser = _parser("config", "[PRESET]", "Prints the settings as they would be used; saved, it is a preset.")
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults")
+    parser = _parser(
+        "config", "[PRESET]", "Prints the settings as they would be used; saved, it is a preset."
+    )
+    parser.add_argument(
+        "preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults"
+    )
     options, flags = _parse(parser, words, only=())
     _write(dump_settings(load_settings(options.preset, flags)))
 
@@ -154,7 +170,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(command: str, positional: str, description: str) -> _Parser:
     usage = f"lora-rm {command} {positional} [options] [--section.setting VALUE ...]"
-    parser = _Parser(prog=f"lora-rm {command}", usage=usage, description=description, add_help=False, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"lora-rm {command}", usage=usage, description=description, add_help=False, allow_abbrev=False
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this page")
     return parser
 

@@ -70,9 +70,7 @@ def preference_losses(
     return torch.stack(losses)
 
 
-def pair_losses(
-    difference: torch.Tensor, probability: torch.Tensor, settings: LossSettings
-) -> torch.Tensor:
+def pair_losses(difference: torch.Tensor, probability: torch.Tensor, settings: LossSettings) -> torch.Tensor:
     """Losses of P pairs by the model of `settings.pair`, (P,).
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -162,7 +162,9 @@ class Plan:
             expected = (update.b.shape[0], update.a.shape[1])
             found = shapes[name][::-1] if update.transposed else shapes[name]
             if found != expected:
-                raise MergeError(f"{name}: the base's weight is {list(found)}, the adapter's update {list(expected)}.")
+                raise MergeError(
+                    f"{name}: the base's weight is {list(found)}, the adapter's update {list(expected)}."
+                )
 
 
 def merge(
@@ -223,7 +225,11 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
     Raises:
         MergeError: If a tensor or the head is missing, left over, not finite or wrong.
     """
-    written = {tensor.name: tensor for file in sorted(merged.glob("*.safetensors")) for tensor in stored_tensors(file)}
+    written = {
+        tensor.name: tensor
+        for file in sorted(merged.glob("*.safetensors"))
+        for tensor in stored_tensors(file)
+    }
     expected = {name: tensor for shard in plan.shards.values() for name, tensor in shard.items()}
     differing = written.keys() ^ {*expected, "score.weight"}
     if differing:
@@ -293,7 +299,9 @@ def _write(plan: Plan, folder: Path) -> MergeReport:
     return report
 
 
-def _write_tensor(plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, report: MergeReport) -> None:
+def _write_tensor(
+    plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, report: MergeReport
+) -> None:
     generator = torch.Generator().manual_seed(_seed(name))
     error = update = 0.0
     for exact, delta in plan.exact(name, tensor):
@@ -358,7 +366,9 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool]]:
     """The configuration of the merged model, and its parameters but the head: name -> stored transposed."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(f"{base.name}: is stored quantised. Merging needs 16- or 32-bit weights; give the original model.")
+        raise MergeError(
+            f"{base.name}: is stored quantised. Merging needs 16- or 32-bit weights; give the original model."
+        )
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
@@ -378,7 +388,9 @@ def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
     for key, tensor in tensors.items():
         name, found, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
         if not found or kind not in ("A.weight", "B.weight", "magnitude_vector"):
-            raise MergeError(f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B and DoRA's magnitude.")
+            raise MergeError(
+                f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B and DoRA's magnitude."
+            )
         parts.setdefault(name, {})[kind] = tensor.float()
     updates = {}
     for name, part in parts.items():

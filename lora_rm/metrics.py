@@ -27,7 +27,9 @@ class StepSums:
         self.margins = 0.0
         self.rewards: list[float] = []
 
-    def add(self, trees: Sequence[TokenTree], losses: torch.Tensor, rewards: list[float], tokens: int) -> None:
+    def add(
+        self, trees: Sequence[TokenTree], losses: torch.Tensor, rewards: list[float], tokens: int
+    ) -> None:
         """Adds a microbatch: its N losses, R rewards and tokens computed."""
         self.loss += float(losses.sum())
         self.num_preferences += len(trees)
@@ -60,7 +62,9 @@ class StepSums:
 class MetricsLog:
     """Writes one JSON object a step, and shows it."""
 
-    def __init__(self, file: Path, num_steps: int, *, first_step: int = 0, every: int = 1, accelerator: Any = None) -> None:
+    def __init__(
+        self, file: Path, num_steps: int, *, first_step: int = 0, every: int = 1, accelerator: Any = None
+    ) -> None:
         """Opens the file for appending; lines of steps after `first_step`, left by an interrupted run, go.
 
         Args:
@@ -89,7 +93,13 @@ class MetricsLog:
             if not console.is_terminal:
                 yield
                 return
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
             with Progress(*columns, console=console) as self.bar:
                 self.task = self.bar.add_task("", total=self.num_steps, completed=self.first_step)
                 yield

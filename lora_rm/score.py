@@ -29,7 +29,9 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
     elif (folder / "config.json").is_file():
         model = RewardModel.load_merged(folder, device=device, compute_dtype=compute_dtype)
     else:
-        raise ModelError(f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders.")
+        raise ModelError(
+            f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders."
+        )
     model.choose_batching()
     return Scorer(model.eval())
 
@@ -66,7 +68,9 @@ class Scorer:
         """
         for number, conversation in enumerate(conversations):
             if not conversation or conversation[-1]["role"] != "assistant":
-                raise DataError(f"conversation {number}: does not end with an assistant message, so there is no answer to score.")
+                raise DataError(
+                    f"conversation {number}: does not end with an assistant message, so there is no answer to score."
+                )
         rows = self.model.chat.ids([(tuple(conversation), ()) for conversation in conversations])
         return self.score_ids(rows)
 

@@ -44,7 +44,9 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-def train(model: RewardModel, data: Data, settings: Settings, run: RunFolder, *, resume: bool = False) -> Progress:
+def train(
+    model: RewardModel, data: Data, settings: Settings, run: RunFolder, *, resume: bool = False
+) -> Progress:
     """Trains adapter and head.
 
     At every step the preferences of `training_order` are cut into rows of at most `tokens_per_microbatch`
@@ -73,12 +75,20 @@ def train(model: RewardModel, data: Data, settings: Settings, run: RunFolder, *,
     if resume:
         progress = _resume(model, optimizer, scheduler, run)
     metrics = MetricsLog(
-        run.metrics, num_steps, first_step=progress.step, every=wanted.log_every_steps, accelerator=accelerator
+        run.metrics,
+        num_steps,
+        first_step=progress.step,
+        every=wanted.log_every_steps,
+        accelerator=accelerator,
     )
 
     def save(name: str) -> None:
         save_checkpoint(
-            run.checkpoints / name, model=model, optimizer=optimizer, scheduler=scheduler, progress=asdict(progress)
+            run.checkpoints / name,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            progress=asdict(progress),
         )
         remove_old(run.checkpoints, wanted.keep_checkpoints)
 
@@ -124,7 +134,9 @@ def train(model: RewardModel, data: Data, settings: Settings, run: RunFolder, *,
                 enough = _evaluate(model, data, settings, metrics, progress)
                 if progress.best_step == step:
                     save("best")
-            if stop.requested or (wanted.save_every_steps and step % wanted.save_every_steps == 0 and step < num_steps):
+            if stop.requested or (
+                wanted.save_every_steps and step % wanted.save_every_steps == 0 and step < num_steps
+            ):
                 save(f"step-{step:06d}")
             if stop.requested and step < num_steps:
                 raise Interrupted(
@@ -173,7 +185,9 @@ def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optim
     if wanted.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **arguments)
     if model.device.type != "cuda":
-        raise ConfigError(f"train.optimizer is paged_adamw_8bit, which needs a GPU; the model is on {model.device}. Use adamw.")
+        raise ConfigError(
+            f"train.optimizer is paged_adamw_8bit, which needs a GPU; the model is on {model.device}. Use adamw."
+        )
     import bitsandbytes as bnb
 
     return bnb.optim.PagedAdamW8bit(groups, **arguments)
@@ -209,17 +223,26 @@ def _count_skipped(
     )
 
 
-def _evaluate(model: RewardModel, data: Data, settings: Settings, metrics: MetricsLog, progress: Progress) -> bool:
+def _evaluate(
+    model: RewardModel, data: Data, settings: Settings, metrics: MetricsLog, progress: Progress
+) -> bool:
     """Evaluates, remembers whether it is the best so far; true if training should stop."""
     found = evaluate(model, data.eval.trees, settings.loss, settings.train.tokens_per_microbatch)
     low, high = found.pairs.interval
-    say(f"evaluation at step {progress.step}: loss {found.loss:.4f}, accuracy {found.pairs.accuracy:.3f} [{low:.3f}, {high:.3f}]")
-    metrics.evaluation(progress.step, {"loss": found.loss, "accuracy": found.pairs.accuracy, "margin": found.margin_mean})
+    say(
+        f"evaluation at step {progress.step}: loss {found.loss:.4f}, accuracy {found.pairs.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+    )
+    metrics.evaluation(
+        progress.step, {"loss": found.loss, "accuracy": found.pairs.accuracy, "margin": found.margin_mean}
+    )
     if progress.best_loss is None or found.loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evaluations_since_best = found.loss, progress.step, 0
     else:
         progress.evaluations_since_best += 1
-    return bool(settings.train.early_stopping) and progress.evaluations_since_best >= settings.train.early_stopping
+    return (
+        bool(settings.train.early_stopping)
+        and progress.evaluations_since_best >= settings.train.early_stopping
+    )
 
 
 def _resume(
@@ -246,7 +269,9 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
         project_dir=settings.output_dir,
     )
     if accelerator.num_processes > 1:
-        raise ConfigError(f"{accelerator.num_processes} processes were launched; training runs in one so far. Use plain `lora-rm train`.")
+        raise ConfigError(
+            f"{accelerator.num_processes} processes were launched; training runs in one so far. Use plain `lora-rm train`."
+        )
     if settings.train.trackers:
         accelerator.init_trackers("lora_rm")
     return accelerator
@@ -267,7 +292,9 @@ def _stop_signals() -> Iterator[_Stop]:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
-        say("Stopping after this step; a second Ctrl-C stops at once and loses the steps since the last checkpoint.")
+        say(
+            "Stopping after this step; a second Ctrl-C stops at once and loses the steps since the last checkpoint."
+        )
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -121,7 +121,13 @@ def verify(
         f"Rewards of the merged model against the adapter's ({len(rows)} answers, spread {parity['spread']:.3f})",
         ["way", "mean change", "largest", "Kendall tau", "pairs flipped"],
         [
-            [way, f"{c.mean:.3%}", f"{c.largest:.3%}", f"{c.kendall_tau:.4f}", f"{c.pair_flips} of {c.num_pairs}"]
+            [
+                way,
+                f"{c.mean:.3%}",
+                f"{c.largest:.3%}",
+                f"{c.kendall_tau:.4f}",
+                f"{c.pair_flips} of {c.num_pairs}",
+            ]
             for way, c in changes.items()
         ],
     )
@@ -169,7 +175,9 @@ def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: st
             check=False,
         )
         if done.returncode:
-            raise MergeError(f"{folder}: cannot be opened and scored in a fresh process: {done.stderr[-1500:]}")
+            raise MergeError(
+                f"{folder}: cannot be opened and scored in a fresh process: {done.stderr[-1500:]}"
+            )
         return json.loads(answer.read_text())
 
 
@@ -200,7 +208,10 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
         longest = max(map(len, group))
         blank = [[pad] * (longest - len(ids)) for ids in group]
         ids = [b + i if on_the_left else i + b for i, b in zip(group, blank, strict=True)]
-        mask = [[0] * len(b) + [1] * len(i) if on_the_left else [1] * len(i) + [0] * len(b) for i, b in zip(group, blank, strict=True)]
+        mask = [
+            [0] * len(b) + [1] * len(i) if on_the_left else [1] * len(i) + [0] * len(b)
+            for i, b in zip(group, blank, strict=True)
+        ]
         logits = plain(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
         assert logits.shape[1] == 1
         return logits[:, 0].tolist()
@@ -234,7 +245,9 @@ def _text(chat: Any, ids: list[int]) -> str:
 
 def _main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(score_rows(Path(request["folder"]), request["rows"], request["kind"])))
+    Path(sys.argv[2]).write_text(
+        json.dumps(score_rows(Path(request["folder"]), request["rows"], request["kind"]))
+    )
 
 
 if __name__ == "__main__":

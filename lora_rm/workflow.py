@@ -77,7 +77,9 @@ def evaluate_before(model: RewardModel, data: Data, settings: Settings, run: Run
         return known["before"]
     before = _evaluate("before training", model, data, settings)
     words = bag_of_words_baseline(data.train.preferences, data.eval.preferences)
-    run.write_json("eval.json", {"before": before.to_json(), "bag_of_words_baseline": words if words == words else None})
+    run.write_json(
+        "eval.json", {"before": before.to_json(), "bag_of_words_baseline": words if words == words else None}
+    )
     return before.to_json()
 
 
@@ -128,7 +130,9 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     return path if run else out
 
 
-def export_run(path: Path, *, out: Path | None = None, overwrite: bool = False, push_to: str | None = None) -> Path:
+def export_run(
+    path: Path, *, out: Path | None = None, overwrite: bool = False, push_to: str | None = None
+) -> Path:
     """Exports a run's merged model, or a merged folder, for transformers.
 
     Raises:
@@ -202,7 +206,11 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
         run: With evaluation, merge and export done.
         started: `time.monotonic()` at the start of the job.
     """
-    evaluation, parity, data = run.read_json("eval.json"), run.read_json("parity.json"), run.read_json("data.json")
+    evaluation, parity, data = (
+        run.read_json("eval.json"),
+        run.read_json("parity.json"),
+        run.read_json("data.json"),
+    )
     before, after = evaluation["before"], evaluation["after"]
     change = parity["changes"]["library"]
     summary = {

@@ -48,7 +48,16 @@ FAMILIES = {
     "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 8},
     "phi3": {},
     "olmo2": {},
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 512, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_inner": 96,
+        "n_positions": 512,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    },
 }
 """Families the tree attention is tested with, and what their tiny configs need."""
 
@@ -60,24 +69,43 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     train, _ = checkable_preferences(60, 15)
-    tokenizer.train_from_iterator((m["content"] for p in train for answer in p.answers for m in p.prompt + answer), trainer)
+    tokenizer.train_from_iterator(
+        (m["content"] for p in train for answer in p.answers for m in p.prompt + answer), trainer
+    )
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
         chat_template=CHAT,
     )
 
 
-def make_base(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, shards: bool = False, **more) -> Path:
+def make_base(
+    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, shards: bool = False, **more
+) -> Path:
     """A tiny random base model with its tokenizer."""
     tokenizer = make_tokenizer()
     shape = {} if family == "gpt2" else SHAPE
-    values = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **shape, **FAMILIES[family], **more}
+    values = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        **shape,
+        **FAMILIES[family],
+        **more,
+    }
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
     for parameter in model.parameters():  # the default start is so small that every reward would be alike
@@ -116,7 +144,14 @@ def held_out(chat, preferences):
     return tokenize(preferences[1], chat, max_length=512)[0]
 
 
-def make_model(base: Path, *, quantization: str = "nf4", seed: int = 0, adapter: AdapterSettings | None = None, **settings) -> RewardModel:
+def make_model(
+    base: Path,
+    *,
+    quantization: str = "nf4",
+    seed: int = 0,
+    adapter: AdapterSettings | None = None,
+    **settings,
+) -> RewardModel:
     """A reward model with rank 4 and alpha 12: with alpha = rank a forgotten scale would be invisible."""
     model = RewardModel.load(
         BaseModel(name=str(base), path=Path(base)),
@@ -148,7 +183,12 @@ def settings(base, tmp_path):
             "model": {"base": str(base), "compute_dtype": "float32"},
             "adapter": {"rank": 4, "alpha": 12},
             "data": {"train": "builtin:checkable", "max_train": 48, "max_eval": 40},
-            "train": {"preferences_per_step": 8, "tokens_per_microbatch": 512, "learning_rate": 1e-3, "checkpointing": "none"},
+            "train": {
+                "preferences_per_step": 8,
+                "tokens_per_microbatch": 512,
+                "learning_rate": 1e-3,
+                "checkpointing": "none",
+            },
         }
     )
 

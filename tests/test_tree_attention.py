@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import FAMILIES, make_base, make_model, shake
+
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
 
@@ -29,7 +29,7 @@ def separate(model, trees):
     for tree in trees:
         for ids in tree.conversations():
             hidden = model.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
-            rewards.append((hidden[0, -1].float() @ model.head[0]))
+            rewards.append(hidden[0, -1].float() @ model.head[0])
     return torch.stack(rewards)
 
 
@@ -63,14 +63,15 @@ def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, ba
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_at_the_start_chooses_sharing(tmp_path, family, capsys):
-    model = make_model(make_base(tmp_path / family, family, dtype=torch.float32), quantization="none", load_dtype="float32")
+    model = make_model(
+        make_base(tmp_path / family, family, dtype=torch.float32), quantization="none", load_dtype="float32"
+    )
     assert model.batching == "shared", capsys.readouterr().out
 
 
 def test_a_recurrent_hybrid_falls_back_to_padded_with_one_line(tmp_path, capsys):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from conftest import make_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
@@ -94,17 +95,25 @@ def test_a_recurrent_hybrid_falls_back_to_padded_with_one_line(tmp_path, capsys)
     trees = some_trees(len(tokenizer))
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model.rewards(model.batch(trees)), separate(model, trees), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.rewards(model.batch(trees)), separate(model, trees), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_an_encoder_is_refused(tmp_path):
+    from conftest import make_tokenizer
     from transformers import BertConfig, BertForSequenceClassification
 
-    from conftest import make_tokenizer
     from lora_rm.errors import ModelError
 
     tokenizer = make_tokenizer()
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     with pytest.raises(ModelError, match="encoders are not"):

@@ -113,7 +113,11 @@ def build_batch(preferences: Sequence[TokenTree], batching: Batching = "shared")
     trees: list[Tree] = []
     for preference in preferences:
         prompt = preference.prompt_ids
-        groups = [preference.answer_ids] if batching == "shared" else [(answer,) for answer in preference.answer_ids]
+        groups = (
+            [preference.answer_ids]
+            if batching == "shared"
+            else [(answer,) for answer in preference.answer_ids]
+        )
         for answers in groups:
             trees.append(Tree(len(ids), len(prompt), tuple(len(answer) for answer in answers)))
             ids += prompt

@@ -87,7 +87,9 @@ def load_data(
     return Data(sides["train"], sides["eval"], report)
 
 
-def read_side(settings: DataSettings, chat: ChatTokenizer, *, seed: int = 0, cache: Path | None = None) -> Side:
+def read_side(
+    settings: DataSettings, chat: ChatTokenizer, *, seed: int = 0, cache: Path | None = None
+) -> Side:
     """Reads and tokenises `data.eval` alone, to evaluate a model that is trained already.
 
     Raises:
@@ -115,7 +117,9 @@ def split_by_prompt(
 
 def _read(source: str, split: str, settings: DataSettings, counts: Counter[str]) -> list[Preference]:
     if not source:
-        raise DataError(f"data.train is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
+        raise DataError(
+            f"data.train is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}."
+        )
     if source == BUILTIN:
         preferences = checkable_preferences()[1]
         counts["rows read"] += len(preferences)

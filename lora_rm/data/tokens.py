@@ -14,11 +14,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lora_rm.console import progress
 from lora_rm.data.preference import Kind, Messages, Preference
 from lora_rm.errors import DataError, ModelError
+
+Conversation: TypeAlias = tuple[Messages, Sequence[dict[str, Any]]]
+"""Messages, and the tools shown to the model."""
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -119,14 +122,16 @@ class ChatTokenizer:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False)
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=False
+            )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise DataError(
                 f"the chat template refuses a conversation of roles {[m['role'] for m in messages]}: {error}. "
                 "Change the conversation, or choose another data.chat_template."
             ) from None
 
-    def ids(self, conversations: Sequence[tuple[Messages, Sequence[dict[str, Any]]]]) -> list[list[int]]:
+    def ids(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Token ids of whole conversations, each with its tools; exactly one BOS where there is one."""
         texts = [self.render(messages, tools) for messages, tools in conversations]
         return self.text_ids(texts)
@@ -213,7 +218,7 @@ def _tree(
     reason = ""
     if len(set(map(tuple, rows))) < len(rows):
         return None, "dropped: answers identical as tokens"
-    shared = len(os.path.commonprefix(rows)) if len(rows) > 1 else len(_prompt_ids(preference, chat, rows[0]))
+    shared = common_length(rows if len(rows) > 1 else [rows[0], _prompt_ids(preference, chat)])
     shared = min(shared, min(map(len, rows)) - 1)
     excess = max(map(len, rows)) - max_length
     if excess > 0:
@@ -236,11 +241,15 @@ def _tree(
     return tree, reason
 
 
-def _prompt_ids(preference: Preference, chat: ChatTokenizer, row: list[int]) -> list[int]:
-    """The start of a single conversation that its prompt alone gives: the part that may be cut."""
-    if not preference.prompt:
-        return []
-    return os.path.commonprefix([chat.ids([(preference.prompt, preference.tools)])[0], row])
+def _prompt_ids(preference: Preference, chat: ChatTokenizer) -> list[int]:
+    """The prompt alone: as far as a single conversation begins with it, it may be cut."""
+    return chat.ids([(preference.prompt, preference.tools)])[0] if preference.prompt else []
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids the rows have in common at their start."""
+    columns = zip(*rows, strict=False)
+    return next((n for n, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))
 
 
 def _all_ids(
@@ -250,7 +259,9 @@ def _all_ids(
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    conversations = [(p.prompt + answer, p.tools) for p in preferences for answer in p.answers]
+    conversations: list[Conversation] = [
+        (p.prompt + answer, p.tools) for p in preferences for answer in p.answers
+    ]
     file = None
     flat: list[list[int]]
     if cache is not None:
@@ -272,7 +283,7 @@ def _all_ids(
 
 
 def _tokenize_all(
-    conversations: list[tuple[Messages, Sequence[dict[str, Any]]]], chat: ChatTokenizer, num_workers: int
+    conversations: list[Conversation], chat: ChatTokenizer, num_workers: int
 ) -> list[list[int]]:
     chunks = [list(chunk) for chunk in _batched(conversations, 256)]
     workers = num_workers or os.cpu_count() or 1

@@ -35,7 +35,9 @@ def export_huggingface(
         MergeError: If the model was not verified, `out` exists, or the pipeline gives other rewards.
     """
     if not (merged / "parity.json").is_file():
-        raise MergeError(f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first.")
+        raise MergeError(
+            f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first."
+        )
     if out.exists() and not overwrite:
         raise MergeError(f"{out}: exists already. Remove it, choose another --out, or use --overwrite.")
     parity = json.loads((merged / "parity.json").read_text(encoding="utf-8"))
@@ -76,8 +78,12 @@ def check_pipeline(folder: Path, parity: dict[str, Any], num_answers: int = 16) 
         raise MergeError(f"{folder}: the transformers pipeline cannot open it: {done.stderr[-1500:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     if "newly initialized" in done.stderr:
-        raise MergeError(f"{folder}: transformers drew new weights when it opened the export: {done.stderr[-1500:]}")
-    largest = max(abs(a["merged"] - b) for a, b in zip(answers, found, strict=True)) / (parity["spread"] or 1.0)
+        raise MergeError(
+            f"{folder}: transformers drew new weights when it opened the export: {done.stderr[-1500:]}"
+        )
+    largest = max(abs(a["merged"] - b) for a, b in zip(answers, found, strict=True)) / (
+        parity["spread"] or 1.0
+    )
     if not largest <= TOLERANCE:
         raise MergeError(
             f"{folder}: the pipeline's rewards differ by {largest:.2%} of the spread (allowed: {TOLERANCE:.0%})."
@@ -109,7 +115,9 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[".*"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise MergeError(f"{repository}: the hub refused the upload ({error}). Check `hf auth login`.") from None
+        raise MergeError(
+            f"{repository}: the hub refused the upload ({error}). Check `hf auth login`."
+        ) from None
 
 
 def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
@@ -130,7 +138,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
         "```python",
         "from transformers import pipeline",
         'reward = pipeline("text-classification", model=PATH)',
-        'text = reward.tokenizer.apply_chat_template(messages, tokenize=False)  # ends with the answer',
+        "text = reward.tokenizer.apply_chat_template(messages, tokenize=False)  # ends with the answer",
         'reward(text)[0]["score"]',
         "```",
         "",

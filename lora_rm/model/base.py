@@ -41,7 +41,9 @@ class BaseModel:
 def cache_folder() -> Path:
     """Folder for converted models and token caches: $LORA_RM_CACHE, else ~/.cache/lora_rm."""
     chosen = os.environ.get("LORA_RM_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_rm"
+    return (
+        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_rm"
+    )
 
 
 def find_base(name: str, revision: str | None = None) -> BaseModel:
@@ -68,7 +70,9 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     if path.is_dir():
         return _checked(BaseModel(name=name, path=path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model.base: there is no folder {name}. Give a folder with config.json, or a hub id like org/model.")
+        raise ModelError(
+            f"model.base: there is no folder {name}. Give a folder with config.json, or a hub id like org/model."
+        )
     return _checked(_from_hub(name, revision))
 
 
@@ -90,11 +94,15 @@ def _from_hub(name: str, revision: str | None) -> BaseModel:
 
 def _checked(base: BaseModel) -> BaseModel:
     if not (base.path / "config.json").is_file():
-        raise ModelError(f"model.base: {base.path} has no config.json. Give the folder of a transformers model.")
+        raise ModelError(
+            f"model.base: {base.path} has no config.json. Give the folder of a transformers model."
+        )
     if not base.weight_files:
         others = sorted(file.name for file in base.path.glob("*.bin"))
         found = f"found {', '.join(others[:3])}, which may run code when opened" if others else "found none"
-        raise ModelError(f"model.base: {base.path} has no .safetensors weights ({found}). Convert it to safetensors first.")
+        raise ModelError(
+            f"model.base: {base.path} has no .safetensors weights ({found}). Convert it to safetensors first."
+        )
     return base
 
 

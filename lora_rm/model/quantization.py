@@ -88,14 +88,47 @@ def code_hashes(model: torch.nn.Module) -> dict[str, str]:
     return hashes
 
 
-def keep_4bit_layout(model: torch.nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place.
+class ExactLinear4bit(bnb.nn.Linear4bit):
+    """A 4-bit layer that has one set of weights, whatever the type of its products.
 
-    On CPUs with AVX512-BF16 the first forward without gradients does (bitsandbytes 0.50.2, Linear4bit.forward).
-    After it dequantisation returns garbage and gradients through the base are None with only a warning.
+    bitsandbytes 0.50.2 dequantises to the type of the input in the forward pass and to the load type in the
+    backward pass. In float32 the two differ by the rounding to bfloat16, so a model trained in float32 would
+    not be the one that is merged and served. Here both passes use the values rounded to the load type.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + bias."""
+        if self.compute_dtype != torch.float32:
+            return super().forward(x)
+        y = _ExactProduct.apply(x.float(), self.weight)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class _ExactProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        ctx.weight = weight
+        return x @ _dequantized(weight).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient @ _dequantized(ctx.weight), None
+
+
+def _dequantized(weight: Any) -> torch.Tensor:
+    return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def make_exact(model: torch.nn.Module) -> None:
+    """Turns every 4-bit layer into an `ExactLinear4bit` and stops bitsandbytes from repacking it in place.
+
+    On CPUs with AVX512-BF16 the first forward pass without gradients repacks (bitsandbytes 0.50.2,
+    Linear4bit.forward). After it dequantisation returns garbage and gradients through the base are None with
+    only a warning.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
+            module.__class__ = ExactLinear4bit
             module.support_avx512bf16_for_cpu = False
 
 
@@ -108,5 +141,6 @@ def _hash_4bit(codes: torch.Tensor, state: Any) -> str:
 def _hash_tensors(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(array)
     return digest.hexdigest()

@@ -13,9 +13,11 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lora_rm.config import AdapterSettings, ModelSettings
@@ -25,7 +27,7 @@ from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.model import tree_attention
 from lora_rm.model.base import BaseModel, find_base, read_json
-from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, keep_4bit_layout, quantized_layers
+from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, make_exact, quantized_layers
 
 RECORD = "lora_rm.json"
 """File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
@@ -111,7 +113,11 @@ class RewardModel(nn.Module):
         model = _load_classifier(found, quantization, device, compute_dtype, chat)
         generator = torch.Generator().manual_seed(seed)
         head = model.score.weight
-        if settings.head_init == "zero":
+        earlier = _stored_head(found)
+        if earlier is not None:
+            say(f"{found.name} is a reward model already: training goes on from its score head.")
+            head.data.copy_(earlier)
+        elif settings.head_init == "zero":
             nn.init.zeros_(head)
         else:  # Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1
             values = torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5
@@ -122,10 +128,13 @@ class RewardModel(nn.Module):
         model.requires_grad_(False)
         if adapter is not None:
             torch.manual_seed(seed)
-            model = get_peft_model(model, lora_config(adapter))
+            with _quiet("peft"):
+                model = get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
         else:
             model.score.requires_grad_(True)
-        return cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)._ready()
+        return cls(
+            model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype
+        )._ready()
 
     @classmethod
     def load_adapter(
@@ -179,6 +188,8 @@ class RewardModel(nn.Module):
             raise ModelError(f"{folder}: config.json names no model_type. Give the folder of a merged model.")
         chat = ChatTokenizer.load(folder)
         head = _stored_head(base)
+        if head is None:
+            raise ModelError(f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random.")
         quantization = Quantization(kind="none", double=False, load_dtype=dtype)
         model = _load_classifier(base, quantization, target, dtype, chat)
         model.requires_grad_(False)
@@ -261,12 +272,16 @@ class RewardModel(nn.Module):
         if self.batching != wanted and reasons:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
             if wanted != "auto":
-                raise ModelError(f"train.batching is {wanted}, which is not exact for this model ({why}). Use auto.")
+                raise ModelError(
+                    f"train.batching is {wanted}, which is not exact for this model ({why}). Use auto."
+                )
             if why:
                 say(f"Batches are {self.batching}, because others are not exact for this model ({why}).")
         return self.batching
 
-    def _inexact(self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float) -> str:
+    def _inexact(
+        self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float
+    ) -> str:
         """Why a way of batching cannot be used, or nothing."""
         self._set_attention(batching)
         batch = self.batch(probe)
@@ -394,7 +409,11 @@ class RewardModel(nn.Module):
                 "files": self.base.file_hashes(),
             },
             "load_dtype": _dtype_name(self.quantization.load_dtype),
-            "quantization": {"kind": self.quantization.kind, "double": self.quantization.double, "codes": hashes},
+            "quantization": {
+                "kind": self.quantization.kind,
+                "double": self.quantization.double,
+                "codes": hashes,
+            },
             "tokens": {
                 "pad_id": self.chat.pad_id,
                 "end_id": self.chat.end_id,
@@ -405,7 +424,7 @@ class RewardModel(nn.Module):
         }
 
     def _ready(self) -> "RewardModel":
-        keep_4bit_layout(self)
+        make_exact(self)
         self._check_head()
         return self
 
@@ -417,12 +436,18 @@ class RewardModel(nn.Module):
         """
         head = self.head
         if head.dim() != 2 or head.shape[0] != 1:
-            raise ModelError(f"The score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden].")
+            raise ModelError(
+                f"The score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden]."
+            )
         if head.dtype != torch.float32 or hasattr(head, "quant_state"):
             raise ModelError(f"The score head is {head.dtype}; it must be a plain float32 tensor.")
         if not torch.isfinite(head).all():
             raise ModelError("The score head holds NaN or infinite values.")
-        if self.training and any("lora_" in n for n, p in self.named_parameters() if p.requires_grad) and not head.requires_grad:
+        if (
+            self.training
+            and any("lora_" in n for n, p in self.named_parameters() if p.requires_grad)
+            and not head.requires_grad
+        ):
             raise ModelError("The score head is frozen while the adapter is trained.")
 
 
@@ -442,7 +467,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"model.device is {name!r}; allowed: auto, cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"model.device is {name}, but torch finds {torch.cuda.device_count()} CUDA devices here.")
+        raise ModelError(
+            f"model.device is {name}, but torch finds {torch.cuda.device_count()} CUDA devices here."
+        )
     return device
 
 
@@ -459,17 +486,25 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def lora_config(settings: AdapterSettings) -> LoraConfig:
+def lora_config(settings: AdapterSettings, backbone: nn.Module) -> LoraConfig:
     """The PEFT configuration; the task type makes PEFT train and save the head."""
     targets: Any = list(settings.target_modules)
+    if targets == ["all-linear"] and settings.layers_to_transform:  # PEFT wants names here, not all-linear
+        kinds = (nn.Linear, Conv1D)
+        targets = sorted(
+            {name.rpartition(".")[2] for name, m in backbone.named_modules() if isinstance(m, kinds)}
+        )
     return LoraConfig(
         task_type="SEQ_CLS",
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
-        rank_pattern=dict(settings.rank_pattern),
-        alpha_pattern=dict(settings.alpha_pattern),
+        layers_to_transform=list(settings.layers_to_transform) or None,
+        # sorted: where two patterns fit a layer PEFT takes the first, and it sorts them when it saves (0.21.2),
+        # so an unsorted order would give other scales after a reload
+        rank_pattern=dict(sorted(settings.rank_pattern.items())),
+        alpha_pattern=dict(sorted(settings.alpha_pattern.items())),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if settings.init == "default" else settings.init,
@@ -486,7 +521,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: has no {RECORD}. It is no adapter that lora_rm saved.")
     record: dict[str, Any] = read_json(folder / RECORD)
     if record.get("format") != 1:
-        raise ModelError(f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm.")
+        raise ModelError(
+            f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
+        )
     return record
 
 
@@ -514,19 +551,20 @@ def read_head(folder: Path) -> torch.Tensor:
     return _one_logit(tensors[HEAD_KEY], folder)
 
 
-def _stored_head(base: BaseModel) -> torch.Tensor:
-    from safetensors import safe_open
-
+def _stored_head(base: BaseModel) -> torch.Tensor | None:
+    """The head that a model folder holds, (1, H) float32, or None."""
     for file in base.weight_files:
         with safe_open(file, framework="pt") as tensors:
             if "score.weight" in tensors.keys():  # noqa: SIM118 - not a dict
                 return _one_logit(tensors.get_tensor("score.weight"), base.path)
-    raise ModelError(f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random.")
+    return None
 
 
 def _one_logit(head: torch.Tensor, folder: Path) -> torch.Tensor:
     if head.dim() != 2 or head.shape[0] != 1:
-        raise ModelError(f"{folder}: its score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden].")
+        raise ModelError(
+            f"{folder}: its score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden]."
+        )
     return head.float()
 
 
@@ -543,8 +581,15 @@ def _load_classifier(
             f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
             "so no program could open the exported reward model."
         )
-    text = config.get_text_config()
     config.num_labels = 1
+    with torch.device("meta"):
+        empty: Any = AutoModelForSequenceClassification.from_config(config)
+    if not isinstance(getattr(empty, "score", None), nn.Linear) or empty.score.bias is not None:
+        raise ModelError(
+            f"{base.name}: {type(empty).__name__} has no linear layer `score` over the last token. "
+            "Reward models are made from decoder-only models; encoders are not."
+        )
+    text = config.get_text_config()
     text.pad_token_id = chat.pad_id
     softcapped = getattr(text, "attn_logit_softcapping", None) is not None
     with _quiet("transformers"):
@@ -558,11 +603,8 @@ def _load_classifier(
             use_safetensors=True,
             attn_implementation="eager" if softcapped else None,
         )
-    if not isinstance(getattr(model, "score", None), nn.Linear) or isinstance(model.score, bnb.nn.Linear4bit):
-        raise ModelError(
-            f"{base.name}: {type(model).__name__} has no linear layer `score` over the last token. "
-            "Reward models are made from decoder-only models; encoders are not."
-        )
+    if type(model.score) is not nn.Linear:
+        raise ModelError(f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be.")
     model.score.weight.data = model.score.weight.data.float()
     _one_logit(model.score.weight, base.path)
     return model

@@ -57,11 +57,13 @@ class StoredTensor:
             left = self.num_bytes
             while left or not self.num_bytes:
                 buffer = torch.empty(min(size, left), dtype=torch.uint8)
-                view, filled = memoryview(buffer.numpy()), 0
+                view, filled = memoryview(_bytes(buffer)), 0
                 while filled < len(view):
                     count = stream.readinto(view[filled:])
                     if not count:
-                        raise ModelError(f"{self.file}: ends in the middle of {self.name}. Fetch the file again.")
+                        raise ModelError(
+                            f"{self.file}: ends in the middle of {self.name}. Fetch the file again."
+                        )
                     filled += count
                 left -= len(view)
                 yield buffer.view(self.dtype)
@@ -83,7 +85,13 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         found = [
-            StoredTensor(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            StoredTensor(
+                name,
+                file,
+                DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+            )
             for name, entry in header.items()
         ]
     except KeyError as error:
@@ -93,6 +101,11 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
     except (OSError, ValueError, struct.error, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: is not a safetensors file ({error}).") from None
     return sorted(found, key=lambda tensor: tensor.start)
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The tensor's own memory as a flat array of bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class TensorWriter:
@@ -114,7 +127,7 @@ class TensorWriter:
 
     def write(self, piece: torch.Tensor) -> None:
         """Appends a piece of the present tensor."""
-        view = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(_bytes(piece))
         while len(view):
             view = view[self.stream.write(view) :]
 

@@ -34,7 +34,7 @@ def tree_attention(
     query_1HTD: torch.Tensor,
     key_1GTD: torch.Tensor,
     value_1GTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers passes it by position
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,

@@ -1,0 +1,142 @@
+"""Rows, microbatches and the order of training."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_rm.data.batches import Tree, build_batch, microbatches, num_tokens, training_order
+from lora_rm.data.tokens import TokenTree
+
+EXAMPLE = [TokenTree([11, 12, 13], ([21, 22], [31])), TokenTree([41], ([51, 52],), kind="rating")]
+"""The two trees of the docstring of TreeBatch."""
+
+
+def make_tree(prompt_length, answer_lengths):
+    return TokenTree([7] * prompt_length, tuple([8] * length for length in answer_lengths))
+
+
+LENGTHS = st.tuples(st.integers(0, 12), st.lists(st.integers(1, 12), min_size=1, max_size=4))
+TREES = st.lists(LENGTHS.map(lambda lengths: make_tree(*lengths)), min_size=1, max_size=30)
+BATCHINGS = ["shared", "packed", "padded"]
+
+
+def cost(row, batching):
+    """Tokens that are computed for a row, padding included."""
+    return build_batch(row, batching).input_ids.numel()
+
+
+def test_shared_the_worked_example_of_the_docstring():
+    batch = build_batch(EXAMPLE)
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 41, 51, 52]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert batch.score_index.tolist() == [4, 5, 8]
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.score_index.dtype == torch.int64
+    assert batch.plan.trees == (Tree(0, 3, (2, 1)), Tree(6, 1, (2,)))
+    assert [tree.end for tree in batch.plan.trees] == [6, 9]
+    assert batch.plan.lengths == [5, 1, 3]
+    assert batch.attention_mask is None
+    assert batch.preferences == tuple(EXAMPLE)
+
+
+def test_packed_each_answer_has_its_own_prompt():
+    batch = build_batch(EXAMPLE, "packed")
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 11, 12, 13, 31, 41, 51, 52]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.score_index.tolist() == [4, 8, 11]
+    assert batch.plan.trees == (Tree(0, 3, (2,)), Tree(5, 3, (1,)), Tree(9, 1, (2,)))
+
+
+def test_padded_one_row_an_answer():
+    batch = build_batch(EXAMPLE, "padded")
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22], [11, 12, 13, 31, 0], [41, 51, 52, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert batch.score_index.tolist() == [4, 8, 12]
+    assert batch.plan is None
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@settings(deadline=None)
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=6))
+def test_every_token_stands_where_it_stands_in_its_conversation(batching, lengths):
+    number = iter(range(1000, 9999))  # every id once, so that an id tells its place
+
+    def draw(n):
+        return [next(number) for _ in range(n)]
+
+    trees = [TokenTree(draw(prompt), tuple(draw(n) for n in answers)) for prompt, answers in lengths]
+    batch = build_batch(trees, batching)
+    conversations = [row for tree in trees for row in tree.conversations()]
+    place = {token: position for row in conversations for position, token in enumerate(row)}
+    flat = batch.input_ids.flatten().tolist()
+    for token, position in zip(flat, batch.position_ids.flatten().tolist(), strict=True):
+        assert token == 0 or place[token] == position
+    assert [flat[index] for index in batch.score_index.tolist()] == [row[-1] for row in conversations]
+    expected = [t for row in conversations for t in row] if batching != "shared" else list(place)
+    assert Counter(token for token in flat if token) == Counter(expected)
+    if batching != "padded":
+        assert len(flat) == sum(num_tokens(tree, batching) for tree in trees)
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@settings(deadline=None)
+@given(trees=TREES, budget=st.integers(16, 200))
+def test_microbatches_hold_every_preference_once_within_the_budget(batching, trees, budget):
+    rows = microbatches(trees, budget, batching)
+    assert sorted(id(tree) for row in rows for tree in row) == sorted(map(id, trees))
+    for row in rows:
+        assert len(row) == 1 or 0 < cost(row, batching) <= budget
+
+
+@pytest.mark.parametrize("batching", ["shared", "packed"])
+@settings(deadline=None)
+@given(trees=TREES, budget=st.integers(48, 200))
+def test_rows_differ_by_less_than_one_preference(batching, trees, budget):
+    loads = [cost(row, batching) for row in microbatches(trees, budget, batching)]
+    assert max(loads) - min(loads) <= max(num_tokens(tree, batching) for tree in trees)
+
+
+@pytest.mark.parametrize("num_trees", [21, 41, 64, 99])
+def test_the_last_row_is_no_crumb(num_trees):
+    rows = microbatches([make_tree(6, (2, 2))] * num_trees, 200)
+    assert len(rows) == -(-num_trees // 20)
+    assert 2 * min(map(len, rows)) >= max(map(len, rows))
+
+
+def test_one_preference_above_the_budget_leaves_the_others_together():
+    rows = microbatches([make_tree(300, (100, 100)), *[make_tree(6, (2, 2))] * 20], 100)
+    assert sorted(map(len, rows))[0] == 1
+    assert len(rows) <= 4, f"{len(rows)} rows for one long preference and 20 that fill two rows"
+
+
+@settings(deadline=None)
+@given(
+    num_preferences=st.integers(1, 40),
+    per_step=st.integers(1, 12),
+    num_epochs=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_every_epoch_has_every_preference_once(num_preferences, per_step, num_epochs, seed):
+    steps_an_epoch = -(-num_preferences // per_step)
+    steps = list(training_order(num_preferences, num_epochs * steps_an_epoch, per_step, seed))
+    assert len(steps) == num_epochs * steps_an_epoch
+    for epoch in range(num_epochs):
+        own = steps[epoch * steps_an_epoch : (epoch + 1) * steps_an_epoch]
+        assert sorted(number for step in own for number in step) == list(range(num_preferences))
+        assert [len(step) for step in own[:-1]] == [per_step] * (steps_an_epoch - 1)
+        assert len(own[-1]) == num_preferences - per_step * (steps_an_epoch - 1)
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    def order(num_steps, seed=3):
+        return list(training_order(50, num_steps, 10, seed))
+
+    assert order(10) == order(10)
+    assert order(7) == order(10)[:7]  # a longer run begins like a shorter one
+    assert order(5) != order(10)[5:]
+    assert order(5) != order(5, seed=4)
+    assert order(5) != [list(range(start, start + 10)) for start in range(0, 50, 10)]
+    assert order(0) == []

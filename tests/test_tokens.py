@@ -1,0 +1,327 @@
+"""Text to token ids: BOS, padding, lengths, the common prompt, cache and workers."""
+
+import pytest
+from conftest import CHAT, make_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from lora_rm.data import tokens
+from lora_rm.data.preference import Preference
+from lora_rm.data.tokens import ChatTokenizer, TokenTree, common_length, tokenize
+from lora_rm.errors import DataError, ModelError
+
+BOS, EOS, USER, ASSISTANT = 1, 2, 3, 4
+BARE = CHAT.removeprefix("{{ bos_token }}")
+"""The template of the tiny tokenizers without the BOS."""
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def make_preference(prompt, *answers, **more):
+    return Preference(prompt=(user(prompt),), answers=tuple((assistant(text),) for text in answers), **more)
+
+
+def make_chat(template=CHAT, *, adds_bos=True, **special):
+    tokenizer = make_tokenizer()
+    if not adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.add_special_tokens(special)
+    tokenizer.chat_template = template
+    return ChatTokenizer(tokenizer)
+
+
+def encode(chat, text):
+    """Ids of a text without any special token."""
+    return chat.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def one(chat, preference, max_length=512, **options):
+    """The tree of one preference and what was counted."""
+    (tree,), counts = tokenize([preference], chat, max_length=max_length, **options)
+    return tree, dict(counts)
+
+
+# BOS and template.
+
+
+@pytest.mark.parametrize(
+    ("template", "adds_bos", "start"),
+    [(CHAT, True, [BOS]), (CHAT, False, [BOS]), (BARE, True, [BOS]), (BARE, False, [])],
+    ids=["both", "template", "tokenizer", "neither"],
+)
+def test_a_conversation_has_one_bos_where_there_is_one(template, adds_bos, start):
+    chat = make_chat(template, adds_bos=adds_bos)
+    assert chat.adds_bos == adds_bos
+    expected = [*start, USER, *encode(chat, "2 + 2?"), EOS, ASSISTANT, *encode(chat, "4"), EOS]
+    assert chat.ids([((user("2 + 2?"), assistant("4")), ())]) == [expected]
+
+
+@pytest.mark.parametrize("text", ["a b", "<s>a b", "<s><s>a b", "<s><s><s>a b"])
+def test_a_text_that_begins_with_the_bos_gets_no_second(text):
+    rest = text.replace("<s>", "")
+    for adds_bos in (True, False):
+        chat = make_chat(adds_bos=adds_bos)
+        start = [BOS] if adds_bos or text != rest else []
+        assert chat.text_ids([text]) == [start + encode(chat, rest)]
+
+
+def test_a_tokenizer_without_template_is_refused_with_the_choices():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match=r"no chat template.*plain.*\.jinja"):
+        ChatTokenizer(tokenizer)
+
+
+def test_the_plain_template_writes_lines_and_an_eos_after_every_answer():
+    chat = ChatTokenizer(make_tokenizer(), "plain")
+    messages = (
+        {"role": "system", "content": "Be brief."},
+        user("Hi"),
+        assistant("Hello"),
+        user("Bye"),
+        assistant("So long"),
+    )
+    text = "Be brief.\n\nHuman: Hi\n\nAssistant: Hello</s>\n\nHuman: Bye\n\nAssistant: So long</s>"
+    assert chat.render(messages) == text
+    assert chat.ids([(messages, ())]) == [[BOS, *encode(chat, text)]]
+    assert encode(chat, text)[-1] == EOS
+
+
+def test_a_template_may_come_from_a_file_and_is_saved_with_the_tokenizer(tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}")
+    chat = ChatTokenizer(make_tokenizer(), str(file))
+    assert chat.render((user("a"), assistant("b"))) == "[a]</s>[b]</s>"
+    chat.save(tmp_path / "saved")
+    again = ChatTokenizer.load(tmp_path / "saved")
+    assert (again.identity(), again.template_hash, again.pad_id) == (
+        chat.identity(),
+        chat.template_hash,
+        chat.pad_id,
+    )
+    with pytest.raises(ModelError, match=r"absent\.jinja, which cannot be read.*tokenizer, plain"):
+        ChatTokenizer(make_tokenizer(), str(tmp_path / "absent.jinja"))
+
+
+def test_a_broken_template_is_a_mistake_of_the_model(tmp_path):
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}")
+    with pytest.raises(ModelError, match="template"):
+        ChatTokenizer(make_tokenizer(), str(file))
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="tokenizer cannot be opened"):
+        ChatTokenizer.load(tmp_path)
+
+
+def test_a_conversation_that_the_template_refuses_is_named():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT
+    with pytest.raises(DataError, match=r"\['system', 'user'\]: no system turn.*chat_template"):
+        make_chat(template).render(({"role": "system", "content": "a"}, user("b")))
+
+
+# Padding.
+
+
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        ({}, "<unk>"),  # pad = EOS: another special token
+        ({"additional_special_tokens": ["<a>", "<my_pad>", "<b>"]}, "<my_pad>"),  # one that is named so
+        ({"pad_token": "<fill>"}, "<fill>"),  # a pad token of its own stays
+    ],
+)
+def test_the_padding_token_ends_no_conversation(special, expected):
+    chat = make_chat(**special)
+    assert chat.tokenizer.pad_token == expected
+    assert chat.pad_id == chat.tokenizer.convert_tokens_to_ids(expected)
+    assert chat.pad_id not in (BOS, EOS, chat.ids([((user("a"), assistant("b")), ())])[0][-1])
+    assert chat.tokenizer.padding_side == "right"
+
+
+def test_a_conversation_that_ends_with_the_padding_token_is_refused():
+    chat = make_chat(CHAT.replace("{{ eos_token }}", ""), pad_token="<fill>")
+    with pytest.raises(DataError, match=r"pairs line 3: .*padding token '<fill>'"):
+        tokenize([make_preference("a", "b", "c<fill>", source="pairs line 3")], chat, max_length=512)
+
+
+# Trees.
+
+
+def test_a_tree_is_the_common_start_and_each_answers_rest():
+    chat = make_chat()
+    preference = make_preference("2 + 2?", "4", "5", margin=2.0, subset="sums")
+    tree, counts = one(chat, preference)
+    prompt = [BOS, USER, *encode(chat, "2 + 2?"), EOS, ASSISTANT]
+    assert tree == TokenTree(
+        prompt, ([*encode(chat, "4"), EOS], [*encode(chat, "5"), EOS]), margin=2.0, subset="sums"
+    )
+    assert counts == {}
+
+
+def test_what_the_answers_have_in_common_belongs_to_the_prompt():
+    chat = make_chat()
+    tree, _ = one(chat, make_preference("Go?", "yes it is", "yes it is not"))
+    first, second = ([*encode(chat, text), EOS] for text in ("yes it is", "yes it is not"))
+    shared = common_length([first, second])
+    assert shared >= 3
+    assert tree.prompt_ids[-shared:] == first[:shared]
+    assert tree.answer_ids == (first[shared:], second[shared:])
+    assert all(tree.answer_ids)
+
+
+def test_an_answer_that_begins_another_keeps_its_last_token():
+    chat = make_chat("{% for m in messages %}{{ m.content }}{% endfor %}")
+    shorter, longer = chat.text_ids(["a x", "a x y"])
+    assert longer[: len(shorter)] == shorter
+    tree, _ = one(chat, make_preference("a", " x", " x y"))
+    assert tree.answer_ids == (shorter[-1:], longer[len(shorter) - 1 :])
+
+
+def test_rankings_of_three_and_ratings_of_one():
+    chat = make_chat()
+    prompt = [BOS, USER, *encode(chat, "2 + 2?"), EOS, ASSISTANT]
+    ranking = make_preference("2 + 2?", "4", "3", "999", kind="ranking", scores=(3.0, 1.0, 0.0))
+    tree, _ = one(chat, ranking)
+    assert tree.prompt_ids == prompt
+    assert tree.answer_ids == tuple([*encode(chat, text), EOS] for text in ("4", "3", "999"))
+    assert (tree.kind, tree.scores) == ("ranking", (3.0, 1.0, 0.0))
+    tree, _ = one(chat, make_preference("2 + 2?", "4", kind="rating", scores=(7.0,)))
+    assert tree.conversations() == [[*prompt, *encode(chat, "4"), EOS]]
+    assert (tree.kind, tree.scores) == ("rating", (7.0,))
+
+
+def test_answers_that_are_the_same_tokens_are_dropped_and_counted():
+    chat = make_chat(CHAT.replace("m['content']", "m['content'] | trim"))
+    same, good = make_preference("a", "4", "4 "), make_preference("a", "4", "5 ")
+    trees, counts = tokenize([same, good, same], chat, max_length=512)
+    assert [tree is None for tree in trees] == [True, False, True]
+    assert counts == {"dropped: answers identical as tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"), [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[5, 6]], 2)]
+)
+def test_common_length(rows, length):
+    assert common_length(rows) == length
+
+
+# Lengths.
+
+LONG = make_preference("one two three four five six seven eight", "9 is nine", "3 is three, and more")
+
+
+def test_drop_leaves_out_what_is_longer_and_nothing_else():
+    chat = make_chat()
+    whole, _ = one(chat, LONG)
+    length = max(map(len, whole.conversations()))
+    assert one(chat, LONG, length) == (whole, {})
+    assert one(chat, LONG, length - 1) == (None, {f"dropped: longer than {length - 1} tokens": 1})
+
+
+@pytest.mark.parametrize("template", [CHAT, BARE], ids=["bos", "no bos"])
+def test_truncate_prompt_keeps_the_bos_the_end_of_the_prompt_and_whole_answers(template):
+    chat = make_chat(template, adds_bos=False)
+    whole, _ = one(chat, LONG)
+    first = len([BOS]) if template == CHAT else 0
+    start, prompt = whole.prompt_ids[:first], whole.prompt_ids[first:]
+    assert start == [BOS][:first]
+    length = max(map(len, whole.conversations()))
+    for cut in range(1, len(prompt)):
+        tree, counts = one(chat, LONG, length - cut, length_policy="truncate_prompt")
+        assert tree.prompt_ids == start + prompt[cut:]
+        assert tree.answer_ids == whole.answer_ids
+        assert all(answer[-1] == EOS for answer in tree.answer_ids)
+        assert max(map(len, tree.conversations())) == length - cut
+        assert counts == {f"prompt cut to fit {length - cut} tokens": 1}
+    short = length - len(prompt)  # no token of the prompt would be left
+    found = one(chat, LONG, short, length_policy="truncate_prompt")
+    assert found == (None, {f"dropped: longer than {short} tokens": 1})
+
+
+def test_truncate_prompt_leaves_a_short_one_alone():
+    chat = make_chat()
+    assert one(chat, LONG, 512, length_policy="truncate_prompt") == one(chat, LONG, 512)
+
+
+def test_truncate_prompt_never_cuts_what_answers_have_in_common():
+    chat = make_chat()
+    start = "The answer to this question is, as far as anyone can tell, "
+    preference = make_preference("Why?", start + "yes", start + "no")
+    prompt = [BOS, USER, *encode(chat, "Why?"), EOS, ASSISTANT]
+    whole, _ = one(chat, preference)
+    excess = len(prompt) + 4
+    assert len(whole.prompt_ids) > excess + 4
+    length = max(map(len, whole.conversations())) - excess
+    tree, counts = one(chat, preference, length, length_policy="truncate_prompt")
+    assert tree is None, f"an answer was cut: {chat.tokenizer.decode(tree.conversations()[0])}"
+    assert counts == {f"dropped: longer than {length} tokens": 1}
+
+
+def test_truncate_prompt_never_cuts_a_single_answer():
+    chat = make_chat()
+    rating = make_preference("one two three", "four five six seven", kind="rating", scores=(1.0,))
+    prompt = len([BOS, USER, *encode(chat, "one two three"), EOS])
+    (row,) = one(chat, rating)[0].conversations()
+    for cut in range(1, len(row) - 2):
+        tree, _ = one(chat, rating, len(row) - cut, length_policy="truncate_prompt")
+        assert (tree is None) == (1 + cut >= prompt)
+        if tree is not None:
+            assert tree.conversations() == [[BOS, *row[1 + cut :]]]
+
+
+# Cache and workers.
+
+PAIRS = [
+    make_preference(f"What is {n} + {n}?", str(2 * n), f"{n} or so", subset="sums", source=str(n))
+    for n in range(300)
+]
+
+
+def test_the_cache_gives_what_was_computed_and_misses_what_changed(tmp_path, monkeypatch):
+    chat = make_chat()
+    some = PAIRS[:5]
+    fresh = tokenize(some, chat, max_length=512)
+    assert tokenize(some, chat, max_length=512, cache=tmp_path) == fresh
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatTokenizer, "text_ids", None)  # a hit tokenises nothing
+        assert tokenize(some, chat, max_length=512, cache=tmp_path) == fresh
+
+    changed = [*some[:4], make_preference("What is 4 + 4?", "8", "4 or so!")]
+    other = make_chat(BARE, adds_bos=False)
+    for preferences, chat_used in ((changed, chat), (some[:4], chat), (some, other)):
+        expected = tokenize(preferences, chat_used, max_length=512)
+        assert tokenize(preferences, chat_used, max_length=512, cache=tmp_path) == expected
+        assert expected != fresh
+    assert len(list((tmp_path / "tokens").iterdir())) == 4
+
+
+def test_the_cache_knows_no_lengths_and_no_targets(tmp_path):
+    chat = make_chat()
+    tokenize(PAIRS[:5], chat, max_length=512, cache=tmp_path)
+    assert tokenize(PAIRS[:5], chat, max_length=8, cache=tmp_path)[0] == [None] * 5
+    tied = make_preference("What is 0 + 0?", "0", "0 or so", probability=0.5)
+    (tree, *_), _ = tokenize([tied, *PAIRS[1:5]], chat, max_length=512, cache=tmp_path)
+    assert tree.probability == 0.5
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+
+
+def test_no_preferences_are_no_trees(tmp_path):
+    assert tokenize([], make_chat(), max_length=512, cache=tmp_path) == ([], {})
+
+
+@pytest.mark.slow
+def test_two_workers_give_what_one_gives(monkeypatch):
+    chat = make_chat()
+    alone = tokenize(PAIRS, chat, max_length=512, num_workers=1)
+    monkeypatch.setattr(tokens, "PARALLEL_FROM", 10)  # 600 conversations are three chunks
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatTokenizer, "text_ids", None)  # nothing is tokenised in this process
+        assert tokenize(PAIRS, chat, max_length=512, num_workers=2) == alone
