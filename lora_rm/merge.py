@@ -75,6 +75,9 @@ class MergeReport:
     base_weights: str
     dtype: str
     adapter_sha256: str
+    adds_bos: bool = False
+    """Whether the tokenizer puts a BOS before a text by itself."""
+
     num_tensors: int = 0
     num_updated: int = 0
     rounding_error: dict[str, float] = field(default_factory=dict)
@@ -294,7 +297,9 @@ def _write(plan: Plan, folder: Path) -> MergeReport:
     if len(plan.shards) > 1:
         values = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    _write_config(plan, folder)
+    chat = ChatTokenizer.load(plan.adapter)
+    report.adds_bos = chat.adds_bos
+    _write_config(plan, chat, folder)
     (folder / RECORD).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
 
@@ -431,8 +436,7 @@ def _shards(base: BaseModel, wanted: set[str]) -> dict[str, dict[str, StoredTens
     return {name: own for name, own in shards.items() if own}
 
 
-def _write_config(plan: Plan, folder: Path) -> None:
-    chat = ChatTokenizer.load(plan.adapter)
+def _write_config(plan: Plan, chat: ChatTokenizer, folder: Path) -> None:
     config = plan.config
     config.num_labels = 1
     config.problem_type = "regression"  # else the pipeline and vLLM return sigmoid(reward)

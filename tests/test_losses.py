@@ -113,9 +113,7 @@ def test_the_margin_is_asked_for_only_when_it_is_used():
     trees = [tree(margin=0.5), tree(margin=3.0)]
     rewards = [1.0, 0.0, 0.0, 1.0]
     assert_close(losses(rewards, trees), [-math.log(sigmoid(1.0)), -math.log(sigmoid(-1.0))])
-    assert_close(
-        losses(rewards, trees, use_margin=True), [-math.log(sigmoid(0.5)), -math.log(sigmoid(-4.0))]
-    )
+    assert_close(losses(rewards, trees, use_margin=True), [-math.log(sigmoid(0.5)), -math.log(sigmoid(-4.0))])
 
 
 @pytest.mark.parametrize(("probability", "label"), [(1.0, 0.9), (0.8, 0.74), (0.5, 0.5)])

@@ -121,7 +121,9 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 
 
 def test_a_conversation_that_the_template_refuses_is_named():
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT
+    )
     with pytest.raises(DataError, match=r"\['system', 'user'\]: no system turn.*chat_template"):
         make_chat(template).render(({"role": "system", "content": "a"}, user("b")))
 
@@ -206,7 +208,8 @@ def test_answers_that_are_the_same_tokens_are_dropped_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("rows", "length"), [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[5, 6]], 2)]
+    ("rows", "length"),
+    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[5, 6]], 2)],
 )
 def test_common_length(rows, length):
     assert common_length(rows) == length
@@ -233,7 +236,7 @@ def test_truncate_prompt_keeps_the_bos_the_end_of_the_prompt_and_whole_answers(t
     start, prompt = whole.prompt_ids[:first], whole.prompt_ids[first:]
     assert start == [BOS][:first]
     length = max(map(len, whole.conversations()))
-    for cut in range(1, len(prompt)):
+    for cut in range(1, len(prompt) - 1):  # its last token already opens the answer
         tree, counts = one(chat, LONG, length - cut, length_policy="truncate_prompt")
         assert tree.prompt_ids == start + prompt[cut:]
         assert tree.answer_ids == whole.answer_ids

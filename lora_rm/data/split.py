@@ -37,7 +37,9 @@ class Data:
 
     def show(self) -> None:
         """Prints the report."""
-        reasons = list(dict.fromkeys(reason for counts in self.report.values() for reason in counts))
+        reasons = list(
+            dict.fromkeys(reason for counts in self.report.values() for reason, n in counts.items() if n)
+        )
         rows = [[reason, *(counts.get(reason, 0) for counts in self.report.values())] for reason in reasons]
         show_table("Preferences", ["", *self.report], rows)
 

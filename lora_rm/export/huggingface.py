@@ -131,6 +131,8 @@ def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", merge["base"]) and not Path(merge["base"]).exists():
         header |= {"base_model": merge["base"], "base_model_relation": "finetune"}
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Reward model", ""]
+    # the pipeline's tokenizer adds a BOS; one that the template wrote would be the second
+    bos = ["text = text.removeprefix(reward.tokenizer.bos_token)"] if merge["adds_bos"] else []
     lines += [
         f"Trained with LoRA on `{Path(merge['base']).name if '/' in merge['base'] and 'base_model' not in header else merge['base']}`, "
         f"merged into its {merge['base_weights']} weights and stored as {merge['dtype']}. One logit: the raw reward.",
@@ -139,6 +141,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
         "from transformers import pipeline",
         'reward = pipeline("text-classification", model=PATH)',
         "text = reward.tokenizer.apply_chat_template(messages, tokenize=False)  # ends with the answer",
+        *bos,
         'reward(text)[0]["score"]',
         "```",
         "",

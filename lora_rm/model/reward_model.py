@@ -189,7 +189,9 @@ class RewardModel(nn.Module):
         chat = ChatTokenizer.load(folder)
         head = _stored_head(base)
         if head is None:
-            raise ModelError(f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random.")
+            raise ModelError(
+                f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random."
+            )
         quantization = Quantization(kind="none", double=False, load_dtype=dtype)
         model = _load_classifier(base, quantization, target, dtype, chat)
         model.requires_grad_(False)
@@ -581,6 +583,7 @@ def _load_classifier(
             f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
             "so no program could open the exported reward model."
         )
+    _stored_head(base)  # raises if there is one of more than one logit
     config.num_labels = 1
     with torch.device("meta"):
         empty: Any = AutoModelForSequenceClassification.from_config(config)
@@ -604,7 +607,9 @@ def _load_classifier(
             attn_implementation="eager" if softcapped else None,
         )
     if type(model.score) is not nn.Linear:
-        raise ModelError(f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be.")
+        raise ModelError(
+            f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be."
+        )
     model.score.weight.data = model.score.weight.data.float()
     _one_logit(model.score.weight, base.path)
     return model

@@ -46,7 +46,7 @@ def show(capsys):
 
     def print_line(line):
         with capsys.disabled():
-            print(f"\n{line}", end="")
+            print(f"\n{line}")  # noqa: T201
 
     return print_line
 
@@ -202,7 +202,9 @@ def test_m1_training_with_peft_by_default(base, preferences, tmp_path, monkeypat
         found = "trains"
     except Exception as error:  # whatever it is, it is the peer's
         found = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    show(f"M1 two steps with LoRA by default: lora_rm trains ({count.adapter:,} adapter values); TRL: {found}")
+    show(
+        f"M1 two steps with LoRA by default: lora_rm trains ({count.adapter:,} adapter values); TRL: {found}"
+    )
 
 
 def unchanged_shares(before, parameters):

@@ -1,0 +1,176 @@
+"""The command line: pages, exit states, and mistakes without a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_rm.cli import COMMANDS, main
+from lora_rm.config import check_settings, load_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command in this process; gives its exit status, output and errors."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+        done = capsys.readouterr()
+        return status, done.out, done.err
+
+    return run
+
+
+def start(*words, **environment):
+    """Runs a command as the user does, in a process of its own."""
+    command = [sys.executable, "-m", "lora_rm.cli", *words]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("words", [(), ("-h",), ("--help",), ("help",)])
+def test_the_first_page_names_every_command(run, words):
+    status, page, errors = run(*words)
+    assert (status, errors) == (0, "")
+    for name in COMMANDS:
+        assert f"\n  {name} " in page
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "hidden"),
+    [
+        ("train", ["PRESET", "--resume", "--train.learning-rate", "--model.base", "--seed"], []),
+        ("merge", ["RUN", "--out DIR", "--merge.dtype", "--verify.max-change"], ["--train.", "--seed"]),
+        ("export", ["RUN", "--to", "--out DIR", "--overwrite", "--push REPOSITORY"], ["--train.", "--merge."]),
+        ("eval", ["MODEL", "--json FILE", "--data.eval"], ["--train.learning-rate", "--seed"]),
+        ("score", ["MODEL", "FILE", '{"messages": [...]}'], ["--train.", "--data."]),
+        ("config", ["PRESET", "--train.learning-rate", "--seed"], []),
+    ],
+)  # fmt: skip
+def test_every_command_has_a_page_with_its_own_settings(run, name, shown, hidden):
+    for words in ((name, "--help"), (name, "-h"), (name, "something", "--help")):
+        status, page, errors = run(*words)
+        assert (status, errors) == (0, "")
+        assert page.startswith(f"usage: lora-rm {name} ")
+        assert [text for text in shown if text not in page] == []
+        assert [text for text in hidden if text in page] == []
+
+
+def test_every_command_is_tested_for_its_page():
+    (mark,) = test_every_command_has_a_page_with_its_own_settings.pytestmark
+    assert [case[0] for case in mark.args[1]] == list(COMMANDS)
+
+
+def test_the_page_shows_the_values_of_a_preset_as_defaults(run, tmp_path):
+    preset = tmp_path / "own.yaml"
+    preset.write_text("adapter: {rank: 48}\n")
+    status, page, _ = run("train", str(preset), "--help")
+    assert status == 0
+    assert "(default: 48)" in page
+    assert "(default: 48)" not in run("train", "--help")[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_page_can_be_read_in_any_encoding(encoding):
+    done = start("merge", "--help", PYTHONIOENCODING=encoding)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert "--merge.dtype" in done.stdout
+    assert done.stdout.count("usage:") == 1
+
+
+MISTAKES = [
+    (["trian"], "ConfigError: 'trian' is no command. Commands: train, merge"),
+    (["train", "--train.lerning-rate", "1"], "train.lerning_rate is not a setting. Did you mean train.learning_rate?"),
+    (["train", "--learning-rate=1"], "Did you mean train.learning_rate?"),
+    (["train", "--adapter.rank", "0", "--train.num-epoch", "1"], "ConfigError: 2 settings cannot be used"),
+    (["train", "absent.yaml"], "absent.yaml: cannot be read (No such file or directory)"),
+    (["train", "one.yaml", "two.yaml"], "two.yaml"),
+    (["train", "--resume=yes"], "--resume"),
+    (["train", "--seed"], "seed has no value"),
+    (["config", "absent.yaml"], "absent.yaml: cannot be read"),
+    (["merge"], "RUN. `lora-rm merge --help`"),
+    (["merge", "runs/a", "runs/b"], "runs/b"),
+    (["merge", "runs/a", "--out"], "--out"),
+    (["merge", "runs/a", "--merge.dtype", "float8"], "merge.dtype is 'float8'; allowed: 'auto', 'float16'"),
+    (["export"], "RUN"),
+    (["export", "runs/a", "--to", "floppy"], "floppy"),
+    (["export", "runs/a", "--merge.dtype", "float16"], "--merge.dtype is no option of this command"),
+    (["eval", "runs/a", "--data.max-evil", "1"], "Did you mean data.max_eval?"),
+    (["score", "runs/a", "lines.jsonl", "--fast"], "--fast is no option of this command"),
+    (["score", "runs/a", "absent.jsonl"], "absent.jsonl: cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_is_one_message_and_exit_state_1(run, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, output, errors = run(*words)
+    assert (status, output) == (1, "")
+    assert errors.startswith("ConfigError: ")
+    assert message in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["train"], "ModelError: "),
+        (["train", "--model.base", "absent/folder/x"], "ModelError: "),
+        (["merge", "runs/absent"], "Error: "),
+        (["export", "runs/absent"], "MergeError: "),
+        (["eval", "runs/absent"], "ConfigError: data.eval is not set"),
+        (["score", "runs/absent"], "ModelError: runs/absent: is no run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_commands_cannot_find_is_named_without_a_traceback(run, words, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = run(*words)
+    assert status == 1
+    assert error in errors.splitlines()[0]
+    assert "Traceback" not in errors
+
+
+def test_mistakes_look_the_same_in_a_process_of_their_own():
+    done = start("train", "--adapter.rank", "0", "--foo", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    first, *rest = done.stderr.splitlines()
+    assert first == "ConfigError: 2 settings cannot be used:"
+    assert [line.split()[0] for line in rest] == ["foo", "adapter.rank"]
+
+
+def test_config_writes_a_preset_that_gives_the_same_settings(run, tmp_path):
+    preset = tmp_path / "first.yaml"
+    preset.write_text("seed: 4\ndata: {train: a.jsonl}\nadapter: {rank: 8, rank_pattern: {q_proj: 2}}\n")
+    flags = ["--train.learning-rate", "3e-5", "--adapter.target-modules", "q_proj", "v_proj"]
+    status, text, errors = run("config", str(preset), *flags)
+    assert (status, errors) == (0, "")
+    second = tmp_path / "second.yaml"
+    second.write_text(text)
+    settings = load_settings(preset, flags)
+    assert load_settings(second) == settings == check_settings(yaml.safe_load(text))
+    assert (settings.seed, settings.adapter.rank, settings.train.learning_rate) == (4, 8, 3e-5)
+    assert run("config", str(second))[1] == text
+    assert yaml.safe_load(run("config")[1])["train"]["learning_rate"] == 1e-4
+
+
+def test_flags_may_stand_before_and_after_the_arguments(run, tmp_path):
+    preset = tmp_path / "own.yaml"
+    preset.write_text("seed: 4\n")
+    for words in ([str(preset), "--adapter.rank", "2"], ["--adapter.rank=2", str(preset)]):
+        status, text, _ = run("config", *words)
+        found = yaml.safe_load(text)
+        assert (status, found["seed"], found["adapter"]["rank"]) == (0, 4, 2)

@@ -1,0 +1,275 @@
+"""What an evaluation counts, on rewards whose truth is known."""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import make_model
+
+from lora_rm.config import LossSettings
+from lora_rm.data.preference import Preference
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import DataError
+from lora_rm.evaluate import (
+    PairCount,
+    bag_of_words_baseline,
+    calibration_error,
+    evaluate,
+    ordered_pairs,
+    summarize,
+    wilson_interval,
+)
+from lora_rm.metrics import StepSums
+
+
+def tree(*lengths, kind="pair", **more):
+    return TokenTree([1], tuple([2] * length for length in lengths), kind, **more)
+
+
+def summary(trees, rewards, **loss):
+    return summarize(trees, rewards, LossSettings(**loss))
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return make_model(base)
+
+
+# Accuracy.
+
+RIGHT, WRONG = [1.0, 0.0], [0.0, 1.0]
+FIVE = [RIGHT, RIGHT, WRONG, WRONG, RIGHT]
+"""Three of five are right; in batches of 4 and 1 the mean of the batches would be 0.75."""
+
+
+def test_accuracy_is_a_count_over_pairs():
+    found = summary([tree(1, 1)] * 5, FIVE)
+    assert found.pairs == PairCount(num_pairs=5, num_correct=3)
+    assert found.pairs.accuracy == 0.6
+    parts = [summary([tree(1, 1)] * len(part), part).pairs for part in (FIVE[:4], FIVE[4:])]
+    assert sum(part.accuracy for part in parts) / 2 == 0.75
+    assert sum(parts, PairCount()) == found.pairs
+
+
+def test_accuracy_of_a_step_is_a_count_over_its_microbatches():
+    sums = StepSums()
+    for part in (FIVE[:4], FIVE[4:]):
+        flat = [reward for own in part for reward in own]
+        sums.add([tree(1, 1)] * len(part), torch.arange(float(len(part))), flat, 10)
+    found = sums.to_json()
+    assert found["accuracy"] == 0.6
+    assert found["loss"] == (0 + 1 + 2 + 3 + 0) / 5
+    assert math.isclose(found["margin"], 0.2)
+    assert (found["reward_mean"], found["reward_spread"]) == (0.5, 0.5)
+
+
+def test_a_models_accuracy_does_not_depend_on_the_microbatches(model, held_out):
+    some = held_out[:5]
+    rewards = model.score(some)
+    assert all(first != second for first, second in rewards)
+    wanted = [True, True, False, False, True]
+    turned = [
+        t if (first > second) == right else dataclasses.replace(t, answer_ids=t.answer_ids[::-1])
+        for t, (first, second), right in zip(some, rewards, wanted, strict=True)
+    ]
+    longest = max(sum(map(len, t.conversations())) for t in some)
+    found = [evaluate(model, turned, tokens_per_microbatch=budget) for budget in (16, longest, 4 * longest)]
+    for one in found:
+        assert one.pairs == PairCount(num_pairs=5, num_correct=3)
+        assert one.num_preferences == 5
+        assert math.isclose(one.loss, found[0].loss, rel_tol=1e-5)
+        assert math.isclose(one.reward_spread, found[0].reward_spread, rel_tol=1e-5)
+
+
+def test_a_preference_may_stand_in_the_list_twice(model, held_out):
+    twice = [held_out[0], held_out[1], held_out[0]]
+    rewards = model.score(twice)
+    assert [len(own) for own in rewards] == [2, 2, 2]
+    assert rewards[0] == pytest.approx(rewards[2], rel=1e-5)
+
+
+def test_evaluating_leaves_the_model_in_its_mode(model, held_out):
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, held_out[:2])
+        assert model.training == training
+
+
+def test_equal_rewards_are_ties_that_count_half():
+    found = summary([tree(1, 1)] * 4, [RIGHT, RIGHT, [0.5, 0.5], WRONG])
+    assert found.pairs == PairCount(num_pairs=4, num_correct=2, num_ties=1)
+    assert found.pairs.accuracy == 0.625
+    assert found.pairs.interval == wilson_interval(2.5, 4)
+    assert found.to_json()["pairs"] == {"num_pairs": 4, "num_correct": 2, "num_ties": 1, "accuracy": 0.625}
+
+
+def test_ties_of_the_data_and_ratings_are_no_pairs():
+    trees = [tree(1, 1), tree(1, 1, probability=0.5), tree(1, kind="rating", scores=(2.0,))]
+    found = summary(trees, [RIGHT, WRONG, [5.0]])
+    assert found.pairs == PairCount(num_pairs=1, num_correct=1)
+    assert found.num_preferences == 3
+    expected = [math.log(1 + math.exp(-1)), (math.log(1 + math.e) + math.log(1 + math.exp(-1))) / 2, 9.0]
+    assert math.isclose(found.loss, sum(expected) / 3)
+
+
+def test_a_ranking_counts_with_each_of_its_ordered_pairs():
+    ranking = tree(1, 1, 1, 1, kind="ranking", scores=(2.0, 3.0, 1.0, 2.0))
+    pairs = [(0, 2), (1, 0), (1, 2), (1, 3), (3, 2)]
+    assert sorted(ordered_pairs(ranking)) == pairs
+    rewards = [0.5, 0.4, 0.1, 0.1]  # right: 0 over 2, 1 over 2, 1 over 3; a tie: 3 and 2; wrong: 1 over 0
+    found = summary([ranking], [rewards])
+    assert found.pairs == PairCount(num_pairs=5, num_correct=3, num_ties=1)
+    assert math.isclose(found.margin_mean, sum(rewards[i] - rewards[j] for i, j in pairs) / 5)
+
+
+def test_soft_labels_count_as_the_way_round_they_lean():
+    assert ordered_pairs(tree(1, 1, probability=0.51)) == [(0, 1)]
+    assert ordered_pairs(tree(1, 1, probability=0.5)) == []
+
+
+def test_subsets_are_counted_apart_and_add_up():
+    trees = [tree(1, 1, subset=name) for name in ("sums", "words", "sums", "words", "sums")]
+    found = summary(trees, FIVE)
+    assert found.subsets == {
+        "sums": PairCount(num_pairs=3, num_correct=2),
+        "words": PairCount(num_pairs=2, num_correct=1),
+    }
+    assert sum(found.subsets.values(), PairCount()) == found.pairs
+    assert summary([tree(1, 1)], [RIGHT]).subsets == {}
+
+
+def test_mean_spread_and_margin_are_over_all_rewards():
+    found = summary([tree(1, 1), tree(1, 1)], [[3.0, 1.0], [0.0, 4.0]])
+    assert (found.reward_mean, found.margin_mean) == (2.0, -1.0)
+    assert math.isclose(found.reward_spread, math.sqrt((1 + 1 + 4 + 4) / 4))
+
+
+def test_nothing_to_evaluate_is_an_error(model):
+    with pytest.raises(DataError, match=r"no preferences.*data\.eval"):
+        evaluate(model, [])
+
+
+# Interval, calibration, baselines.
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "num_pairs", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+)
+def test_the_wilson_interval_has_its_known_values(num_correct, num_pairs, low, high):
+    found = wilson_interval(num_correct, num_pairs)
+    assert found == pytest.approx((low, high), abs=6e-5)
+
+
+def test_the_ends_of_the_interval_are_shares_that_just_fit():
+    for bound in wilson_interval(300, 500):
+        assert math.isclose(abs(0.6 - bound), 1.96 * math.sqrt(bound * (1 - bound) / 500), rel_tol=1e-9)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+LOG_ODDS = {share: math.log(share / (1 - share)) for share in (0.57, 0.73, 0.74, 0.99)}
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([LOG_ODDS[0.73]], 0.27),
+        ([-LOG_ODDS[0.73]], 0.73),
+        ([0.0], 0.0),
+        ([1000.0, 1000.0], 0.0),
+        ([-1000.0], 1.0),
+        # one bin: mean confidence 0.735, half of them right
+        ([LOG_ODDS[0.73], -LOG_ODDS[0.74]], 0.235),
+        # three bins, weighted by their numbers: |0.57 - 1|, |(0.73 + 0.74) / 2 - 1/2| twice, |0.99 - 1|
+        ([LOG_ODDS[0.57], LOG_ODDS[0.73], -LOG_ODDS[0.74], LOG_ODDS[0.99]], (0.43 + 2 * 0.235 + 0.01) / 4),
+    ],
+)
+def test_calibration_error_by_hand(differences, expected):
+    assert math.isclose(calibration_error(differences), expected, abs_tol=1e-9)
+    trees, rewards = [tree(1, 1)] * len(differences), [[difference, 0.0] for difference in differences]
+    assert math.isclose(summary(trees, rewards).calibration_error, expected, abs_tol=1e-9)
+
+
+def test_a_calibrated_model_has_a_small_error_and_an_overconfident_one_a_large():
+    generator = random.Random(0)
+    differences = [generator.gauss(0, 1.5) for _ in range(20000)]
+    drawn = [d if generator.random() < 1 / (1 + math.exp(-d)) else -d for d in differences]
+    assert calibration_error(drawn) < 0.015
+    assert calibration_error([5 * d for d in drawn]) > 0.1
+
+
+def test_the_length_baseline_takes_the_longer_answer():
+    trees = [tree(3, 2), tree(5, 1), tree(2, 2), tree(1, 4), tree(9, 1, probability=0.5)]
+    assert summary(trees, [RIGHT] * 5).length_baseline == 2.5 / 4
+
+
+def words(*answers, **more):
+    return Preference(
+        prompt=({"role": "user", "content": "?"},),
+        answers=tuple(({"role": "assistant", "content": text},) for text in answers),
+        **more,
+    )
+
+
+def random_pairs(number, seed, planted=""):
+    generator = random.Random(seed)
+    texts = [" ".join(f"w{generator.randrange(200)}" for _ in range(8)) for _ in range(2 * number)]
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    return [words(f"{first} {planted}", second) for first, second in pairs]
+
+
+def test_the_bag_of_words_finds_a_planted_word_and_nothing_in_noise():
+    planted = random_pairs(300, 1, "surely"), random_pairs(200, 2, "surely")
+    assert bag_of_words_baseline(*planted) > 0.95
+    assert 0.4 < bag_of_words_baseline(random_pairs(300, 3), random_pairs(400, 4)) < 0.6
+    turned = [words(*("".join(m["content"] for m in a) for a in p.answers[::-1])) for p in planted[1]]
+    assert bag_of_words_baseline(planted[0], turned) < 0.05
+
+
+def test_the_bag_of_words_has_no_opinion_on_words_it_has_not_seen():
+    train = [words("good", "bad")] * 4
+    assert bag_of_words_baseline(train, [words("red", "blue")] * 3) == 0.5
+    assert bag_of_words_baseline(train, [words("a good one", "a bad one")]) == 1.0
+
+
+def test_the_bag_of_words_counts_decided_pairs_alone():
+    pair, tie = words("good", "bad"), words("bad", "good", probability=0.5)
+    rating = words("good", kind="rating", scores=(1.0,))
+    assert bag_of_words_baseline([pair] * 3 + [tie] * 9, [pair, tie, rating]) == 1.0
+    assert math.isnan(bag_of_words_baseline([rating], [pair]))
+    assert math.isnan(bag_of_words_baseline([pair], [tie]))
+
+
+# JSON.
+
+
+def test_json_has_no_nan_and_no_infinity():
+    rating = tree(1, kind="rating", scores=(0.0,))
+    found = summary([rating], [[2.0]]).to_json()
+    assert json.loads(json.dumps(found, allow_nan=False)) == {
+        "num_preferences": 1,
+        "loss": 4.0,
+        "pairs": {"num_pairs": 0, "num_correct": 0, "num_ties": 0, "accuracy": None},
+        "length_baseline": None,
+        "calibration_error": None,
+        "margin_mean": None,
+        "reward_mean": 2.0,
+        "reward_spread": 0.0,
+        "subsets": {},
+        "interval": [0.0, 1.0],
+    }
+    broken = summary([tree(1, 1, subset="a"), rating], [[math.inf, 0.0], [math.nan]]).to_json()
+    json.dumps(broken, allow_nan=False)
+    assert broken["reward_mean"] is None
+    assert broken["subsets"]["a"]["accuracy"] == 1.0
+
+
+def test_steps_without_pairs_write_null():
+    sums = StepSums()
+    sums.add([tree(1, kind="rating", scores=(0.0,))], torch.tensor([math.nan]), [1.0], 3)
+    found = sums.to_json()
+    assert (found["accuracy"], found["margin"], found["loss"]) == (None, None, None)
+    json.dumps(found, allow_nan=False)

@@ -1,0 +1,228 @@
+"""Loading, the head's contract, saving and opening again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from conftest import make_base, make_model, make_tokenizer, shake
+from lora_rm.config import AdapterSettings, ModelSettings
+from lora_rm.errors import ModelError
+from lora_rm.model.base import BUILTIN, find_base
+from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.score import Scorer, load_reward_model
+from test_merge import saved
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_the_head_has_one_logit_in_float32_and_is_trained(base, quantization):
+    model = make_model(base, quantization=quantization)
+    assert model.head.shape == (1, 64)
+    assert model.head.dtype == torch.float32
+    assert model.head.requires_grad
+    assert len(quantized_layers(model)) == (0 if quantization == "none" else 21)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for name, p in model.named_parameters() if name in trained} == {torch.float32}
+    count = model.trainable()
+    assert count.head == 64
+    assert count.adapter == sum(
+        4 * (m.in_features + m.out_features)
+        for n, m in model.classifier.named_modules()
+        if hasattr(m, "lora_A")
+    )
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_gradients_reach_every_matrix(base, trees, quantization):
+    model = shake(make_model(base, quantization=quantization))
+    model.train()
+    model.rewards(model.batch(trees[:4])).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_the_head_starts_at_its_standard_deviation_or_at_zero(base):
+    head = make_model(base, seed=3).head
+    assert float(head.std()) == pytest.approx((64 + 1) ** -0.5, rel=0.3)
+    assert torch.equal(head, make_model(base, seed=3).head)
+    assert not torch.equal(head, make_model(base, seed=4).head)
+    assert float(make_model(base, head_init="zero").head.abs().max()) == 0
+
+
+def test_no_gradient_is_computed_below_the_first_adapted_layer(base):
+    model = make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0, layers_to_transform=(2,)))
+    adapted = {
+        name.split(".layers.")[1].split(".")[0] for name, p in model.named_parameters() if "lora_A" in name
+    }
+    assert adapted == {"2"}
+    assert model.trainable().adapter > 0
+
+
+def test_the_codes_rebuilt_from_the_checkpoint_are_those_of_the_model(base):
+    model = make_model(base)
+    hashes = code_hashes(model.classifier)
+    tensors = load_file(base / "model.safetensors")
+    assert len(hashes) == 21
+    for name, found in hashes.items():
+        values, rebuilt = Quantization(kind="nf4", double=True, load_dtype=torch.bfloat16).round_trip(
+            tensors[f"{name}.weight"]
+        )
+        assert rebuilt == found, name
+        assert values.dtype == torch.bfloat16
+        halves, _ = Quantization(kind="nf4", double=True, load_dtype=torch.float16).round_trip(
+            tensors[f"{name}.weight"]
+        )
+        assert not torch.equal(halves.float(), values.float())  # so the load type must be remembered
+
+
+def test_float32_products_use_the_weights_that_bfloat16_products_use(base):
+    """bitsandbytes' own float32 product does not; see ExactLinear4bit."""
+    import bitsandbytes.functional as functional
+
+    layer = next(iter(quantized_layers(make_model(base)).values()))
+    x = torch.randn(5, 64, requires_grad=True)
+    weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert weight.dtype == torch.bfloat16
+    y = layer(x)
+    torch.testing.assert_close(y, x @ weight.float().T)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(0).expand(5, -1))
+
+
+def test_an_evaluation_does_not_spoil_the_weights_for_training(base, trees):
+    """bitsandbytes repacks in the first forward pass without gradients on some CPUs."""
+    model = make_model(base)
+    before = code_hashes(model.classifier)
+    model.score(trees[:3])
+    assert code_hashes(model.classifier) == before
+
+
+def test_a_saved_adapter_opens_with_the_same_rewards_under_another_seed(base, tmp_path, trees):
+    model = shake(make_model(base))
+    expected = model.score(trees[:5])
+    adapter = saved(model, tmp_path / "adapter")
+    torch.manual_seed(1234)
+    opened = load_reward_model(adapter, compute_dtype="float32").model
+    assert opened.score(trees[:5]) == expected
+    assert torch.equal(opened.head, model.head)
+    record = json.loads((adapter / "lora_rm.json").read_text())
+    assert record["num_labels"] == 1
+    assert set(record["base"]["files"]) == {"config.json", "model.safetensors"}
+    assert len(record["quantization"]["codes"]) == 21
+    assert record["tokens"]["pad_id"] != record["tokens"]["eos_id"]
+    assert sorted(path.name for path in adapter.iterdir() if path.suffix in (".md", ".bin", ".pt")) == []
+
+
+def test_a_base_with_two_logits_is_refused(tmp_path):
+    make_base(tmp_path / "base")
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.num_labels = 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="one logit"):
+        make_model(tmp_path / "base", quantization="none")
+
+
+def test_training_goes_on_from_the_head_of_a_reward_model(tmp_path, capsys):
+    make_base(tmp_path / "base")
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.num_labels = 1
+    earlier = AutoModelForSequenceClassification.from_config(config)
+    earlier.save_pretrained(tmp_path / "base")
+    model = make_model(tmp_path / "base", quantization="none")
+    torch.testing.assert_close(model.head, earlier.score.weight.bfloat16().float())
+    assert "reward model already" in capsys.readouterr().out
+
+
+def test_a_head_that_is_not_finite_is_refused(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.score.weight"][0, 3] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="NaN"):
+        RewardModel.load_adapter(adapter)
+
+
+def test_a_merged_folder_without_head_is_refused(base):
+    with pytest.raises(ModelError, match="no score.weight"):
+        RewardModel.load_merged(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "model.base is not set"),
+        ("builtin:gpt5", "The only built-in model"),
+        ("no/such/folder/here", "there is no folder"),
+        ("missing.gguf", "there is no file"),
+        ("some-org/some-model", "cannot be fetched from the hub"),
+    ],
+)
+def test_a_base_that_is_not_there_is_named(name, message):
+    with pytest.raises(ModelError, match=message):
+        find_base(name)
+
+
+def test_weights_that_may_run_code_are_refused(base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="may run code"):
+        find_base(str(folder))
+
+
+def test_a_device_that_is_not_there_is_named(base):
+    with pytest.raises(ModelError, match="allowed: auto, cpu"):
+        make_model(base, device="toaster")
+    with pytest.raises(ModelError, match="CUDA devices here"):
+        make_model(base, device="cuda:7")
+
+
+def test_bfloat16_products_keep_float32_rewards_and_head(base, trees):
+    model = RewardModel.load(
+        str(base),
+        settings=ModelSettings(compute_dtype="bfloat16"),
+        adapter=AdapterSettings(rank=4, alpha=12.0),
+    )
+    model.choose_batching()
+    model.train()
+    rewards = model.rewards(model.batch(trees[:6]))
+    assert rewards.dtype == torch.float32
+    rewards.sum().backward()
+    assert model.head.grad.dtype == torch.float32
+    with model.precise():
+        assert model.compute_dtype == torch.float32
+        exact = model.rewards(model.batch(trees[:6]))
+    assert model.compute_dtype == torch.bfloat16
+    assert 0 < float((rewards - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+def test_the_score_of_an_answer_does_not_depend_on_its_neighbours(base, chat):
+    scorer = Scorer(make_model(base))
+    rows = chat.text_ids(["<s>one two three", "<s>a", "<s>something else, much longer than the others are"])
+    together = scorer.score_ids(rows)
+    alone = [scorer.score_ids([row])[0] for row in rows]
+    assert together == pytest.approx(alone, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_built_in_model_is_converted_once_and_speaks():
+    base = find_base(BUILTIN)
+    assert find_base(BUILTIN).path == base.path
+    assert [file.name for file in base.weight_files] == ["model.safetensors"]
+    scorer = Scorer(RewardModel.load(base, settings=ModelSettings(compute_dtype="float32")))
+    assert scorer.model.trainable().total > 134_000_000
+    assert scorer.model.choose_batching() == "shared"
+    assert scorer.model.chat.pad_id != scorer.model.chat.tokenizer.eos_token_id
+    assert len(scorer.score("What is 2 + 2?", ["4", "5"])) == 2
+
+
+def test_the_tiny_tokenizer_has_the_trap_it_is_made_for():
+    tokenizer = make_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -1,0 +1,107 @@
+"""Every preset parses, every recipe runs on a tiny model, also from a copy of its file elsewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_rm.config import load_settings
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "recipes" / "presets").glob("*.yaml"))
+TINY = [
+    "--data.max-train", "24", "--data.max-eval", "12", "--train.max-steps", "2", "--train.learning-rate", "1e-3",
+    "--adapter.rank", "4", "--model.compute-dtype", "float32", "--train.checkpointing", "none",
+]  # fmt: skip
+
+
+def recipe(file, *words):
+    return subprocess.run(
+        [sys.executable, str(file), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_parses(preset):
+    settings = load_settings(preset)
+    assert settings.model.base
+    assert settings.output_dir == f"runs/{preset.stem}"
+    text = preset.read_text()
+    assert preset.stem == "quickstart" or "NOT RUN HERE" in text
+    assert f"recipes/presets/{preset.name}" in text
+
+
+def test_there_is_a_preset_for_every_family_that_is_promised():
+    names = {path.stem for path in PRESETS}
+    assert names >= {
+        "quickstart",
+        "llama3.1_8b",
+        "qwen3_8b",
+        "qwen3_14b",
+        "gemma3_12b",
+        "mistral_small_24b",
+        "qwen3_32b",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["recipes", "copy"])
+def test_every_recipe_runs_on_a_tiny_model(base, tmp_path, place):
+    folder = ROOT / "recipes"
+    if place == "copy":
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        for file in (ROOT / "recipes").glob("*.py"):
+            shutil.copy(file, folder)
+    run = tmp_path / "run"
+    words = ["--model.base", base, "--data.train", "builtin:checkable", "--output-dir", run, *TINY]
+    preset = (
+        [ROOT / "recipes/presets/quickstart.yaml", "--adapter.layers-to-transform", "[]"]
+        if place == "recipes"
+        else []
+    )
+    done = recipe(folder / "qlora_reward_model.py", *preset, *words)
+    assert done.returncode == 0, done.stderr
+    assert (run / "summary.json").is_file()
+    assert (run / "export/huggingface/README.md").is_file()
+    assert "held-out accuracy" in done.stdout
+    shutil.rmtree(run / "export")
+    done = recipe(folder / "merge_adapter.py", run, "--merge.overwrite", "True")
+    assert done.returncode == 0, done.stderr
+    assert (run / "export/huggingface/model.safetensors").is_file()
+
+
+def test_a_recipe_tells_mistakes_without_a_traceback():
+    done = recipe(
+        ROOT / "recipes/qlora_reward_model.py", "--train.learning-rat", "1e-5", "--adapter.rank", "0"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "train.learning_rat is not a setting. Did you mean train.learning_rate?" in done.stderr
+    assert "adapter.rank is '0'" in done.stderr
+
+
+def test_every_command_in_the_readmes_exists():
+    """Presets, recipes, benchmarks and commands that the pages name are there, with settings that parse."""
+    from lora_rm.cli import COMMANDS
+
+    for page in (ROOT / "README.md", ROOT / "recipes/README.md"):
+        text = page.read_text()
+        for path in re.findall(r"(?:recipes|benchmarks)/[\w./]+\.(?:py|yaml|md)", text):
+            assert (ROOT / path).is_file(), f"{page.name}: {path}"
+        for command in re.findall(r"^lora-rm (\w+)", text, re.MULTILINE):
+            assert command in COMMANDS, f"{page.name}: lora-rm {command}"
+        for line in re.findall(r"^lora-rm train .*", text.replace("\\\n", " "), re.MULTILINE):
+            words = line.split("#")[0].split()[2:]
+            flags = [word for word in words if word != "--resume"]
+            if flags and not flags[0].startswith("--"):
+                flags = flags[1:]
+            load_settings(None, flags)

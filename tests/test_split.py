@@ -1,0 +1,207 @@
+"""Both sides of the data: disjoint, limited, counted."""
+
+import json
+
+import pytest
+
+from lora_rm.config import DataSettings
+from lora_rm.data.checkable import checkable_preferences
+from lora_rm.data.split import load_data, read_side, split_by_prompt
+from lora_rm.errors import DataError
+
+
+def row(prompt, chosen="yes it is", rejected="no"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """Forty rows about ten prompts, those of a prompt far apart."""
+    return write(tmp_path / "train.jsonl", [row(f"Question {n % 10}?", f"answer {n}") for n in range(40)])
+
+
+def load(chat, train, **more):
+    return load_data(DataSettings(train=train, num_workers=1, **more), chat)
+
+
+def prompts(side):
+    return {preference.prompt[-1]["content"] for preference in side.preferences}
+
+
+def texts(side):
+    return [preference.answers[0][0]["content"] for preference in side.preferences]
+
+
+def check_counts(data):
+    """Every row read is kept, or counted once under a reason."""
+    for name, side in (("train", data.train), ("eval", data.eval)):
+        counts = dict(data.report[name])
+        cut = sum(number for reason, number in counts.items() if reason.startswith("prompt cut"))
+        read, kept = counts.pop("rows read"), counts.pop("kept")
+        assert read == kept + sum(counts.values()) - cut
+        assert kept == len(side.preferences) == len(side.trees)
+
+
+# Disjoint sides.
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.99])
+def test_train_and_eval_share_no_prompt(chat, repeated, share):
+    data = load(chat, repeated, eval_share=share)
+    assert not prompts(data.train) & prompts(data.eval)
+    assert len(prompts(data.eval)) == min(max(1, round(10 * share)), 9)
+    assert sorted(texts(data.train) + texts(data.eval)) == sorted(f"answer {n}" for n in range(40))
+    assert data.report["train"]["held out for evaluation"] == data.report["eval"]["rows read"]
+    check_counts(data)
+
+
+def test_the_split_depends_on_the_seed_alone(chat, repeated):
+    settings = DataSettings(train=repeated, eval_share=0.3)
+    sides = [prompts(load_data(settings, chat, seed=seed).eval) for seed in (0, 0, 1, 2, 3)]
+    assert sides[0] == sides[1]
+    assert any(side != sides[0] for side in sides[2:])
+
+
+def test_the_split_does_not_depend_on_the_order_of_rows():
+    preferences, _ = checkable_preferences(60, 0)
+    held_out = split_by_prompt(preferences, 0.2, 0)[1]
+    again = split_by_prompt(preferences[::-1], 0.2, 0)[1]
+    assert len(held_out) == 12
+    assert again == held_out[::-1]
+
+
+def test_prompts_of_both_files_leave_training_and_are_counted(chat, tmp_path):
+    train = write(tmp_path / "train.jsonl", [row(f"Question {n % 5}?", f"answer {n}") for n in range(20)])
+    held_out = write(tmp_path / "eval.jsonl", [row("Question 3?"), row("Question 9?")])
+    data = load(chat, train, eval=held_out, max_dropped_share=0.2)
+    assert prompts(data.train) == {f"Question {n}?" for n in (0, 1, 2, 4)}
+    assert prompts(data.eval) == {"Question 3?", "Question 9?"}
+    assert data.report["train"]["dropped: prompt is in the evaluation data"] == 4
+    check_counts(data)
+    with pytest.raises(DataError, match="20% of the train rows were dropped"):
+        load(chat, train, eval=held_out, max_dropped_share=0.19)
+
+
+def test_one_prompt_alone_cannot_be_split(chat, tmp_path):
+    train = write(tmp_path / "train.jsonl", [row("Why?", f"answer {n}") for n in range(5)])
+    with pytest.raises(DataError, match=r"No eval preferences are left.*data\.eval_share"):
+        load(chat, train)
+
+
+def test_the_built_in_set_has_sides_of_its_own(chat):
+    data = load(chat, "builtin:checkable", max_train=30, max_eval=15)
+    train, held_out = checkable_preferences()
+    assert {p.prompt_key for p in data.train.preferences} <= {p.prompt_key for p in train}
+    assert {p.prompt_key for p in data.eval.preferences} <= {p.prompt_key for p in held_out}
+    assert (len(data.train.trees), len(data.eval.trees)) == (30, 15)
+    assert data.report["train"]["left out by the limit"] == len(train) - 30
+    check_counts(data)
+
+
+# Limits.
+
+
+def test_limits_take_rows_at_random_and_leave_the_other_side_alone(chat, repeated):
+    whole = load(chat, repeated, eval_share=0.3)
+    data = load(chat, repeated, eval_share=0.3, max_train=8, max_eval=5)
+    assert len(set(texts(data.train))) == 8
+    assert len(set(texts(data.eval))) == 5
+    assert set(texts(data.train)) < set(texts(whole.train))
+    assert texts(data.train) != texts(whole.train)[:8]
+    assert prompts(data.eval) <= prompts(whole.eval)
+    assert data.report["train"]["left out by the limit"] == 20
+    assert data.report["eval"]["left out by the limit"] == 7
+    check_counts(data)
+    assert texts(load(chat, repeated, eval_share=0.3, max_train=8).train) == texts(data.train)
+    assert texts(load(chat, repeated, eval_share=0.3, max_train=999).train) == texts(whole.train)
+
+
+def test_trees_and_preferences_stay_side_by_side(chat, tmp_path):
+    rows = [row(f"Question {n}?", f"answer {n}", "much " * 80 if n % 4 == 0 else "no") for n in range(20)]
+    data = load(chat, write(tmp_path / "t.jsonl", rows), max_length=60, max_dropped_share=0.5)
+    for side in (data.train, data.eval):
+        for preference, tree in zip(side.preferences, side.trees, strict=True):
+            text = chat.tokenizer.decode(tree.conversations()[0])
+            assert preference.answers[0][0]["content"] + "</s>" in text
+    assert sum(side["dropped: longer than 60 tokens"] for side in data.report.values() if len(side) > 2) == 5
+    check_counts(data)
+
+
+# What is dropped.
+
+
+def test_every_reason_is_counted_once(chat, tmp_path):
+    rows = [row(f"Question {n}?", f"answer {n}") for n in range(20)]
+    rows[2]["rejected"] = rows[2]["chosen"]
+    del rows[5]["rejected"]
+    del rows[6]["rejected"]
+    rows[9]["chosen"] = "much " * 80
+    rows[11]["prompt"] = "so " * 60
+    train = write(tmp_path / "train.jsonl", rows)
+    held_out = write(
+        tmp_path / "eval.jsonl", [row("Question 1?"), row("Else?"), {"prompt": "Half a row", "chosen": "yes"}]
+    )
+    policies = {"on_bad_row": "skip", "length_policy": "truncate_prompt", "max_dropped_share": 0.5}
+    data = load(chat, train, eval=held_out, max_length=60, **policies)
+    assert data.report["train"] == {
+        "rows read": 20,
+        "dropped: identical answers": 1,
+        "dropped: missing field": 2,
+        "dropped: prompt is in the evaluation data": 1,
+        "dropped: longer than 60 tokens": 1,
+        "prompt cut to fit 60 tokens": 1,
+        "kept": 15,
+    }
+    assert data.report["eval"] == {"rows read": 3, "dropped: missing field": 1, "kept": 2}
+    check_counts(data)
+
+
+def test_more_dropped_than_allowed_is_an_error_that_says_why(chat, tmp_path):
+    rows = [row(f"Question {n}?", "much " * 80 if n < 3 else "yes") for n in range(20)]
+    train = write(tmp_path / "train.jsonl", rows)
+    held_out = write(tmp_path / "eval.jsonl", [row("Else?")])
+    with pytest.raises(DataError, match=r"15% of the train rows.*longer than 60.*allows 10%.*max_length"):
+        load(chat, train, eval=held_out, max_length=60)
+    assert len(load(chat, train, eval=held_out, max_length=60, max_dropped_share=0.15).train.trees) == 17
+    with pytest.raises(DataError, match="100% of the eval rows"):
+        load(chat, held_out.replace("eval", "train"), eval=write(tmp_path / "e.jsonl", rows[:1]), max_length=60,
+             max_dropped_share=0.5)  # fmt: skip
+
+
+def test_a_bad_row_stops_the_run_unless_told_otherwise(chat, tmp_path):
+    rows = [row(f"Question {n}?") for n in range(20)]
+    del rows[4]["chosen"]
+    train = write(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"train\.jsonl line 5"):
+        load(chat, train)
+    data = load(chat, train, on_bad_row="skip")
+    assert len(data.train.trees) + len(data.eval.trees) == 19
+    check_counts(data)
+
+
+def test_missing_settings_and_files_are_named(chat, tmp_path):
+    with pytest.raises(DataError, match=r"data\.train is not set.*builtin:checkable"):
+        load(chat, "")
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
+        load(chat, str(tmp_path / "absent.jsonl"))
+
+
+def test_the_evaluation_data_can_be_read_alone(chat, tmp_path, capsys):
+    held_out = write(tmp_path / "eval.jsonl", [row(f"Question {n}?", f"answer {n}") for n in range(6)])
+    side = read_side(DataSettings(eval=held_out, max_eval=4), chat)
+    assert len(set(texts(side))) == len(side.trees) == 4
+    assert set(texts(side)) <= {f"answer {n}" for n in range(6)}
+    with pytest.raises(DataError, match="100% of the eval rows"):
+        read_side(DataSettings(eval=held_out, max_length=8), chat)
+
+
+def test_the_report_is_shown_as_a_table(chat, repeated, capsys):
+    load(chat, repeated).show()
+    page = capsys.readouterr().out
+    for word in ("train", "eval", "rows read", "kept", "40", "36"):
+        assert word in page

@@ -1,0 +1,240 @@
+"""The training loop: what moves, what must not matter, and what happens when something goes wrong."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_rm import train as train_module
+from lora_rm.checkpoint import RunFolder, newest_checkpoint
+from lora_rm.config import check_settings
+from lora_rm.data.split import Data, Side
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import ConfigError, Interrupted, ModelError
+from lora_rm.evaluate import evaluate
+from lora_rm.metrics import MetricsLog
+from lora_rm.train import count_steps, train
+from lora_rm.workflow import open_model, train_run
+
+
+def changed(settings, **sections):
+    """Settings with some values replaced, section by section."""
+    from dataclasses import asdict
+
+    values = asdict(settings)
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if isinstance(section, dict) else section
+    return check_settings(values)
+
+
+def trained_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lines(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def data_of(trees):
+    return Data(Side([], trees), Side([], trees[:4]))
+
+
+def run_once(settings, trees):
+    run = RunFolder.create(settings)
+    model = open_model(settings)
+    train(model, data_of(trees), settings, run)
+    return model, run
+
+
+def test_every_trained_parameter_moves_and_no_other_does(settings, trees):
+    model = open_model(settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, data_of(trees), settings, RunFolder.create(settings))
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, before[name])
+        assert same != parameter.requires_grad, f"{name} {'did not move' if same else 'moved'}"
+    assert model.head.requires_grad
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_how_rows_are_cut_into_microbatches_changes_nothing(settings, quantization, trees, chat):
+    ranking = TokenTree(
+        [1, 9, 8], ([4, 2], [5, 6, 2], [7, 2], [10, 11, 12, 2]), kind="ranking", scores=(3.0, 1.0, 2.0, 0.0)
+    )
+    rating = TokenTree([1, 9], ([14, 2],), kind="rating", scores=(0.7,))
+    mixed = [ranking, *trees[:3], rating, *trees[3:6]]
+    found = []
+    for number, budget in enumerate((16, 4096)):  # eight rows of one, one row of eight
+        own = changed(
+            settings,
+            output_dir=f"{settings.output_dir}{number}",
+            model={"quantization": quantization},
+            loss={"centering": 0.01},
+            train={"tokens_per_microbatch": budget, "max_steps": 3},
+        )
+        model, run = run_once(own, mixed)
+        found.append((trained_weights(model), [line["loss"] for line in lines(run)]))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    for name, weight in found[0][0].items():
+        torch.testing.assert_close(weight, found[1][0][name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_it_learns_sixteen_pairs_by_heart(settings, trees):
+    own = changed(settings, train={"num_epochs": 25, "learning_rate": 3e-3, "schedule": "constant"})
+    model, run = run_once(own, trees[:16])
+    assert evaluate(model, trees[:16]).pairs.accuracy == 1.0
+    assert lines(run)[-1]["loss"] < 0.1 < lines(run)[0]["loss"]
+
+
+def test_the_learning_rate_rises_and_reaches_its_end_value_on_the_last_step(settings, trees, monkeypatch):
+    kept = []
+    real = train_module.get_scheduler
+    monkeypatch.setattr(train_module, "get_scheduler", lambda *a: kept.append(real(*a)) or kept[-1])
+    own = changed(settings, train={"num_epochs": 2, "warmup_share": 0.2, "learning_rate": 1e-3})
+    _, run = run_once(own, trees[:40])
+    rates = [line["learning_rate"] for line in lines(run)]
+    assert len(rates) == count_steps(40, own) == 10
+    assert rates[0] == 0 < rates[1] < rates[2] == 1e-3
+    assert kept[0].get_last_lr() == [0.0]
+
+
+def test_lora_plus_gives_the_b_matrices_a_rate_of_their_own(settings):
+    own = changed(settings, adapter={"lora_plus_ratio": 8.0})
+    model = open_model(own)
+    optimizer = train_module.build_optimizer(model, own)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        fast = {("lora_B" in names[id(p)]) for p in group["params"]}
+        assert fast == {group["lr"] == pytest.approx(8e-3)}
+
+
+def test_a_non_finite_step_is_skipped_and_counted(settings, trees, monkeypatch, capsys):
+    real, calls = train_module.preference_losses, []
+
+    def poisoned(rewards, *rest):
+        calls.append(1)
+        return real(rewards, *rest) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(train_module, "preference_losses", poisoned)
+    own = changed(settings, train={"tokens_per_microbatch": 65536, "max_steps": 4})
+    model, run = run_once(own, trees)
+    assert [line["num_skipped"] for line in lines(run)] == [0, 1, 1, 1]
+    assert lines(run)[1]["loss"] is None
+    assert "Step 2 is skipped" in capsys.readouterr().out
+    assert all(torch.isfinite(weight).all() for weight in trained_weights(model).values())
+
+
+def test_too_many_skipped_steps_stop_the_run_with_a_diagnosis(settings, trees):
+    own = changed(settings, train={"max_skipped_steps": 2})
+    model = open_model(own)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_A" in name).fill_(float("nan"))
+    with pytest.raises(ModelError, match="2 steps in a row.*lora_A.*Lower train.learning_rate"):
+        train(model, data_of(trees), own, RunFolder.create(own))
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch, capsys):
+    """SIGTERM at step 4 of 12, dropout on, evaluation on; bit for bit the run that was not stopped."""
+    own = changed(
+        settings,
+        adapter={"dropout": 0.1},
+        train={"num_epochs": 2, "eval_every_steps": 3, "save_every_steps": 5},
+    )
+    straight = train_run(changed(own, output_dir=own.output_dir + "-straight"))
+    real = MetricsLog.step
+
+    def step(self, number, values):
+        real(self, number, values)
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "step", step)
+    with pytest.raises(Interrupted, match="step 4 of 12.*--resume"):
+        train_run(own)
+    monkeypatch.setattr(MetricsLog, "step", real)
+    stopped = train_run(own, resume=True)
+    assert "Going on from" in capsys.readouterr().out
+    expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in (straight, stopped))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    steps = [line["step"] for line in lines(stopped) if "loss" in line]
+    assert steps == list(range(1, 13))
+    same = [("step", "loss", "grad_norm", "learning_rate"), ("step", "eval")]
+    for keys in same:
+        pick = [
+            [{k: line[k] for k in keys} for line in lines(run) if keys[1] in line]
+            for run in (straight, stopped)
+        ]
+        assert pick[0] == pick[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over(settings, trees):
+    own = changed(
+        settings, train={"save_every_steps": 2, "keep_checkpoints": 3, "max_steps": 7, "num_epochs": 3}
+    )
+    _, run = run_once(own, trees)
+    folders = sorted(path.name for path in run.checkpoints.iterdir())
+    assert folders == ["step-000002", "step-000004", "step-000006"]
+    file = run.checkpoints / "step-000006" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-7] + b"damaged")
+    found, passed_over = newest_checkpoint(run.checkpoints)
+    assert found.name == "step-000004"
+    assert "step-000006 was passed over: optimizer.safetensors is damaged" in passed_over[0]
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(settings, trees):
+    own = changed(
+        settings, train={"save_every_steps": 1, "keep_checkpoints": 2, "eval_every_steps": 2, "max_steps": 6}
+    )
+    _, run = run_once(own, trees)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best", "step-000004", "step-000005"]
+
+
+def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monkeypatch, capsys):
+    """The evaluation loss is made to rise after the second one; the weights at the end are the second's."""
+    from dataclasses import replace
+
+    seen, real = [], train_module.evaluate
+
+    def rising(model, *rest):
+        seen.append(trained_weights(model))
+        return replace(real(model, *rest), loss=[0.6, 0.5, 0.7, 0.8][len(seen) - 1])
+
+    monkeypatch.setattr(train_module, "evaluate", rising)
+    own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 2, "num_epochs": 3})
+    model, run = run_once(own, trees)
+    assert len(seen) == 4
+    assert "No better evaluation since step 2: training stops at step 4" in capsys.readouterr().out
+    for name, weight in trained_weights(model).items():
+        assert torch.equal(weight, seen[1][name]), name
+    assert not all(torch.equal(weight, seen[3][name]) for name, weight in trained_weights(model).items())
+
+
+def test_a_paged_optimizer_without_a_gpu_is_refused(settings, trees):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        run_once(changed(settings, train={"optimizer": "paged_adamw_8bit"}), trees)
+
+
+def test_an_earlier_run_is_not_overwritten(settings):
+    RunFolder.create(settings)
+    with pytest.raises(ConfigError, match="--resume`, or replace it with --overwrite True"):
+        RunFolder.create(settings)
+    RunFolder.create(changed(settings, overwrite=True))
+
+
+def test_other_settings_cannot_resume_a_run(settings):
+    RunFolder.create(settings)
+    with pytest.raises(ConfigError, match="settings differ"):
+        RunFolder.create(changed(settings, adapter={"rank": 8}), resume=True)
+
+
+def test_tensorboard_gets_the_metrics(settings, trees):
+    pytest.importorskip("tensorboard")
+    _, run = run_once(changed(settings, train={"trackers": ["tensorboard"], "max_steps": 1}), trees)
+    assert list(run.path.rglob("events.out.tfevents.*"))

@@ -1,0 +1,228 @@
+"""The main job on a tiny model, end to end: train, merge, verify, export, score; and the checks that must fail."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import SHARED
+from lora_rm import load_reward_model
+from lora_rm.checkpoint import RunFolder
+from lora_rm.config import VerifySettings, dump_settings
+from lora_rm.errors import ConfigError, DataError, MergeError
+from lora_rm.export.huggingface import check_pipeline, export_huggingface
+from lora_rm.verify import HELD_OUT, Change, measure_change, verify
+from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
+from test_train import changed
+
+
+@pytest.fixture(scope="module")
+def job(base, tmp_path_factory):
+    """A run that went all the way."""
+    from lora_rm.config import check_settings
+
+    settings = check_settings(
+        {
+            "output_dir": str(tmp_path_factory.mktemp("job") / "run"),
+            "model": {"base": str(base), "compute_dtype": "float32"},
+            "adapter": {"rank": 4, "alpha": 12},
+            "data": {"train": "builtin:checkable", "max_train": 64, "max_eval": 60},
+            "train": {"preferences_per_step": 8, "tokens_per_microbatch": 1024, "learning_rate": 3e-3, "checkpointing": "none"},
+        }
+    )  # fmt: skip
+    run = train_run(settings)
+    merge_run(run.path, settings)
+    export_run(run.path)
+    summarize(run, 0.0)
+    return run
+
+
+def test_the_run_folder_holds_everything(job):
+    names = {path.name for path in job.path.iterdir()}
+    assert names == {
+        "config.yaml", "data.json", "metrics.jsonl", "adapter", "eval.json", HELD_OUT, "merged", "parity.json",
+        "export", "summary.json",
+    }  # fmt: skip
+    summary = job.read_json("summary.json")
+    assert set(summary) >= {
+        "accuracy_before", "accuracy_after", "accuracy_interval", "length_baseline", "num_pairs_train",
+        "num_pairs_eval", "merge_mean_change", "merge_max_change", "pair_flips", "seconds",
+    }  # fmt: skip
+    assert summary["num_pairs_train"] == 64
+    assert summary["num_pairs_eval"] == 60
+    assert summary["merge_mean_change"] < 0.005
+    assert summary["merge_max_change"] < 0.02
+
+
+def test_the_merged_rewards_are_the_adapters_in_every_way_of_scoring(job):
+    parity = json.loads((job.merged / "parity.json").read_text())
+    assert parity["num_answers"] == 120  # 64 canaries and the 56 other answers of 60 pairs
+    assert set(parity["changes"]) == {
+        "library", "transformers, padded right", "transformers, padded left", "transformers, one by one",
+    }  # fmt: skip
+    assert parity["canaries_against_training"]["largest"] < 1e-4
+    for way, change in parity["changes"].items():
+        assert change["largest"] < 0.02, way
+        assert change["pair_flips"] <= 2, way
+
+
+def test_the_pipeline_of_the_export_gives_the_rewards_of_parity_json(job):
+    from transformers import pipeline
+
+    folder = job.exports / "huggingface"
+    parity = json.loads((folder / "parity.json").read_text())
+    reward = pipeline("text-classification", model=str(folder))
+    for answer in parity["answers"][:5]:
+        assert reward(answer["text"])[0]["score"] == pytest.approx(
+            answer["reward"], abs=0.02 * parity["spread"]
+        )
+        ids = reward.tokenizer(answer["text"]).input_ids
+        assert ids == answer["ids"]
+
+
+def test_the_export_opens_without_argument_and_without_warning(job):
+    code = "import sys; from transformers import AutoModelForSequenceClassification as M; m = M.from_pretrained(sys.argv[1]); assert m.num_labels == 1"
+    done = subprocess.run(
+        [sys.executable, "-c", code, job.exports / "huggingface"], capture_output=True, text=True, check=True
+    )
+    said = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert said == []
+
+
+def test_the_model_card_tells_the_numbers_of_the_run(job):
+    card = (job.exports / "huggingface" / "README.md").read_text()
+    evaluation, parity = job.read_json("eval.json"), job.read_json("parity.json")
+    assert f"{evaluation['after']['pairs']['accuracy']:.3f}" in card
+    assert f"{parity['changes']['library']['mean']:.3%}" in card
+    assert "license" not in card  # never guessed
+    assert str(job.path) not in card
+
+
+@pytest.mark.parametrize("form", ["run", "adapter", "merged", "export"])
+def test_every_form_opens_in_one_call_with_the_same_rewards(job, form):
+    path = {
+        "run": job.path,
+        "adapter": job.adapter,
+        "merged": job.merged,
+        "export": job.exports / "huggingface",
+    }[form]
+    scorer = load_reward_model(path, compute_dtype="float32")
+    prompt, answers = (
+        "Repeat exactly: Anna sold a red bag",
+        ["Anna sold a red bag", "Ben sold a red bag", "no"],
+    )
+    rewards = scorer.score(prompt, answers)
+    expected = load_reward_model(job.adapter, compute_dtype="float32").score(prompt, answers)
+    assert rewards == pytest.approx(expected, abs=0.02 * job.read_json("parity.json")["spread"])
+    assert scorer.best_of(prompt, answers) == answers[scorer.rank(prompt, answers)[0]]
+
+
+def test_lines_are_scored_and_bad_lines_named(job):
+    lines = [
+        '{"prompt": "a", "response": "b"}',
+        "",
+        '{"prompt": "a", "responses": ["b", "c"], "id": 7}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+    ]
+    found = [json.loads(line) for line in score_lines(str(job.adapter), lines, "x.jsonl")]
+    assert found[0]["reward"] == pytest.approx(found[2]["reward"], abs=1e-5)
+    assert found[1]["rewards"][0] == pytest.approx(found[0]["reward"], abs=1e-5)
+    assert found[1]["id"] == 7
+    with pytest.raises(DataError, match="x.jsonl line 2: is no conversation"):
+        list(score_lines(str(job.adapter), [lines[0], '{"text": 1}'], "x.jsonl"))
+
+
+def test_an_evaluation_of_the_run_repeats_the_number(job):
+    found = evaluate_model(job.path, job.settings())
+    assert found.pairs.accuracy == job.read_json("eval.json")["after"]["pairs"]["accuracy"]
+    with pytest.raises(ConfigError, match="data.eval is not set"):
+        evaluate_model(job.merged, job.settings())
+
+
+def test_verify_fails_when_rewards_changed(job, tmp_path):
+    """bfloat16 by nearest swallows updates; a bound of zero cannot be met; a changed head is no reward model."""
+    with pytest.raises(MergeError, match="Merging changed rewards by"):
+        verify(job.adapter, job.merged, VerifySettings(max_change=0.0, max_mean_change=0.0))
+    broken = tmp_path / "merged"
+    shutil.copytree(job.merged, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"] += 0.05
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeError, match="not the merged weight"):
+        verify(job.adapter, broken)
+
+
+def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(job.adapter, adapter)
+    record = json.loads((adapter / "lora_rm.json").read_text())
+    for canary in record["canaries"]:
+        canary["reward"] += 0.3 * torch.rand(()).item()
+    (adapter / "lora_rm.json").write_text(json.dumps(record))
+    with pytest.raises(MergeError, match="canaries moved"):
+        verify(adapter, job.merged)
+
+
+def test_an_export_with_other_rewards_is_refused(job, tmp_path):
+    merged = tmp_path / "merged"
+    shutil.copytree(job.merged, merged)
+    config = json.loads((merged / "config.json").read_text())
+    del config["problem_type"]
+    (merged / "config.json").write_text(json.dumps(config))
+    parity = json.loads((merged / "parity.json").read_text())
+    with pytest.raises(MergeError, match="pipeline's rewards differ"):
+        export_huggingface(merged, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    assert check_pipeline(job.merged, parity) < 0.02
+
+
+def test_an_export_needs_a_verified_merge(job, tmp_path):
+    with pytest.raises(MergeError, match="exists already"):
+        export_run(job.path)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(MergeError, match="no parity.json"):
+        export_huggingface(tmp_path / "merged", tmp_path / "out")
+    with pytest.raises(MergeError, match="holds no merged model"):
+        export_run(tmp_path)
+
+
+def test_measure_change_by_hand():
+    change = measure_change([0.0, 1.0, 2.0, 3.0], [0.0, 2.5, 2.0, 3.0])
+    spread = 1.25**0.5
+    assert change == Change(
+        mean=1.5 / 4 / spread, largest=1.5 / spread, kendall_tau=4 / 6, pair_flips=1, num_pairs=6
+    )
+    assert measure_change([0.0, 1.0], [0.0, float("nan")]).largest == float("inf")
+    assert measure_change([0.0, 1.0, 1.0], [0.0, 1.0, 1.0]).kendall_tau == 1.0
+
+
+def test_the_saved_settings_run_again_as_a_preset(job):
+    from lora_rm.config import load_settings
+
+    assert dump_settings(load_settings(job.config)) == job.config.read_text()
+
+
+def test_real_rows_of_every_kind_train(settings, tmp_path):
+    """K = 8 lists, and human pairs with several turns, on real data."""
+    if not SHARED.is_dir():
+        pytest.skip("the real preference data is not beside this checkout")
+    for name in ("alpaca_lists_test.jsonl.gz", "hh_harmless_test.jsonl.gz"):
+        own = changed(
+            settings,
+            output_dir=str(tmp_path / name),
+            data={
+                "train": str(SHARED / name),
+                "on_bad_row": "skip",
+                "max_train": 12,
+                "max_eval": 4,
+                "max_length": 4000,
+                "max_dropped_share": 1.0,
+            },
+            train={"max_steps": 2, "tokens_per_microbatch": 8192, "preferences_per_step": 4},
+        )
+        run = train_run(own)
+        assert RunFolder.open(run.path).read_json("eval.json")["after"]["pairs"]["num_pairs"] > 0
