@@ -5,17 +5,17 @@ import shutil
 
 import pytest
 import torch
+from conftest import make_base, make_model, make_tokenizer, shake
 from safetensors.torch import load_file, save_file
+from test_merge import saved
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from conftest import make_base, make_model, make_tokenizer, shake
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BUILTIN, find_base
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
-from test_merge import saved
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from conftest import SHARED
+from safetensors.torch import load_file, save_file
+from test_train import changed
+
 from lora_rm import load_reward_model
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import VerifySettings, dump_settings
@@ -17,7 +18,6 @@ from lora_rm.errors import ConfigError, DataError, MergeError
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
 from lora_rm.verify import HELD_OUT, Change, measure_change, verify
 from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
-from test_train import changed
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +217,12 @@ def test_real_rows_of_every_kind_train(settings, tmp_path):
             data={
                 "train": str(SHARED / name),
                 "on_bad_row": "skip",
-                "max_train": 12,
+                "max_train": 6,
                 "max_eval": 4,
-                "max_length": 4000,
+                "max_length": 2000,
                 "max_dropped_share": 1.0,
             },
-            train={"max_steps": 2, "tokens_per_microbatch": 8192, "preferences_per_step": 4},
+            train={"max_steps": 1, "tokens_per_microbatch": 8192, "preferences_per_step": 4},
         )
         run = train_run(own)
         assert RunFolder.open(run.path).read_json("eval.json")["after"]["pairs"]["num_pairs"] > 0

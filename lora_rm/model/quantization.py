@@ -97,7 +97,7 @@ class ExactLinear4bit(bnb.nn.Linear4bit):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + bias."""
+        """X W^T + bias."""
         if self.compute_dtype != torch.float32:
             return super().forward(x)
         y = _ExactProduct.apply(x.float(), self.weight)
