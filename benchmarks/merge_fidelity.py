@@ -3,8 +3,8 @@
     python benchmarks/merge_fidelity.py runs/quickstart [--quick] [--json FILE]
 
 Held-out answers are scored by the adapter on its 4-bit base and by each merged model, in float32 on both
-sides. Errors are shares of the spread (standard deviation) of the rewards; flips are pairs of answers whose
-order changed.
+sides. Errors are shares of the spread (standard deviation) of the rewards; flips are pairs of answers,
+to one prompt or to any two, whose order changed.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,41 +32,34 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run folder with a trained adapter")
-    parser.add_argument("--quick", action="store_true", help="24 answers instead of 128")
+    parser.add_argument("--quick", action="store_true", help="24 answers instead of all")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     options = parser.parse_args()
     run = RunFolder.open(options.run)
     record = json.loads((run.adapter / "lora_rm.json").read_text())
-    answers = [canary["ids"] for canary in record["canaries"]] + run.read_json(HELD_OUT)
-    answers = answers[:24] if options.quick else answers
+    known = [*record["canaries"], *run.read_json(HELD_OUT)]
+    known = known[:24] if options.quick else known
+    answers, prompts = [answer["ids"] for answer in known], [answer["prompt"] for answer in known]
 
     trained = RewardModel.load_adapter(run.adapter, compute_dtype="float32")
     expected = score(trained, answers)
     rows = []
     for name, found in ways(run, trained, answers).items():
         say(f"{name} ...")
-        change = measure_change(expected, found())
-        rows.append(
-            {
-                "what is written": name,
-                "mean error": change.mean,
-                "largest error": change.largest,
-                "flips": change.pair_flips,
-                "pairs": change.num_pairs,
-            }
-        )
+        rows.append({"what is written": name, **asdict(measure_change(expected, found(), prompts))})
         gc.collect()
     show_table(
         f"{len(answers)} answers of {run.path}",
-        ["what is written", "mean error", "largest error", "pairs flipped"],
+        ["what is written", "mean error", "largest", "pairs flipped", "any two answers"],
         [
             [
-                r["what is written"],
-                f"{r['mean error']:.2%}",
-                f"{r['largest error']:.2%}",
-                f"{r['flips']} of {r['pairs']}",
+                row["what is written"],
+                f"{row['mean']:.2%}",
+                f"{row['largest']:.2%}",
+                f"{row['pair_flips']} of {row['num_pairs']}",
+                f"{row['order_flips']} of {row['num_orders']}",
             ]
-            for r in rows
+            for row in rows
         ],
     )
     if options.json:

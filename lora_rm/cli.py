@@ -189,7 +189,7 @@ def _parse(
         if only is not None:
             preset = next((word for word in words if word.endswith((".yaml", ".yml"))), None)
             page = help_text(parser.prog, load_settings(preset), only)
-            _write("\n" + page[page.index("╭") :])
+            _write("\n" + page.split("\n\n", 1)[-1])  # without tyro's own usage line
         raise SystemExit(0)
     own: list[str] = []
     flags: list[str] = []

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Interval
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
 
 from lora_rm.errors import ConfigError
 
@@ -22,7 +22,21 @@ Count = Annotated[int, Ge(1)]
 CountOrNone = Annotated[int, Ge(0)]
 Share = Annotated[float, Interval(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Ge(0.0)]
-Positive = Annotated[float, Gt(0.0)]
+Positive = Annotated[float, Gt(0.0), AllowInfNan(False)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML as PyYAML does, but a key given twice is an error: PyYAML would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses doubled keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 class _Section:
@@ -76,14 +90,14 @@ class AdapterSettings(_Section):
     target_modules: tuple[str, ...] = ("all-linear",)
     """Layers that get an adapter: name endings, or all-linear for every linear layer of the decoder."""
 
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: tuple[CountOrNone, ...] = ()
     """Decoder layers that get an adapter, counted from 0; none: all. Below the first of them no gradient is
     computed, so adapting the upper half alone saves about a third of a step."""
 
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, Count] = dataclasses.field(default_factory=dict)
     """Ranks for some layers: {name or regular expression: rank}."""
 
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = dataclasses.field(default_factory=dict)
     """Alphas for some layers: {name or regular expression: alpha}."""
 
     use_rslora: bool = False
@@ -326,7 +340,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}). Give the path of a .yaml file."
@@ -477,12 +491,9 @@ def _flag_value(key: str, annotation: Any, given: list[str]) -> tuple[Any, str]:
 
 def _unknown_key(key: str) -> str:
     names = [name for name, _ in _keys()]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if not near:  # the right name under the wrong section, or under none
-        last = key.rpartition(".")[2]
-        near = [name for name in names if name.rpartition(".")[2] == last] or difflib.get_close_matches(
-            last, [name.rpartition(".")[2] for name in names], n=1
-        )
+    last = key.rpartition(".")[2]
+    near = [name for name in names if name.rpartition(".")[2] == last]  # the right name in the wrong section
+    near = near or difflib.get_close_matches(key, [*names, *_sections()], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else " `lora-rm train --help` lists every setting."
     return f"{key} is not a setting.{hint}"
 
@@ -492,7 +503,7 @@ def _sentence(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"] if part not in ("tuple[str, ...]",))
     if item["type"] == "unexpected_keyword_argument":
         return _unknown_key(key)
-    allowed = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    allowed = item["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "list")
     allowed = allowed.split(", unable to parse")[0]
     found = item["input"]
     if dataclasses.is_dataclass(found) or (isinstance(found, dict) and "dataclass" in item["type"]):
@@ -526,9 +537,6 @@ def _contradictions(settings: Settings) -> list[str]:
         mistakes.append("merge.base is dequantized, but model.quantization is none. Use merge.base original.")
     if settings.train.early_stopping and not settings.train.eval_every_steps:
         mistakes.append("train.early_stopping needs train.eval_every_steps above 0.")
-    for name, rank in settings.adapter.rank_pattern.items():
-        if rank < 1:
-            mistakes.append(f"adapter.rank_pattern[{name}] is {rank}; allowed: 1 or more.")
     return mistakes
 
 

@@ -144,7 +144,8 @@ def plackett_luce(rewards: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     not_better = scores[None, :] <= scores[:, None]
     remaining = rewards[None, :].expand(len(rewards), -1).masked_fill(~not_better, float("-inf"))
     stage = torch.logsumexp(remaining, dim=1) - rewards
-    return stage[scores > scores.min()].mean()
+    placed = scores > scores.min()  # none if all are tied: then there is nothing to learn
+    return stage[placed].sum() / placed.sum().clamp_min(1)
 
 
 def regression(rewards: torch.Tensor, ratings: torch.Tensor) -> torch.Tensor:

@@ -37,17 +37,30 @@ class Change:
     """Rank correlation over all pairs of answers, ties counted (tau-b, Kendall 1945)."""
 
     pair_flips: int
-    """Pairs of answers whose order changed, out of `num_pairs`."""
+    """Pairs of answers to one prompt whose order changed, out of `num_pairs`: decisions that changed."""
 
     num_pairs: int
 
+    order_flips: int
+    """The same over all pairs, also of answers to different prompts, out of `num_orders`."""
 
-def measure_change(expected: Sequence[float], found: Sequence[float]) -> Change:
-    """Compares two lists of rewards of the same answers."""
+    num_orders: int
+
+
+def measure_change(
+    expected: Sequence[float], found: Sequence[float], prompts: Sequence[object] | None = None
+) -> Change:
+    """Compares two lists of rewards of the same answers.
+
+    Args:
+        expected: Rewards before.
+        found: Rewards after, in the same order.
+        prompts: Which prompt each answers; None: all the same one.
+    """
     count = len(expected)
     spread = standard_deviation(expected) or 1.0
     changes = [abs(a - b) for a, b in zip(expected, found, strict=True)]
-    flips = agreeing = 0
+    flips = agreeing = own_flips = own_pairs = 0
     ties = [0, 0]
     pairs = [(i, j) for i in range(count) for j in range(i)]
     for i, j in pairs:
@@ -56,13 +69,18 @@ def measure_change(expected: Sequence[float], found: Sequence[float]) -> Change:
         ties[1] += after == 0
         flips += before * after < 0
         agreeing += before * after > 0
+        if prompts is None or prompts[i] == prompts[j]:
+            own_pairs += 1
+            own_flips += before * after < 0
     scale = math.sqrt((len(pairs) - ties[0]) * (len(pairs) - ties[1]))
     return Change(
         mean=sum(changes) / count / spread,
         largest=max(changes) / spread if all(map(math.isfinite, changes)) else math.inf,
         kendall_tau=(agreeing - flips) / scale if scale else 1.0,
-        pair_flips=flips,
-        num_pairs=len(pairs),
+        pair_flips=own_flips,
+        num_pairs=own_pairs,
+        order_flips=flips,
+        num_orders=len(pairs),
     )
 
 
@@ -94,14 +112,15 @@ def verify(
     rounding = check_weights(plan, merged)
     record = read_record(adapter)
     canaries = record["canaries"]
-    rows = [canary["ids"] for canary in canaries]
     more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
-    rows += [ids for ids in more[: settings.num_answers] if ids not in rows]
+    answers = [*canaries, *more[: settings.num_answers]]
+    rows = [answer["ids"] for answer in answers]
+    prompts = [answer["prompt"] for answer in answers]
     say(f"Scoring {len(rows)} answers with the adapter and with the merged model, in fresh processes ...")
     before = score_in_fresh_process(adapter, rows, "adapter")["library"]
     after = score_in_fresh_process(merged, rows, "merged")
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
-    changes = {way: measure_change(before, rewards) for way, rewards in after.items()}
+    changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
     chat = plan_tokenizer(adapter)
     parity = {
         "merge": merge_record | {"rounding_error": None},
@@ -118,8 +137,8 @@ def verify(
     }
     (merged / "parity.json").write_text(json.dumps(parity, indent=1, ensure_ascii=False), encoding="utf-8")
     show_table(
-        f"Rewards of the merged model against the adapter's ({len(rows)} answers, spread {parity['spread']:.3f})",
-        ["way", "mean change", "largest", "Kendall tau", "pairs flipped"],
+        f"Change of {len(rows)} rewards by the merge, in shares of their spread ({parity['spread']:.3f})",
+        ["scored by", "mean", "largest", "tau", "pairs flipped", "any two answers"],
         [
             [
                 way,
@@ -127,6 +146,7 @@ def verify(
                 f"{c.largest:.3%}",
                 f"{c.kendall_tau:.4f}",
                 f"{c.pair_flips} of {c.num_pairs}",
+                f"{c.order_flips} of {c.num_orders}",
             ]
             for way, c in changes.items()
         ],

@@ -21,7 +21,7 @@ from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
 from lora_rm.verify import HELD_OUT, verify
 
-NUM_CANARIES = 64
+NUM_CANARIES = 32
 """Held-out answers kept with the adapter, with their rewards: what every later form of the model is held to."""
 
 
@@ -92,16 +92,23 @@ def evaluate_after(model: RewardModel, data: Data, settings: Settings, run: RunF
 
 def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> None:
     """Writes the adapter with its canaries, and the held-out answers that `verify` scores beside them."""
-    rows = [row for tree in data.eval.trees for row in tree.conversations()]
+    answers = [
+        {"ids": ids, "prompt": number}
+        for number, tree in enumerate(data.eval.trees)
+        for ids in tree.conversations()
+    ]
+    canaries = answers[:NUM_CANARIES]
     model.eval()
     with model.precise():
-        rewards = Scorer(model).score_ids(rows[:NUM_CANARIES])
+        rewards = Scorer(model).score_ids([canary["ids"] for canary in canaries])
     record = model.describe(code_hashes(model.classifier))
-    record["canaries"] = [{"ids": ids, "reward": reward} for ids, reward in zip(rows, rewards, strict=False)]
+    record["canaries"] = [
+        {**canary, "reward": reward} for canary, reward in zip(canaries, rewards, strict=True)
+    ]
     record["settings"] = run.config.read_text(encoding="utf-8")
     record["length_policy"] = {"max_length": settings.data.max_length, "policy": settings.data.length_policy}
     model.save(run.adapter, record)
-    run.write_json(HELD_OUT, rows[NUM_CANARIES:][: max(settings.verify.num_answers, 64)])
+    run.write_json(HELD_OUT, answers[NUM_CANARIES:][: max(settings.verify.num_answers, 64)])
 
 
 def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
@@ -224,6 +231,7 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
         "merge_mean_change": change["mean"],
         "merge_max_change": change["largest"],
         "pair_flips": change["pair_flips"],
+        "num_pairs_compared": change["num_pairs"],
         "seconds": round(time.monotonic() - started, 1),
     }
     run.write_json("summary.json", summary)

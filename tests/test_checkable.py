@@ -11,11 +11,11 @@ from collections import Counter
 import pytest
 import torch
 
-from lora_rm.data.checkable import KINDS, checkable_preferences, draft_pairs
+from lora_rm.data.checkable import HARD, KINDS, SYSTEM, checkable_preferences, draft_pairs
 from lora_rm.data.preference import Preference
 from lora_rm.errors import DataError
 
-SHA256 = "8925f373a2fc213b471db31b3426701de5a806fa2dad8e667658b6bad853b300"
+SHA256 = "558089cde1f450542777d5dc585781003187de909da3069e9e85f182ca9488be"
 
 
 def content_hash(train: list[Preference], held_out: list[Preference]) -> str:
@@ -42,7 +42,7 @@ def test_the_set_is_the_same_to_the_byte(splits):
 
 def test_the_set_is_the_same_in_another_process():
     # String hashes differ between processes: a set or hash() in the generator would show here.
-    program = "from lora_rm.data.checkable import draft_pairs; print(ascii([draft[:3] for draft in draft_pairs(1440)]))"
+    program = "from lora_rm.data.checkable import draft_pairs; print(ascii([draft[:3] for draft in draft_pairs(1840)]))"
     found = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -50,44 +50,48 @@ def test_the_set_is_the_same_in_another_process():
         text=True,
         check=True,
     )
-    assert found.stdout.strip() == ascii([draft[:3] for draft in draft_pairs(1440)])
+    assert found.stdout.strip() == ascii([draft[:3] for draft in draft_pairs(1840)])
 
 
 def test_another_seed_gives_other_pairs(splits):
-    prompts = {row.prompt[0]["content"] for row in splits[0]}
-    others = {row.prompt[0]["content"] for row in checkable_preferences(seed=1)[0]}
+    prompts = {row.prompt[-1]["content"] for row in splits[0]}
+    others = {row.prompt[-1]["content"] for row in checkable_preferences(seed=1)[0]}
     assert len(prompts & others) < 0.4 * len(prompts)
 
 
 def test_no_prompt_comes_twice(splits):
     keys = [row.prompt_key for rows in splits for row in rows]
-    assert len(set(keys)) == len(keys) == 1440
+    assert len(set(keys)) == len(keys) == 1840
 
 
-def test_each_kind_has_the_same_share_of_both_splits(splits):
-    train, held_out = splits
-    names = [kind.__name__ for kind in KINDS]
-    assert Counter(row.subset for row in train) == dict.fromkeys(names, 80)
-    assert Counter(row.subset for row in held_out) == dict.fromkeys(names, 16)
+def test_each_kind_has_its_share_of_both_splits(splits):
+    """Ten kinds take a turn each, the five hard ones one together: 1/11 and 1/55 of a split."""
+    for rows in splits:
+        counts = Counter(row.subset for row in rows)
+        assert counts.keys() == {kind.__name__ for kind in (*KINDS, *HARD)}
+        for kinds, share in ((KINDS, 1 / 11), (HARD, 1 / 55)):
+            for kind in kinds:
+                assert abs(counts[kind.__name__] - share * len(rows)) <= 1, kind.__name__
 
 
 def test_each_row_is_a_pair_of_one_turn_each(splits):
     for row in splits[0] + splits[1]:
-        assert (row.kind, row.probability, len(row.prompt), len(row.answers)) == ("pair", 1.0, 1, 2)
-        assert [row.prompt[0]["role"], *(answer[0]["role"] for answer in row.answers)] == [
+        assert (row.kind, row.probability, len(row.answers)) == ("pair", 1.0, 2)
+        assert row.prompt[0] == {"role": "system", "content": SYSTEM}
+        assert [row.prompt[1]["role"], *(answer[0]["role"] for answer in row.answers)] == [
             "user", "assistant", "assistant",
         ]  # fmt: skip
         assert text(row, 0) != text(row, 1)
-        assert len(row.prompt[0]["content"].split()) <= 25
+        assert len(row.prompt[1]["content"].split()) <= 25
         assert max(len(text(row, 0).split()), len(text(row, 1).split())) <= 15
-    assert splits[1][0].source == "checkable capitals 80"
+    assert splits[1][0].source == f"checkable {splits[1][0].subset} 1600"
 
 
 def test_the_right_answer_passes_its_check_and_the_wrong_one_fails(splits):
-    drafts = draft_pairs(1440)
+    drafts = draft_pairs(1840)
     for draft, row in zip(drafts, splits[0] + splits[1], strict=True):
         assert (draft.prompt, draft.right, draft.wrong) == (
-            row.prompt[0]["content"],
+            row.prompt[1]["content"],
             text(row, 0),
             text(row, 1),
         )
@@ -141,5 +145,5 @@ def test_a_negative_number_is_an_error():
 
 
 def test_a_set_too_large_is_an_error():
-    with pytest.raises(DataError, match=r"has no new prompt after \d+ pairs .*Ask for at most \d+ pairs"):
+    with pytest.raises(DataError, match=r"has no new prompt left .*Ask for at most \d+ pairs"):
         checkable_preferences(num_train=100_000)

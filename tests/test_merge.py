@@ -24,7 +24,9 @@ def saved(model, folder):
     rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
     with model.precise():
         rewards = Scorer(model).score_ids(rows)
-    record["canaries"] = [{"ids": ids, "reward": reward} for ids, reward in zip(rows, rewards, strict=True)]
+    record["canaries"] = [
+        {"ids": ids, "prompt": 0, "reward": reward} for ids, reward in zip(rows, rewards, strict=True)
+    ]
     model.save(folder, record)
     return folder
 
@@ -146,8 +148,10 @@ def test_stochastic_rounding_is_seeded_and_right_on_average(base, tmp_path):
     )
     base_weights = load_file(base / "model.safetensors")
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
-        plain = {n: t for n, t in (("s", stochastic[name]), ("n", nearest[name]))}
-        bias = {key: abs(float((tensor.float() - exact[name]).mean())) for key, tensor in plain.items()}
+        bias = {
+            key: abs(float((stored[name].float() - exact[name]).mean()))
+            for key, stored in (("s", stochastic), ("n", nearest))
+        }
         assert (
             bias["s"]
             < 4 * float(base_weights[name].float().abs().mean()) * 2**-8 / exact[name].numel() ** 0.5

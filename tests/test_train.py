@@ -206,7 +206,7 @@ def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monk
 
     monkeypatch.setattr(train_module, "evaluate", rising)
     own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 2, "num_epochs": 3})
-    model, run = run_once(own, trees)
+    model, _ = run_once(own, trees)
     assert len(seen) == 4
     assert "No better evaluation since step 2: training stops at step 4" in capsys.readouterr().out
     for name, weight in trained_weights(model).items():

@@ -170,9 +170,11 @@ def microbatches(
     ordered = sorted(preferences, key=lambda p: num_tokens(p, batching), reverse=True)
     if batching == "padded":
         return _padded_rows(ordered, budget)
+    alone = [[preference] for preference in ordered if num_tokens(preference, batching) > budget]
+    ordered = ordered[len(alone) :]
     total = sum(num_tokens(preference, batching) for preference in ordered)
-    num_rows = max(1, -(-total // budget))
-    while True:
+    num_rows = -(-total // budget)
+    while ordered:
         rows: list[list[TokenTree]] = [[] for _ in range(num_rows)]
         loads = [0] * num_rows
         for preference in ordered:  # longest first, each into the emptiest row (Graham 1969)
@@ -180,8 +182,9 @@ def microbatches(
             rows[emptiest].append(preference)
             loads[emptiest] += num_tokens(preference, batching)
         if max(loads) <= budget or num_rows >= len(ordered):
-            return [row for row in rows if row]
+            return alone + [row for row in rows if row]
         num_rows += 1
+    return alone
 
 
 def _padded_rows(ordered: Sequence[TokenTree], budget: int) -> list[list[TokenTree]]:

@@ -30,7 +30,7 @@ class Draft(NamedTuple):
 
 
 def checkable_preferences(
-    num_train: int = 1800, num_eval: int = 240, seed: int = 0
+    num_train: int = 1600, num_eval: int = 240, seed: int = 0
 ) -> tuple[list[Preference], list[Preference]]:
     """Makes the train and the held-out pairs, the kinds of task in turn; the same to the byte every time.
 

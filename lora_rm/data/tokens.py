@@ -79,7 +79,10 @@ class ChatTokenizer:
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         sample: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        self.end_id = self.ids([(sample, ())])[0][-1]
+        try:
+            self.end_id = self.ids([(sample, ())])[0][-1]
+        except DataError as error:
+            raise ModelError(f"data.chat_template is {template}: {error}") from None
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self._safe_pad_id())
         tokenizer.padding_side = "right"
 
@@ -218,13 +221,17 @@ def _tree(
     reason = ""
     if len(set(map(tuple, rows))) < len(rows):
         return None, "dropped: answers identical as tokens"
-    shared = common_length(rows if len(rows) > 1 else [rows[0], _prompt_ids(preference, chat)])
+    shared = common_length(rows) if len(rows) > 1 else common_length([rows[0], _prompt_ids(preference, chat)])
     shared = min(shared, min(map(len, rows)) - 1)
     excess = max(map(len, rows)) - max_length
     if excess > 0:
         # the BOS stays; at least one prompt token beside it must be left to make sense of the answer
         first = 1 if rows[0][:1] == [chat.tokenizer.bos_token_id] else 0
-        if length_policy == "drop" or first + excess >= shared:
+        # answers may begin alike: what they share beyond the prompt must not be cut
+        prompt = (
+            min(shared, common_length([rows[0], _prompt_ids(preference, chat)])) if excess < shared else 0
+        )
+        if length_policy == "drop" or first + excess >= prompt:
             return None, f"dropped: longer than {max_length} tokens"
         rows = [row[:first] + row[first + excess :] for row in rows]
         shared -= excess

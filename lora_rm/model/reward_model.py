@@ -230,15 +230,15 @@ class RewardModel(nn.Module):
 
         was_training = self.training
         self.eval()
-        results: dict[int, list[float]] = {}
-        order = {id(tree): number for number, tree in enumerate(trees)}
-        for start in range(0, len(trees), 512):
-            for group in microbatches(trees[start : start + 512], tokens_per_microbatch, self.batching):
-                rewards = self.rewards(self.batch(group)).tolist()
+        found: dict[int, list[float]] = {}
+        once = list({id(tree): tree for tree in trees}.values())
+        for start in range(0, len(once), 512):
+            for group in microbatches(once[start : start + 512], tokens_per_microbatch, self.batching):
+                rewards = iter(self.rewards(self.batch(group)).tolist())
                 for tree in group:
-                    results[order[id(tree)]] = [rewards.pop(0) for _ in tree.answer_ids]
+                    found[id(tree)] = [next(rewards) for _ in tree.answer_ids]
         self.train(was_training)
-        return [results[number] for number in range(len(trees))]
+        return [found[id(tree)] for tree in trees]
 
     def batch(self, preferences: list[TokenTree]) -> TreeBatch:
         """Builds a batch the way this model computes it, on its device."""
