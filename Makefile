@@ -1,14 +1,17 @@
-# make quickstart            the main job, from nothing (make quickstart DATA=pairs.jsonl: on your file)
+# make quickstart            the main job, from nothing
+# make quickstart DATA=pairs.jsonl ARGS='--data.max-train 500'    the same on your file, with settings
 # make test                  every test, from nothing
 # make setup                 .venv with exact versions; both of the above call it
 # make lint                  ruff and mypy
+# make bench                 the tables of benchmarks/RESULTS.md, on the run that quickstart leaves
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 DATA ?=
+ARGS ?=
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -21,10 +24,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)')
+	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)') $(ARGS)
 
 test: setup
 	$(RUN)/python -m pytest
+
+bench: setup
+	$(RUN)/python benchmarks/merge_fidelity.py runs/quickstart
+	$(RUN)/python benchmarks/merge.py
 
 lint: setup
 	$(RUN)/ruff check .

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_rm.config import AdapterSettings, MergeSettings
 from lora_rm.errors import MergeError, ModelError
 from lora_rm.merge import RECORD, Plan, check_weights, merge
-from lora_rm.model.quantization import code_hashes
+from lora_rm.model.quantization import code_hashes, codes_8bit
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
 
@@ -84,6 +84,20 @@ def test_merged_weights_equal_the_dense_merge(tmp_path, kind, shards):
         assert written[name].dtype == torch.float32
         assert float((written[name].double() - tensor).abs().max()) < 1e-6, name
     assert torch.equal(written["score.weight"], model.head.detach())
+
+
+def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
+    model = shake(make_model(base, quantization="int8"))
+    merge(saved(model, tmp_path / "adapter"), tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, module in model.classifier.named_modules():
+        if hasattr(module, "lora_A"):
+            codes, scales = codes_8bit(module.get_base_layer())
+            values = codes.double() * scales.double()[:, None] / 127
+            delta = module.scaling["default"] * (
+                module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
+            )
+            assert float((written[f"{name}.weight"].double() - values - delta).abs().max()) < 1e-6, name
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

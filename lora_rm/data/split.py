@@ -142,10 +142,6 @@ def _side(
     counts: Counter[str],
     cache: Path | None,
 ) -> Side:
-    if limit and limit < len(preferences):
-        counts["left out by the limit"] = len(preferences) - limit
-        chosen = sorted(random.Random(f"{seed} limit").sample(range(len(preferences)), limit))
-        preferences = [preferences[number] for number in chosen]
     trees, reasons = tokenize(
         preferences,
         chat,
@@ -156,6 +152,10 @@ def _side(
     )
     counts.update(reasons)
     kept = [(p, tree) for p, tree in zip(preferences, trees, strict=True) if tree is not None]
+    if limit and limit < len(kept):  # after the dropping, so that the number asked for is the number got
+        counts["left out by the limit"] = len(kept) - limit
+        chosen = sorted(random.Random(f"{seed} limit").sample(range(len(kept)), limit))
+        kept = [kept[number] for number in chosen]
     counts["kept"] = len(kept)
     return Side([p for p, _ in kept], [tree for _, tree in kept])
 
@@ -163,7 +163,8 @@ def _side(
 def _check(side: Side, name: str, counts: Mapping[str, int], settings: DataSettings) -> None:
     allowed = settings.max_dropped_share
     dropped = {reason: number for reason, number in counts.items() if reason.startswith("dropped") and number}
-    share = sum(dropped.values()) / max(1, sum(dropped.values()) + counts["kept"])
+    total = sum(dropped.values()) + counts["kept"] + counts.get("left out by the limit", 0)
+    share = sum(dropped.values()) / max(1, total)
     if share > allowed:
         raise DataError(
             f"{share:.0%} of the {name} rows were dropped ({dropped}); data.max_dropped_share allows {allowed:.0%}. "

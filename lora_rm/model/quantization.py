@@ -83,8 +83,7 @@ def code_hashes(model: torch.nn.Module) -> dict[str, str]:
         if isinstance(module, bnb.nn.Linear4bit):
             hashes[name] = _hash_4bit(weight.data, weight.quant_state)
         else:
-            codes, scales = (weight.CB, weight.SCB) if weight.CB is not None else (weight.data, weight.SCB)
-            hashes[name] = _hash_tensors(codes, scales)
+            hashes[name] = _hash_tensors(*codes_8bit(module))
     return hashes
 
 
@@ -130,6 +129,13 @@ def make_exact(model: torch.nn.Module) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             module.__class__ = ExactLinear4bit
             module.support_avx512bf16_for_cpu = False
+
+
+def codes_8bit(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (out, in) int8 and row scales (out,) of an 8-bit layer; the first forward pass moves them."""
+    if module.state.CB is not None:
+        return module.state.CB, module.state.SCB
+    return (module.weight.data if module.weight.CB is None else module.weight.CB), module.weight.SCB
 
 
 def _hash_4bit(codes: torch.Tensor, state: Any) -> str:
