@@ -61,8 +61,12 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far a job is; yields a function to call with the amount done since the last call."""
-    if console.is_terminal:
+    """Shows how far a job is; yields a function to call with the amount done since the last call.
+
+    On a terminal it is a bar that goes when the job is done, elsewhere a line every ten seconds. A job of a
+    few parts shows nothing.
+    """
+    if console.is_terminal and total > 8:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(description, total=total)

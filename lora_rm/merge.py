@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from lora_rm.config import MergeSettings
@@ -105,13 +107,13 @@ class Plan:
         named = self.record["base"]
         self.base = base or find_base(named["name"], named["revision"])
         self.head = read_head(adapter)
-        self.config, modules = _target(self.base)
+        self.config, modules, renamings = _target(self.base)
         self.updates = _updates(adapter, modules)
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
         self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
-        self.shards = _shards(self.base, set(modules))
+        self.shards, self.stored_as = _shards(self.base, set(modules), renamings)
         self._check_base()
 
     @property
@@ -234,7 +236,7 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
         for tensor in stored_tensors(file)
     }
     expected = {name: tensor for shard in plan.shards.values() for name, tensor in shard.items()}
-    differing = written.keys() ^ {*expected, "score.weight"}
+    differing = written.keys() ^ {*(plan.stored_as[name] for name in expected), "score.weight"}
     if differing:
         raise MergeError(f"{merged}: tensors missing or left over: {sorted(differing)[:5]}.")
     if not torch.equal(written["score.weight"].read(), plan.head):
@@ -242,7 +244,7 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
     errors = {}
     with progress("checking weights (MiB)", plan.num_bytes // 2**20) as advance:
         for name, tensor in expected.items():
-            errors[name] = _distance(plan, name, tensor, written[name])
+            errors[name] = _distance(plan, name, tensor, written[plan.stored_as[name]])
             advance(tensor.num_bytes // 2**20)
     return {name: errors[name] for name in plan.updates}
 
@@ -282,7 +284,7 @@ def _write(plan: Plan, folder: Path) -> MergeReport:
     with progress("merging (MiB)", plan.num_bytes // 2**20) as advance:
         for number, (file, tensors) in enumerate(plan.shards.items()):
             is_last = number == len(plan.shards) - 1
-            header = {name: (plan.dtype, tensor.shape) for name, tensor in tensors.items()}
+            header = {plan.stored_as[name]: (plan.dtype, tensor.shape) for name, tensor in tensors.items()}
             if is_last:
                 header["score.weight"] = (torch.float32, tuple(plan.head.shape))
             writer = TensorWriter(folder / file, header)
@@ -367,8 +369,13 @@ def _rounding(wanted: str, quantization: Quantization, model_type: str) -> Round
     return "bfloat16" if model_type in OVERFLOWING else "float16"
 
 
-def _target(base: BaseModel) -> tuple[Any, dict[str, bool]]:
-    """The configuration of the merged model, and its parameters but the head: name -> stored transposed."""
+def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]]:
+    """What the merged model is made of.
+
+    Returns:
+        Its configuration; its parameters but the head, name -> stored transposed; and how transformers renames
+        tensors when it loads such a checkpoint (Gemma 3 with images, for one).
+    """
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
@@ -381,7 +388,8 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool]]:
     names = {name: name in transposed for name, _ in model.named_parameters() if name != "score.weight"}
     names |= {name: False for name in model.state_dict() if name not in names and name != "score.weight"}
     config.architectures = [type(model).__name__]
-    return config, names
+    renamings = [rule for rule in get_model_conversion_mapping(model) if type(rule) is WeightRenaming]
+    return config, names, renamings
 
 
 def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
@@ -415,8 +423,15 @@ def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
     return updates
 
 
-def _shards(base: BaseModel, wanted: set[str]) -> dict[str, dict[str, StoredTensor]]:
-    """By file of the base: the tensors to write, under their names in the merged model."""
+def _shards(
+    base: BaseModel, wanted: set[str], renamings: Sequence[WeightRenaming]
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
+    """By file of the base: the tensors to write, by their names in the model; and what each is stored as.
+
+    A tensor that transformers renames keeps the name it has in the base's files, so that it is renamed again
+    when the merged model is loaded.
+    """
+    stored_as: dict[str, str] = {}
     shards: dict[str, dict[str, StoredTensor]] = {}
     missing = set(wanted)
     # a checkpoint of the bare backbone lacks the prefix that a model with a head puts before its names
@@ -424,16 +439,20 @@ def _shards(base: BaseModel, wanted: set[str]) -> dict[str, dict[str, StoredTens
     for file in base.weight_files:
         own = shards[file.name] = {}
         for tensor in stored_tensors(file):
-            name = next((p + tensor.name for p in prefixes if p + tensor.name in missing), None)
+            renamed = tensor.name
+            for rule in renamings:
+                renamed, _ = rule.rename_source_key(renamed)
+            name = next((p + renamed for p in prefixes if p + renamed in missing), None)
             if name is not None:
                 missing.discard(name)
                 own[name] = tensor
+                stored_as[name] = name if renamed == tensor.name else tensor.name
     if missing:
         raise MergeError(
             f"{base.name}: {len(missing)} weights of the merged model are not in its files under their names "
-            f"(first: {min(missing)}). Families whose checkpoints transformers renames or fuses cannot be merged yet."
+            f"(first: {min(missing)}). Families whose tensors transformers fuses or splits when it loads them cannot be merged yet."
         )
-    return {name: own for name, own in shards.items() if own}
+    return {name: own for name, own in shards.items() if own}, stored_as
 
 
 def _write_config(plan: Plan, chat: ChatTokenizer, folder: Path) -> None:

@@ -190,7 +190,7 @@ def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: st
         request.write_text(json.dumps({"folder": str(folder.resolve()), "rows": list(rows), "kind": kind}))
         done = subprocess.run(
             [sys.executable, "-m", "lora_rm.verify", str(request), str(answer)],
-            capture_output=True,
+            stderr=subprocess.PIPE,  # standard output stays: it shows the progress
             text=True,
             check=False,
         )

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_base, make_model, shake
+from conftest import FAMILIES, SHAPE, make_base, make_model, make_tokenizer, shake
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 from transformers.pytorch_utils import Conv1D
 
 from lora_rm.config import AdapterSettings, MergeSettings
@@ -133,6 +134,30 @@ def test_a_merged_model_reloaded_under_another_seed_gives_the_rewards(tmp_path, 
         allowed = {"bfloat16": 0.1, "float16": 1e-2, "float32": 2e-4}[report.dtype]
         assert float((found - expected).abs().max() / expected.std()) < allowed
     check_weights(Plan(adapter, MergeSettings(dtype=report.dtype)), tmp_path / "merged")
+
+
+def test_gemma3_with_images_keeps_the_names_of_its_checkpoint(tmp_path):
+    """transformers renames its tensors when it loads them; only the decoder is adapted."""
+    tokenizer = make_tokenizer()
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(vocab_size=len(tokenizer), **{**SHAPE, **FAMILIES["gemma3_text"]}),
+        vision_config=SiglipVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        ),
+        mm_tokens_per_image=4, image_token_index=5, boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = shake(make_model(tmp_path / "base"))
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name and "vision" in name]
+    adapter = saved(model, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    names = set(load_file(tmp_path / "base" / "model.safetensors")) | {"score.weight"}
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == names - {"lm_head.weight"}
+    opened = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
+    canaries = json.loads((adapter / "lora_rm.json").read_text())["canaries"]
+    found = Scorer(opened).score_ids([canary["ids"] for canary in canaries])
+    assert found == pytest.approx([canary["reward"] for canary in canaries], abs=1e-4)
 
 
 @pytest.mark.parametrize(

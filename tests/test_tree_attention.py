@@ -120,11 +120,12 @@ def test_an_encoder_is_refused(tmp_path):
         make_model(tmp_path / "bert", quantization="none")
 
 
-def test_a_way_of_batching_that_is_not_exact_is_refused_by_name(base, monkeypatch):
+@pytest.mark.parametrize("head_init", ["normal", "zero"])
+def test_a_way_of_batching_that_is_not_exact_is_refused_by_name(base, monkeypatch, head_init):
     from lora_rm.errors import ModelError
     from lora_rm.model import tree_attention
 
-    model = make_model(base)
+    model = make_model(base, head_init=head_init)
     real = torch.nn.functional.scaled_dot_product_attention
 
     def wrong(*args, is_causal=False, **kwargs):

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lora_rm.config import AdapterSettings, ModelSettings
-from lora_rm.console import console, say
+from lora_rm.console import console, progress, say
 from lora_rm.data.batches import Batching, TreeBatch, build_batch
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
@@ -232,11 +232,13 @@ class RewardModel(nn.Module):
         self.eval()
         found: dict[int, list[float]] = {}
         once = list({id(tree): tree for tree in trees}.values())
-        for start in range(0, len(once), 512):
-            for group in microbatches(once[start : start + 512], tokens_per_microbatch, self.batching):
-                rewards = iter(self.rewards(self.batch(group)).tolist())
-                for tree in group:
-                    found[id(tree)] = [next(rewards) for _ in tree.answer_ids]
+        with progress("scoring", len(once)) as advance:
+            for start in range(0, len(once), 512):
+                for group in microbatches(once[start : start + 512], tokens_per_microbatch, self.batching):
+                    rewards = iter(self.rewards(self.batch(group)).tolist())
+                    for tree in group:
+                        found[id(tree)] = [next(rewards) for _ in tree.answer_ids]
+                    advance(len(group))
         self.train(was_training)
         return [found[id(tree)] for tree in trees]
 
@@ -257,7 +259,7 @@ class RewardModel(nn.Module):
         Raises:
             ModelError: If `wanted` is not exact for this model.
         """
-        with self.precise():
+        with self.precise(), self._random_head():
             self._set_attention("padded")
             probe = _probe(self.classifier.config.get_text_config().vocab_size)
             expected = torch.tensor([reward for rewards in self.score(probe) for reward in rewards])
@@ -280,6 +282,16 @@ class RewardModel(nn.Module):
             if why:
                 say(f"Batches are {self.batching}, because others are not exact for this model ({why}).")
         return self.batching
+
+    @contextlib.contextmanager
+    def _random_head(self) -> Iterator[None]:
+        """A head that tells hidden states apart, for the check: one that starts at zero would hide every fault."""
+        before = self.head.detach().clone()
+        self.head.data.copy_(torch.randn(before.shape, generator=torch.Generator().manual_seed(0)))
+        try:
+            yield
+        finally:
+            self.head.data.copy_(before)
 
     def _inexact(
         self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float
@@ -496,8 +508,11 @@ def lora_config(settings: AdapterSettings, backbone: nn.Module) -> LoraConfig:
         targets = sorted(
             {name.rpartition(".")[2] for name, m in backbone.named_modules() if isinstance(m, kinds)}
         )
+    with_images = hasattr(backbone, "language_model")
     return LoraConfig(
         task_type="SEQ_CLS",
+        # of a model with images only the decoder is adapted: text gives the rest no gradient
+        exclude_modules=r"(?!.*\blanguage_model\.).*" if with_images else None,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
