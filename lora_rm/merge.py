@@ -107,13 +107,13 @@ class Plan:
         named = self.record["base"]
         self.base = base or find_base(named["name"], named["revision"])
         self.head = read_head(adapter)
-        self.config, modules, renamings = _target(self.base)
-        self.updates = _updates(adapter, modules)
+        self.config, self.transposed, renamings = _target(self.base)
+        self.updates = _updates(adapter, self.transposed)
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
         self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
-        self.shards, self.stored_as = _shards(self.base, set(modules), renamings)
+        self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
         self._check_base()
 
     @property
@@ -140,14 +140,14 @@ class Plan:
                 yield (piece.to(self.quantization.load_dtype) if seen_in_training else piece).float(), None
             return
         weight = tensor.read()
-        is_transposed = update is not None and update.transposed
+        is_transposed = self.transposed[name]
         if is_quantized and self.mode == "dequantized":
             weight = self._round_trip(name, weight.T.contiguous() if is_transposed else weight)
             weight = weight.T.contiguous() if is_transposed else weight
         elif seen_in_training:
             weight = weight.to(self.quantization.load_dtype)
         if update is None:
-            yield weight.float().flatten(), None
+            yield from ((part.float(), None) for part in weight.flatten().split(BLOCK // 4))
             return
         yield from _summed(weight, update)
 

@@ -122,7 +122,9 @@ def verify(
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
     chat = plan_tokenizer(adapter)
+    fault = _fault(remembered, changes, settings, merge_record)
     parity = {
+        "passed": not fault,
         "merge": merge_record | {"rounding_error": None},
         "worst_rounding": max(rounding.values(), default=0.0),
         "spread": standard_deviation(before),
@@ -151,27 +153,30 @@ def verify(
             for way, c in changes.items()
         ],
     )
-    _judge(remembered, changes, settings, merge_record)
+    if fault:
+        raise MergeError(fault)
     return parity
 
 
-def _judge(
+def _fault(
     remembered: Change, changes: dict[str, Change], settings: VerifySettings, merge_record: dict[str, Any]
-) -> None:
+) -> str:
+    """What is wrong with the rewards, or nothing."""
     if remembered.largest > settings.max_change:
-        raise MergeError(
+        return (
             f"The adapter's canaries moved by {remembered.largest:.2%} of the spread since training "
             f"(allowed: {settings.max_change:.2%}). Adapter or base on the disk are not what was trained."
         )
     for way, change in changes.items():
         # written so that NaN fails too
         if not (change.largest <= settings.max_change and change.mean <= settings.max_mean_change):
-            raise MergeError(
+            return (
                 f"Merging changed rewards by {change.mean:.2%} of their spread on average and {change.largest:.2%} at "
                 f"most ({way}; base: {merge_record['base_weights']}, stored as {merge_record['dtype']}; allowed: "
                 f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). "
                 "Use --merge.base dequantized and --merge.dtype float16, or raise verify.max_change."
             )
+    return ""
 
 
 def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: str) -> dict[str, list[float]]:

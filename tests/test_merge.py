@@ -101,10 +101,12 @@ def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
             assert float((written[f"{name}.weight"].double() - values - delta).abs().max()) < 1e-6, name
 
 
+@pytest.mark.parametrize("layers", [(), (1,)], ids=["all layers", "one layer"])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_gpt2_stores_its_weights_transposed(tmp_path, quantization):
+def test_gpt2_stores_its_weights_transposed(tmp_path, quantization, layers):
     base = make_base(tmp_path / "base", "gpt2")
-    model = shake(make_model(base, quantization=quantization))
+    adapter = AdapterSettings(rank=4, alpha=12.0, layers_to_transform=layers)
+    model = shake(make_model(base, quantization=quantization, adapter=adapter))
     merge(saved(model, tmp_path / "adapter"), tmp_path / "merged", MergeSettings(dtype="float32"))
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in dense_merge(model).items():

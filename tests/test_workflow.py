@@ -1,9 +1,12 @@
 """The main job on a tiny model, end to end: train, merge, verify, export, score; and the checks that must fail."""
 
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from lora_rm.errors import ConfigError, DataError, MergeError
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
 from lora_rm.verify import HELD_OUT, Change, measure_change, verify
 from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +149,13 @@ def test_an_evaluation_of_the_run_repeats_the_number(job):
         evaluate_model(job.merged, job.settings())
 
 
-def test_verify_fails_when_rewards_changed(job, tmp_path):
-    """bfloat16 by nearest swallows updates; a bound of zero cannot be met; a changed head is no reward model."""
-    with pytest.raises(MergeError, match="Merging changed rewards by"):
-        verify(job.adapter, job.merged, VerifySettings(max_change=0.0, max_mean_change=0.0))
+def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path):
     broken = tmp_path / "merged"
     shutil.copytree(job.merged, broken)
+    with pytest.raises(MergeError, match="Merging changed rewards by"):
+        verify(job.adapter, broken, VerifySettings(max_change=0.0, max_mean_change=0.0))
+    with pytest.raises(MergeError, match="changed by more than was allowed"):
+        export_huggingface(broken, tmp_path / "export")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"] += 0.05
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
@@ -189,6 +195,30 @@ def test_an_export_needs_a_verified_merge(job, tmp_path):
         export_huggingface(tmp_path / "merged", tmp_path / "out")
     with pytest.raises(MergeError, match="holds no merged model"):
         export_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_merging_prints_every_way(job, tmp_path, monkeypatch, capsys):
+    words = ["merge_fidelity.py", str(job.path), "--quick", "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "benchmarks/merge_fidelity.py"), run_name="__main__")
+    rows = {row["what is written"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert len(rows) == 9
+    assert rows["dequantised NF4 + update, float16 (default)"]["mean"] < 0.005
+    assert rows["dequantised NF4 + update, float32"]["mean"] < 1e-4
+    assert rows["PEFT merge_and_unload on the 4-bit model"]["mean"] > 0.02
+
+
+@pytest.mark.slow
+def test_a_merge_needs_little_memory(tmp_path, monkeypatch):
+    """0.7 GB of random weights in 7B shapes; the bound of 800 MB is that of a 2 GB checkpoint, too."""
+    command = [sys.executable, ROOT / "benchmarks/merge.py", "--quick", "--json", tmp_path / "rows.json"]
+    subprocess.run(
+        command, check=True, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["what"] for row in rows] == ["cp", "merge, no round trip", "merge, NF4 round trip"]
+    assert all(row["peak MB"] < 800 for row in rows), rows
 
 
 def test_measure_change_by_hand():

@@ -41,6 +41,10 @@ def export_huggingface(
     if out.exists() and not overwrite:
         raise MergeError(f"{out}: exists already. Remove it, choose another --out, or use --overwrite.")
     parity = json.loads((merged / "parity.json").read_text(encoding="utf-8"))
+    if not parity["passed"]:
+        raise MergeError(
+            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
