@@ -64,6 +64,23 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(base):
     assert model.trainable().adapter > 0
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(64, 96), (70, 64), (96, 5)])
+def test_a_round_trip_by_pieces_is_that_of_bitsandbytes(monkeypatch, shape, double):
+    import bitsandbytes.functional as functional
+
+    from lora_rm.model import quantization
+
+    monkeypatch.setattr(quantization, "PIECE", 1024)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    values, found = Quantization(kind="nf4", double=double, load_dtype=torch.bfloat16).round_trip(weight)
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=double, quant_type="nf4"
+    )
+    assert torch.equal(values, functional.dequantize_4bit(codes, state))
+    assert found == quantization._hash_4bit(codes, state)
+
+
 def test_the_codes_rebuilt_from_the_checkpoint_are_those_of_the_model(base):
     model = make_model(base)
     hashes = code_hashes(model.classifier)

@@ -21,7 +21,7 @@ from lora_rm.errors import ModelError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-BLOCK = 32 * 2**20
+BLOCK = 4 * 2**20
 """Bytes of a tensor handled at once."""
 
 
