@@ -118,7 +118,7 @@ def code_hashes(model: torch.nn.Module) -> dict[str, str]:
     return hashes
 
 
-class ExactLinear4bit(bnb.nn.Linear4bit):
+class ExactLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes has no types
     """A 4-bit layer that has one set of weights, whatever the type of its products.
 
     bitsandbytes 0.50.2 dequantises to the type of the input in the forward pass and to the load type in the
@@ -141,7 +141,7 @@ class _ExactProduct(torch.autograd.Function):
         return x @ _dequantized(weight).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ _dequantized(ctx.weight), None
 
 
