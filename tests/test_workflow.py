@@ -170,8 +170,10 @@ def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path):
     for canary in record["canaries"]:
         canary["reward"] += 0.3 * torch.rand(()).item()
     (adapter / "lora_rm.json").write_text(json.dumps(record))
+    merged = tmp_path / "merged"  # a copy: verify leaves its verdict there
+    shutil.copytree(job.merged, merged)
     with pytest.raises(MergeError, match="canaries moved"):
-        verify(adapter, job.merged)
+        verify(adapter, merged)
 
 
 def test_an_export_with_other_rewards_is_refused(job, tmp_path):
