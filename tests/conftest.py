@@ -193,6 +193,17 @@ def settings(base, tmp_path):
     )
 
 
+@pytest.fixture
+def show(capsys):
+    """Prints a line past pytest's capture."""
+
+    def print_line(line):
+        with capsys.disabled():
+            print(f"\n{line}")  # noqa: T201
+
+    return print_line
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Token caches of the tests stay out of the user's."""

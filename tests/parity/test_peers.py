@@ -35,17 +35,6 @@ EOS = 2
 """Of the tiny tokenizers, which is their padding token too."""
 
 
-@pytest.fixture
-def show(capsys):
-    """Prints a line past pytest's capture."""
-
-    def print_line(line):
-        with capsys.disabled():
-            print(f"\n{line}")  # noqa: T201
-
-    return print_line
-
-
 def random_rows(count, seed=3):
     """Conversations of random tokens, each with a BOS and an EOS of its own."""
     draw = Random(seed)

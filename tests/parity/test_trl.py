@@ -40,17 +40,6 @@ def _fresh_accelerator():
     GradientState._reset_state()
 
 
-@pytest.fixture
-def show(capsys):
-    """Prints a line past pytest's capture."""
-
-    def print_line(line):
-        with capsys.disabled():
-            print(f"\n{line}")  # noqa: T201
-
-    return print_line
-
-
 @pytest.fixture(scope="module")
 def float_base(tmp_path_factory):
     """A tiny Llama in float32."""
