@@ -107,7 +107,9 @@ class AdapterSettings(_Section):
     """Train a magnitude per output row as well (DoRA, arXiv 2402.09353)."""
 
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
-    """Start of the LoRA matrices; pissa, olora and loftq change the base and need quantization none."""
+    """Start of the LoRA matrices. loftq (arXiv 2310.08659) makes up for 4-bit storage and needs nf4; pissa
+    (arXiv 2404.02948) and olora (arXiv 2406.01775) change the base and need quantization none; eva
+    (arXiv 2410.07170) looks at the activations over the data first, which takes a while."""
 
     lora_plus_ratio: Annotated[float, Ge(1.0)] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354)."""
@@ -514,25 +516,25 @@ def _sentence(item: Any) -> str:
 def _contradictions(settings: Settings) -> list[str]:
     """Settings that are fine alone and not together."""
     mistakes = []
-    if settings.adapter.init in ("pissa", "olora", "loftq", "eva"):
+    init, quantization = settings.adapter.init, settings.model.quantization
+    if init in ("pissa", "olora") and (quantization, settings.model.load_dtype) != ("none", "float32"):
         mistakes.append(
-            f"adapter.init is {settings.adapter.init}, which "
-            + (
-                "looks at activations of the base over the data before training and is not built in yet"
-                if settings.adapter.init == "eva"
-                else "changes the base's weights; these stay as they are here, so that the merge can be exact"
-            )
-            + ". Use default, gaussian or orthogonal."
+            f"adapter.init is {init}, which takes part of the base's weights away and trains it. In {quantization} "
+            f"read as {settings.model.load_dtype} what is left would be rounded to other weights than the merge "
+            "adds to. Use model.quantization none with model.load_dtype float32, or another adapter.init."
         )
-    if settings.adapter.init == "orthogonal" and settings.model.quantization != "none":
+    if init == "loftq" and quantization != "nf4":
         mistakes.append(
-            f"adapter.init is orthogonal with model.quantization {settings.model.quantization}; PEFT 0.21 can only "
-            "make it on an unquantised base. Use default or gaussian, or model.quantization none."
+            f"adapter.init is loftq, which makes up for what 4-bit storage loses, but model.quantization is "
+            f"{quantization}. Use model.quantization nf4, or another adapter.init."
         )
-    if settings.adapter.init == "orthogonal" and settings.adapter.rank % 2:
+    if init in ("pissa", "olora", "loftq") and settings.adapter.use_dora:
         mistakes.append(
-            f"adapter.rank is {settings.adapter.rank}; adapter.init orthogonal needs an even rank."
+            f"adapter.use_dora cannot be joined with adapter.init {init}. Use adapter.init default."
         )
+    ranks = [settings.adapter.rank, *settings.adapter.rank_pattern.values()]
+    if init == "orthogonal" and any(rank % 2 for rank in ranks):
+        mistakes.append(f"adapter.rank is {ranks[0]}; adapter.init orthogonal needs even ranks everywhere.")
     if settings.model.quantization == "none" and settings.merge.base == "dequantized":
         mistakes.append("merge.base is dequantized, but model.quantization is none. Use merge.base original.")
     if settings.train.early_stopping and not settings.train.eval_every_steps:

@@ -42,6 +42,8 @@ class Progress:
     evaluations_since_best: int = 0
     num_skipped: int = 0
     skipped_in_a_row: int = 0
+    changed_base: str = ""
+    """Hash of what adapter.init pissa or olora took out of the base."""
 
 
 def train(
@@ -71,9 +73,17 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(model, settings)
     scheduler = get_scheduler(wanted.schedule, optimizer, round(wanted.warmup_share * num_steps), num_steps)
-    progress = Progress()
+    begun_with = model.changed_base.sha256 if model.changed_base else ""
+    progress = Progress(changed_base=begun_with)
     if resume:
-        progress = _resume(model, optimizer, scheduler, run)
+        progress = _resume(model, optimizer, scheduler, run) or progress
+        if progress.changed_base != begun_with:
+            raise ModelError(
+                f"adapter.init {settings.adapter.init} took something else out of the base here than when {run.path} "
+                "was begun; its checkpoints do not fit. Resume on the machine and with the libraries it was begun with."
+            )
+    if settings.adapter.init == "eva" and not progress.step:
+        model.start_from_data(data.train.trees, wanted.tokens_per_microbatch)
     metrics = MetricsLog(
         run.metrics,
         num_steps,
@@ -250,13 +260,13 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     run: RunFolder,
-) -> Progress:
+) -> Progress | None:
     checkpoint, passed_over = newest_checkpoint(run.checkpoints)
     for sentence in passed_over:
         say(sentence)
     if checkpoint is None:
         say("There is no checkpoint yet: training starts at the first step.")
-        return Progress()
+        return None
     say(f"Going on from {checkpoint}.")
     return Progress(**load_checkpoint(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler))
 

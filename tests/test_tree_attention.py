@@ -100,7 +100,23 @@ def test_a_recurrent_hybrid_falls_back_to_padded_with_one_line(tmp_path, capsys)
         )
 
 
-def test_an_encoder_is_refused(tmp_path):
+def test_an_encoder_with_a_score_head_falls_back_to_padded_with_one_line(tmp_path, capsys):
+    """A decoder's weights with attention both ways, as embedding models have it: sharing would not be exact."""
+    base = make_base(tmp_path / "both", "gemma3_text", dtype=torch.float32, use_bidirectional_attention=True)
+    model = make_model(base, quantization="none", load_dtype="float32")
+    assert model.batching == "padded"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "padded" in line]
+    assert len(lines) == 1
+    assert "not causal" in lines[0]
+    trees = some_trees(model.classifier.config.vocab_size)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.rewards(model.batch(trees)), separate(model, trees), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_an_encoder_without_one_is_refused(tmp_path):
     from conftest import make_tokenizer
     from transformers import BertConfig, BertForSequenceClassification
 

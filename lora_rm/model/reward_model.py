@@ -12,12 +12,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lora_rm.config import AdapterSettings, ModelSettings
@@ -26,6 +25,14 @@ from lora_rm.data.batches import Batching, TreeBatch, build_batch
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.model import tree_attention
+from lora_rm.model.adapter import (
+    WEIGHTS,
+    ChangedBase,
+    lora_config,
+    start_from_activations,
+    start_from_residual,
+    start_orthogonal,
+)
 from lora_rm.model.base import BaseModel, find_base, read_json
 from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, make_exact, quantized_layers
 
@@ -71,6 +78,7 @@ class RewardModel(nn.Module):
         self.quantization = quantization
         self.record = record or {}
         self.batching: Batching = "padded"
+        self.changed_base: ChangedBase | None = None
         self._plain_attention: str = self.classifier.config._attn_implementation
         self.set_compute_dtype(compute_dtype)
 
@@ -126,15 +134,22 @@ class RewardModel(nn.Module):
             # on the bare model: on a PEFT model this would also switch on gradients of the embeddings' output
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.requires_grad_(False)
+        changed_base = None
         if adapter is not None:
             torch.manual_seed(seed)
             with _quiet("peft"):
                 model = get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
+            if adapter.init == "orthogonal":
+                start_orthogonal(model)
+            elif adapter.init == "loftq":
+                start_from_residual(model, found)
+            elif adapter.init in ("pissa", "olora"):
+                changed_base = ChangedBase(model)
         else:
             model.score.requires_grad_(True)
-        return cls(
-            model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype
-        )._ready()
+        made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
+        made.changed_base = changed_base
+        return made._ready()
 
     @classmethod
     def load_adapter(
@@ -241,6 +256,17 @@ class RewardModel(nn.Module):
                     advance(len(group))
         self.train(was_training)
         return [found[id(tree)] for tree in trees]
+
+    def start_from_data(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> None:
+        """Starts the adapter from what its layers see of the data, as `adapter.init` eva wants it."""
+        from lora_rm.data.batches import microbatches
+
+        groups = microbatches(trees, tokens_per_microbatch, self.batching)
+        say(
+            f"Looking at the activations of {len(trees)} preferences, from which the adapter starts (EVA) ..."
+        )
+        with torch.no_grad():
+            start_from_activations(self.model, self.rewards, [self.batch(group) for group in groups])
 
     def batch(self, preferences: list[TokenTree]) -> TreeBatch:
         """Builds a batch the way this model computes it, on its device."""
@@ -394,9 +420,13 @@ class RewardModel(nn.Module):
         """
         self._check_head()
         folder.mkdir(parents=True, exist_ok=True)
+        # matrices are saved as they are: any other value would make PEFT start them anew when it opens the folder
+        self.model.peft_config["default"].init_lora_weights = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.save_pretrained(str(folder))
+        if self.changed_base is not None:
+            self.changed_base.convert(folder)
         readme = folder / "README.md"
         readme.unlink(missing_ok=True)  # PEFT's card names a local path as the base model
         self.chat.save(folder)
@@ -500,34 +530,6 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def lora_config(settings: AdapterSettings, backbone: nn.Module) -> LoraConfig:
-    """The PEFT configuration; the task type makes PEFT train and save the head."""
-    targets: Any = list(settings.target_modules)
-    if targets == ["all-linear"] and settings.layers_to_transform:  # PEFT wants names here, not all-linear
-        kinds = (nn.Linear, Conv1D)
-        targets = sorted(
-            {name.rpartition(".")[2] for name, m in backbone.named_modules() if isinstance(m, kinds)}
-        )
-    with_images = hasattr(backbone, "language_model")
-    return LoraConfig(
-        task_type="SEQ_CLS",
-        # of a model with images only the decoder is adapted: text gives the rest no gradient
-        exclude_modules=r"(?!.*\blanguage_model\.).*" if with_images else None,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        layers_to_transform=list(settings.layers_to_transform) or None,
-        # sorted: where two patterns fit a layer PEFT takes the first, and it sorts them when it saves (0.21.2),
-        # so an unsorted order would give other scales after a reload
-        rank_pattern=dict(sorted(settings.rank_pattern.items())),
-        alpha_pattern=dict(sorted(settings.alpha_pattern.items())),
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        init_lora_weights=True if settings.init == "default" else settings.init,
-    )
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """Reads `lora_rm.json`.
 
@@ -556,7 +558,7 @@ def read_head(folder: Path) -> torch.Tensor:
     Raises:
         ModelError: If there is none, or it has not one logit.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
         raise ModelError(f"{folder}: has no adapter_model.safetensors.")
     tensors = load_file(file)

@@ -1,0 +1,160 @@
+"""Where the adapter starts, and that what it was trained to is what is saved, opened and merged."""
+
+import pytest
+import torch
+from conftest import make_base, make_model, shake
+
+from lora_rm.checkpoint import RunFolder
+from lora_rm.config import AdapterSettings, MergeSettings, check_settings
+from lora_rm.data.split import Data, Side
+from lora_rm.errors import ModelError
+from lora_rm.merge import merge
+from lora_rm.model.quantization import code_hashes
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.train import train
+
+CHANGING = {"quantization": "none", "load_dtype": "float32"}
+"""What an initialisation that changes the base needs."""
+
+STARTS = {
+    "default": {},
+    "gaussian": {},
+    "orthogonal": {},
+    "loftq": {},
+    "eva": {},
+    "pissa": CHANGING,
+    "olora": CHANGING,
+}
+
+VARIANTS = [
+    {},
+    {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"up_proj": 5.0, "q_proj": 3.0}},
+]
+
+
+def started(base, trees, init, **more):
+    """A model whose adapter has its start."""
+    adapter = AdapterSettings(rank=4, alpha=12.0, init=init, **more)
+    model = make_model(base, adapter=adapter, **STARTS[init])
+    if init == "eva":
+        model.start_from_data(trees[:24], 512)
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "rslora_patterns"])
+@pytest.mark.parametrize("init", STARTS)
+def test_saved_opened_and_merged_with_the_same_rewards(base, trees, init, variant, tmp_path):
+    model = shake(started(base, trees, init, **variant))
+    model.eval()
+    expected = torch.tensor(model.score(trees[:6]))
+    model.save(tmp_path / "adapter", model.describe(code_hashes(model.classifier)))
+    opened = RewardModel.load_adapter(tmp_path / "adapter", compute_dtype="float32")
+    opened.choose_batching()
+    torch.testing.assert_close(torch.tensor(opened.score(trees[:6])), expected, rtol=1e-4, atol=1e-4)
+    merge(tmp_path / "adapter", tmp_path / "merged", MergeSettings(dtype="float32"))
+    merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
+    merged.choose_batching()
+    torch.testing.assert_close(torch.tensor(merged.score(trees[:6])), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "eva", "pissa", "olora"])
+def test_a_start_that_keeps_the_model(base, trees, init):
+    """All but LoftQ begin with the rewards of the base, whatever they took out of it."""
+    plain = make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0), **STARTS[init])
+    model = started(base, trees, init)
+    for one, other in zip(model.score(trees[:4]), plain.score(trees[:4]), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+    if init in ("pissa", "olora"):
+        name = "layers.0.self_attn.q_proj"
+        changed = model.backbone.get_submodule(name).get_base_layer().weight
+        assert not torch.allclose(
+            changed, plain.backbone.get_submodule(name).get_base_layer().weight, atol=1e-3
+        )
+
+
+def test_loftq_brings_the_weights_nearer_to_the_original(base, trees):
+    """The sum of 4-bit values and update is the best one of its rank, whatever alpha is."""
+    original = make_model(base, **CHANGING)
+    model = started(base, trees, "loftq")
+    for name in ("layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"):
+        layer = model.backbone.get_submodule(name)
+        wanted = original.backbone.get_submodule(name).get_base_layer().weight
+        before = layer.get_base_layer()(torch.eye(wanted.shape[1])).T
+        after = layer(torch.eye(wanted.shape[1])).T
+        values = torch.linalg.svdvals(wanted - before)
+        best = values[4:].square().sum().sqrt()
+        assert float((wanted - after).norm()) == pytest.approx(float(best), rel=2e-2)
+        assert best < 0.95 * values.square().sum().sqrt()
+
+
+def test_eva_finds_the_main_directions_of_the_inputs(base, trees):
+    model = started(base, trees, "eva")
+    layer = model.backbone.get_submodule("layers.1.mlp.down_proj")
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    model.score(trees[:24], 512)
+    handle.remove()
+    inputs = torch.cat(seen) - torch.cat(seen).mean(0)
+    rows = layer.lora_A["default"].weight.detach()
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4), rtol=1e-3, atol=1e-3)
+    most = torch.linalg.svdvals(inputs)[:4].square().sum()  # no four directions hold more of the variance
+    assert float((inputs @ rows.T).square().sum() / most) > 0.97
+    assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_resume_goes_on_from_the_same_start(init, base, preferences, trees, held_out, tmp_path):
+    """Stopped after two of four steps and resumed: bit for bit the undisturbed adapter."""
+    data = Data(Side(preferences[0][:16], trees[:16]), Side(preferences[1], held_out), {})
+
+    def run(name, **more):
+        settings = check_settings(
+            {
+                "output_dir": str(tmp_path / name),
+                "model": {"base": str(base), **STARTS[init]},
+                "adapter": {"rank": 4, "alpha": 12.0, "init": init},
+                "train": {
+                    "preferences_per_step": 4,
+                    "tokens_per_microbatch": 512,
+                    "save_every_steps": 2,
+                    **more,
+                },
+            }
+        )
+        return settings
+
+    def trained(settings, resume=False):
+        run_folder = RunFolder.create(settings, resume)
+        model = started(base, trees, init)
+        train(model, data, settings, run_folder, resume=resume)
+        return model, run_folder
+
+    whole, _ = trained(run("whole"))
+    _, folder = trained(run("cut"))
+    resumed, _ = trained(run("cut"), resume=True)
+    assert (folder.checkpoints / "step-000002").is_dir()
+    for (name, one), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_another_start_is_no_place_to_resume(base, preferences, trees, held_out, tmp_path):
+    data = Data(Side(preferences[0][:8], trees[:8]), Side(preferences[1], held_out), {})
+    settings = check_settings(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"base": str(base), **CHANGING},
+            "adapter": {"rank": 4, "alpha": 12.0, "init": "pissa"},
+            "train": {"preferences_per_step": 4, "save_every_steps": 1},
+        }
+    )
+    model = started(base, trees, "pissa")
+    train(model, data, settings, RunFolder.create(settings))
+    other = make_base(tmp_path / "other", dtype=torch.float32)  # the values that bfloat16 rounded
+    with pytest.raises(ModelError, match="took something else out of the base"):
+        train(
+            started(other, trees, "pissa"),
+            data,
+            settings,
+            RunFolder.create(settings, resume=True),
+            resume=True,
+        )
