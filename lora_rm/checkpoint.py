@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_rm.config import Settings, load_settings, save_settings
 from lora_rm.errors import ConfigError, ModelError
+from lora_rm.processes import IS_FIRST, wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,16 @@ class RunFolder:
                 it, or if the settings to resume with are not those it was started with.
         """
         run = cls(Path(settings.output_dir))
+        if not IS_FIRST:  # the first process decides, and fails for all
+            wait()
+            return run
+        try:
+            return cls._create(run, settings, resume)
+        finally:
+            wait()
+
+    @classmethod
+    def _create(cls, run: "RunFolder", settings: Settings, resume: bool) -> "RunFolder":
         if resume:
             earlier = run.settings()
             if earlier != settings:
@@ -103,6 +114,8 @@ class RunFolder:
     def write_json(self, name: str, values: Any) -> Path:
         """Writes a JSON file into the folder, whole or not at all."""
         file = self.path / name
+        if not IS_FIRST:
+            return file
         write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False))
         return file
 

@@ -91,7 +91,7 @@ def evaluate(
     """
     if not trees:
         raise DataError("There are no preferences to evaluate on. Give data.eval, or raise data.eval_share.")
-    rewards = model.score(list(trees), tokens_per_microbatch)
+    rewards = model.score(list(trees), tokens_per_microbatch, together=True)
     return summarize(trees, rewards, loss or LossSettings())
 
 

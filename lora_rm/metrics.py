@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rm.console import console, say
 from lora_rm.data.tokens import TokenTree
 from lora_rm.evaluate import PairCount, ordered_pairs
+from lora_rm.processes import IS_FIRST
 
 
 class StepSums:
@@ -59,6 +61,19 @@ class StepSums:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
+def sum_steps(parts: Sequence[StepSums]) -> StepSums:
+    """The sums of one step over all processes."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.loss += part.loss
+        whole.num_preferences += part.num_preferences
+        whole.num_tokens += part.num_tokens
+        whole.pairs += part.pairs
+        whole.margins += part.margins
+        whole.rewards += part.rewards
+    return whole
+
+
 class MetricsLog:
     """Writes one JSON object a step, and shows it."""
 
@@ -79,7 +94,9 @@ class MetricsLog:
         self.accelerator = accelerator
         self.start = time.monotonic()
         self.first_step = first_step
-        if file.is_file():
+        if not IS_FIRST:
+            file = Path(os.devnull)
+        elif file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
             file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

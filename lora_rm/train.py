@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import get_scheduler
 
+from lora_rm import processes
 from lora_rm.checkpoint import (
     RunFolder,
     load_checkpoint,
@@ -22,13 +23,12 @@ from lora_rm.checkpoint import (
 )
 from lora_rm.config import Settings
 from lora_rm.console import say
-from lora_rm.data.batches import microbatches, training_order
+from lora_rm.data.batches import TreeBatch, microbatches, prefetched, share_of_rows, training_order
 from lora_rm.data.split import Data
-from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
 from lora_rm.losses import preference_losses
-from lora_rm.metrics import MetricsLog, StepSums, memory_gib
+from lora_rm.metrics import MetricsLog, StepSums, memory_gib, sum_steps
 from lora_rm.model.reward_model import RewardModel
 
 
@@ -52,7 +52,8 @@ def train(
     """Trains adapter and head.
 
     At every step the preferences of `training_order` are cut into rows of at most `tokens_per_microbatch`
-    tokens; the losses add up to their mean over the step. With `eval_every_steps` the best state by
+    tokens; the losses add up to their mean over the step. Several processes share a step's rows and sum their
+    gradients. With `eval_every_steps` the best state by
     evaluation loss is kept and put back at the end.
 
     Args:
@@ -93,6 +94,8 @@ def train(
     )
 
     def save(name: str) -> None:
+        if not processes.IS_FIRST:
+            return
         save_checkpoint(
             run.checkpoints / name,
             model=model,
@@ -102,19 +105,23 @@ def train(
         )
         remove_old(run.checkpoints, wanted.keep_checkpoints)
 
-    order = training_order(len(data.train.trees), num_steps, wanted.preferences_per_step, settings.seed)
+    if processes.COUNT > 1 and not progress.step:
+        torch.manual_seed(settings.seed * 10_007 + processes.RANK)  # dropout differs from process to process
     model.train()
     with metrics.display(), _stop_signals() as stop:
-        for step, numbers in enumerate(order, start=1):
-            if step <= progress.step:
-                continue
+        for step, num_preferences, batches in prefetched(
+            _steps(model, data, settings, progress.step, num_steps)
+        ):
             started = time.monotonic()
             sums = StepSums()
             rate = scheduler.get_last_lr()[0]
-            preferences = [data.train.trees[number] for number in numbers]
-            for group in microbatches(preferences, wanted.tokens_per_microbatch, model.batching):
-                losses = _losses(model, group, settings, sums)
-                accelerator.backward(losses.sum() / len(preferences))
+            for batch in batches:
+                losses = _losses(model, batch, settings, sums)
+                accelerator.backward(losses.sum() / num_preferences)
+            processes.sum_gradients(parameters)
+            everyone = processes.gather((sums, stop.requested))
+            sums = sum_steps([own for own, _ in everyone])
+            stop.requested = any(requested for _, requested in everyone)
             norm = _gradient_norm(parameters, wanted.max_grad_norm)
             if math.isfinite(sums.loss) and math.isfinite(norm):
                 optimizer.step()
@@ -131,7 +138,7 @@ def train(
                     **sums.to_json(),
                     "grad_norm": norm if math.isfinite(norm) else None,
                     "learning_rate": rate,
-                    "num_preferences": len(preferences),
+                    "num_preferences": num_preferences,
                     "num_tokens": sums.num_tokens,
                     "num_skipped": progress.num_skipped,
                     "seconds": seconds,
@@ -157,8 +164,10 @@ def train(
                 say(f"No better evaluation since step {progress.best_step}: training stops at step {step}.")
                 break
     if progress.best_step:
+        processes.wait()
         load_weights(run.best, model)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would part the processes too
+        tracker.finish()
     return progress
 
 
@@ -203,11 +212,26 @@ def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optim
     return bnb.optim.PagedAdamW8bit(groups, **arguments)
 
 
-def _losses(model: RewardModel, group: list[TokenTree], settings: Settings, sums: StepSums) -> torch.Tensor:
-    batch = model.batch(group)
+def _steps(
+    model: RewardModel, data: Data, settings: Settings, done: int, num_steps: int
+) -> Iterator[tuple[int, int, list[TreeBatch]]]:
+    """Every step left: its number, how many preferences it has, and this process' share of its rows."""
+    wanted, trees = settings.train, data.train.trees
+    groups = [tree.group for tree in trees]
+    order = training_order(len(trees), num_steps, wanted.preferences_per_step, settings.seed, groups)
+    for step, numbers in enumerate(order, start=1):
+        if step <= done:
+            continue
+        preferences = [trees[number] for number in numbers]
+        rows = microbatches(preferences, wanted.tokens_per_microbatch, model.batching, processes.COUNT)
+        own = share_of_rows(rows, model.batching, processes.RANK, processes.COUNT)
+        yield step, len(preferences), [model.batch(row) for row in own]
+
+
+def _losses(model: RewardModel, batch: TreeBatch, settings: Settings, sums: StepSums) -> torch.Tensor:
     rewards = model(batch)
-    losses = preference_losses(rewards, group, settings.loss)
-    sums.add(group, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
+    losses = preference_losses(rewards, batch.preferences, settings.loss)
+    sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
     return losses
 
 
@@ -278,9 +302,14 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
         log_with=list(settings.train.trackers) or None,
         project_dir=settings.output_dir,
     )
-    if accelerator.num_processes > 1:
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
         raise ConfigError(
-            f"{accelerator.num_processes} processes were launched; training runs in one so far. Use plain `lora-rm train`."
+            f"accelerate was launched for {accelerator.distributed_type.value}; several processes share the data here, "
+            "each with the whole model (DDP). Launch with torchrun, or accelerate launch --multi_gpu."
         )
     if settings.train.trackers:
         accelerator.init_trackers("lora_rm")

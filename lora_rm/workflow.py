@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
@@ -31,13 +32,15 @@ def train_run(settings: Settings, *, resume: bool = False) -> RunFolder:
     Raises:
         LoraRmError: If a setting, the data or the model cannot be used, or training was stopped.
     """
+    processes.join(settings.model.device)
     run = RunFolder.create(settings, resume)
     model = open_model(settings)
     data = read_data(settings, model, run)
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run, resume=resume)
     evaluate_after(model, data, settings, run)
-    save_adapter(model, data, settings, run)
+    if processes.IS_FIRST:
+        save_adapter(model, data, settings, run)
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
 
@@ -50,7 +53,7 @@ def open_model(settings: Settings) -> RewardModel:
         settings=settings.model,
         adapter=settings.adapter,
         chat_template=settings.data.chat_template,
-        checkpointing=settings.train.checkpointing == "full",
+        checkpointing=settings.train.checkpointing,
         seed=settings.seed,
     )
     model.choose_batching(settings.train.batching)

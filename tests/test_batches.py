@@ -1,6 +1,8 @@
 """Rows, microbatches and the order of training."""
 
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ EXAMPLE = [TokenTree([11, 12, 13], ([21, 22], [31])), TokenTree([41], ([51, 52],
 
 
 def make_tree(prompt_length, answer_lengths):
-    return TokenTree([7] * prompt_length, tuple([8] * length for length in answer_lengths))
+    return TokenTree([7] * prompt_length, tuple([8 + n] * k for n, k in enumerate(answer_lengths)))
 
 
 LENGTHS = st.tuples(st.integers(0, 12), st.lists(st.integers(1, 12), min_size=1, max_size=4))
@@ -78,7 +80,7 @@ def test_every_token_stands_where_it_stands_in_its_conversation(batching, length
     expected = [t for row in conversations for t in row] if batching != "shared" else list(place)
     assert Counter(token for token in flat if token) == Counter(expected)
     if batching != "padded":
-        assert len(flat) == sum(num_tokens(tree, batching) for tree in trees)
+        assert len(flat) == num_tokens(trees, batching)
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -96,7 +98,7 @@ def test_microbatches_hold_every_preference_once_within_the_budget(batching, tre
 @given(trees=TREES, budget=st.integers(48, 200))
 def test_rows_differ_by_less_than_one_preference(batching, trees, budget):
     loads = [cost(row, batching) for row in microbatches(trees, budget, batching)]
-    assert max(loads) - min(loads) <= max(num_tokens(tree, batching) for tree in trees)
+    assert max(loads) - min(loads) <= max(num_tokens([tree], batching) for tree in trees)
 
 
 @pytest.mark.parametrize("num_trees", [21, 41, 64, 99])
@@ -140,3 +142,59 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     assert order(5) != order(5, seed=4)
     assert order(5) != [list(range(start, start + 10)) for start in range(0, 50, 10)]
     assert order(0) == []
+
+
+# -- several preferences of one prompt --------------------------------------------------------------------
+
+GROUP = [
+    TokenTree([1, 2, 3, 4], ([5, 6], [7])),
+    TokenTree([1, 2, 3], ([4, 5, 6], [8, 9])),
+    TokenTree([1, 2], ([3, 4, 7], [6]), kind="pair"),
+]
+"""Three pairs of the prompt 1 2 with four different answers: 3 4 5 6, 3 4 7, 3 8 9 and 6."""
+
+
+def grouped(trees, name="a"):
+    return [replace(tree, group=name) for tree in trees]
+
+
+def test_pairs_of_one_prompt_are_one_tree_with_every_answer_once():
+    batch = build_batch([*grouped(GROUP), *EXAMPLE])
+    first = batch.plan.trees[0]
+    assert batch.input_ids.tolist()[0][: first.end] == [1, 2, 3, 4, 5, 6, 3, 4, 7, 3, 8, 9, 6]
+    assert batch.position_ids.tolist()[0][: first.end] == [0, 1, 2, 3, 4, 5, 2, 3, 4, 2, 3, 4, 2]
+    assert first.prompt_length == 2
+    # rewards in the order of the preferences' answers; the shared answer of pairs 1 and 2 is read twice
+    assert batch.score_index.tolist()[:6] == [5, 8, 5, 11, 8, 12]
+    assert batch.plan.ends.tolist() == [5, 8, 11, 12, 17, 18, 21]
+    assert num_tokens(grouped(GROUP), "shared") == first.end
+
+
+def test_rewards_come_in_the_order_of_the_preferences_even_when_groups_are_mixed():
+    mixed = [grouped(GROUP)[0], EXAMPLE[0], grouped(GROUP)[1]]
+    batch = build_batch(mixed)
+    flat = batch.input_ids.flatten().tolist()
+    wanted = [row[-1] for tree in mixed for row in tree.conversations()]
+    assert [flat[index] for index in batch.score_index.tolist()] == wanted
+
+
+@settings(deadline=None)
+@given(budget=st.integers(8, 60), num_groups=st.integers(1, 6))
+def test_groups_stay_together_where_they_fit(budget, num_groups):
+    trees = [tree for n in range(num_groups) for tree in grouped(GROUP, f"g{n}")]
+    rows = microbatches(trees, budget)
+    assert sorted(id(tree) for row in rows for tree in row) == sorted(map(id, trees))
+    assert all(len(row) == 1 or num_tokens(row, "shared") <= budget for row in rows)
+    if budget >= 13:
+        assert sum(num_tokens(row, "shared") for row in rows) == 13 * num_groups
+
+
+def test_the_order_keeps_groups_together_and_loses_nothing():
+    groups = [f"g{n % 5}" for n in range(20)] + [""] * 3
+    steps = list(training_order(23, 6, 4, 0, groups))
+    order = [number for step in steps for number in step]
+    assert sorted(order) == list(range(23))
+    names = [groups[number] or number for number in order]
+    changes = sum(one != other for one, other in pairwise(names))
+    assert changes == 5 + 3 - 1
+    assert list(training_order(23, 6, 4, 0)) == list(training_order(23, 6, 4, 0, [""] * 23))

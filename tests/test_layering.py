@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lora_rm"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "processes"},
     {"console"},
     {"config"},
     {"losses", "data"},

@@ -162,7 +162,11 @@ def test_a_tree_is_the_common_start_and_each_answers_rest():
     tree, counts = one(chat, preference)
     prompt = [BOS, USER, *encode(chat, "2 + 2?"), EOS, ASSISTANT]
     assert tree == TokenTree(
-        prompt, ([*encode(chat, "4"), EOS], [*encode(chat, "5"), EOS]), margin=2.0, subset="sums"
+        prompt,
+        ([*encode(chat, "4"), EOS], [*encode(chat, "5"), EOS]),
+        margin=2.0,
+        subset="sums",
+        group=preference.prompt_key,
     )
     assert counts == {}
 

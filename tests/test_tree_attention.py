@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILIES, make_base, make_model, shake
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
@@ -153,14 +154,80 @@ def test_a_way_of_batching_that_is_not_exact_is_refused_by_name(base, monkeypatc
     assert model.batching == "padded"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_preferences_give_the_gradients_of_separate_ones(tmp_path, family):
+    """Three pairs of one prompt with four answers: one tree, every answer once."""
+    base = make_base(tmp_path / family, family, dtype=torch.float32)
+    model = shake(make_model(base, quantization="none", load_dtype="float32"))
+    model.train()
+    prompt, *rest = some_trees(model.classifier.config.vocab_size)[0].conversations()
+    answers = [ids[9:] for ids in (prompt, *rest)]
+    trees = [
+        TokenTree(prompt[:9], (answers[one], answers[other]), group="a")
+        for one, other in ((0, 1), (2, 1), (2, 0))
+    ]
+    expected = separate(model, trees)
+    expected_gradients = gradients(model, expected)
+    model._set_attention("shared")
+    batch = build_batch(trees)
+    assert batch.input_ids.numel() == 9 + sum(map(len, answers))
+    found = model.rewards(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model, found).items():
+        distance = float(
+            (gradient - expected_gradients[name]).abs().max() / expected_gradients[name].abs().max()
+        )
+        assert distance < 1e-5, f"{name}: {distance:.1e}"
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
+def test_the_gathered_core_gives_the_same_gradients(tmp_path, family):
+    base = make_base(tmp_path / family, family, dtype=torch.float32)
+    model = shake(make_model(base, quantization="none", load_dtype="float32"))
+    model.train()
+    trees = some_trees(model.classifier.config.vocab_size)
+    found = []
+    for core in ("answers", "gathered"):
+        rewards = model.rewards(build_batch(trees, "shared", core))
+        found.append((rewards.detach(), gradients(model, rewards)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in found[0][1].items():
+        assert float((found[1][1][name] - gradient).abs().max() / gradient.abs().max()) < 1e-5, name
+
+
+def test_what_the_varlen_core_looks_up():
+    plan = build_batch(some_trees(100), "shared", "varlen").plan
+    assert plan.lengths == [13, 7, 1, 13, 3, 10]
+    assert plan.indices["query_starts"].tolist() == [0, 13, 20, 21, 34, 37, 47]
+    assert plan.indices["key_starts"].tolist() == [0, 13, 29, 39, 52, 56, 66]
+    assert plan.indices["keys"].tolist()[13:29] == [*range(9), *range(13, 20)]
+    assert plan.longest == (13, 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_only_the_ends(tmp_path, family):
+    model = make_model(
+        make_base(tmp_path / family, family, dtype=torch.float32), quantization="none", load_dtype="float32"
+    )
+    batch = model.batch(some_trees(model.classifier.config.vocab_size))
+    rows = []
+    mlp = dict(model.layers[-1].named_modules())["mlp"]
+    mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))  # after our own
+    model.rewards(batch)
+    tokens, answers = batch.input_ids.numel(), len(batch.score_index)
+    assert batch.plan.calls == [tokens, tokens, answers]
+    assert rows == [answers]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_recomputed_layers_give_the_same_gradients(base, trees, quantization):
+def test_recomputed_layers_give_the_same_gradients(base, trees, quantization, mode):
     from lora_rm.config import AdapterSettings, ModelSettings
     from lora_rm.model.base import BaseModel
     from lora_rm.model.reward_model import RewardModel
 
-    found = []
-    for checkpointing in (False, True):
+    found, products = [], []
+    for checkpointing in ("none", mode):
         model = shake(
             RewardModel.load(
                 BaseModel(name=str(base), path=base),
@@ -171,6 +238,21 @@ def test_recomputed_layers_give_the_same_gradients(base, trees, quantization):
         )
         model.choose_batching("shared")
         model.train()
-        found.append(gradients(model, model.rewards(model.batch(trees[:5]))))
+        with Products() as counted:
+            found.append(gradients(model, model.rewards(model.batch(trees[:5]))))
+        products.append(counted.num_products)
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
+    # 64 columns: the base's products; selective repeats none of them, full all of the forward pass
+    assert (products[1] > products[0]) == (mode == "full")
+
+
+class Products(TorchDispatchMode):
+    """Counts the products over more columns than the adapter's rank."""
+
+    num_products = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.name().startswith("aten::mm") and args[0].shape[1] > 4 and args[1].shape[1] > 4:
+            self.num_products += 1
+        return operator(*args, **(kwargs or {}))

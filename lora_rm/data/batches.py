@@ -1,16 +1,18 @@
 """Trees of token ids -> batches under a token budget -> the tensors of one packed row."""
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from lora_rm.data.tokens import TokenTree
+from lora_rm.data.tokens import TokenTree, common_length
 
 Batching = Literal["shared", "packed", "padded"]
+Core = Literal["answers", "gathered", "varlen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,27 @@ class Tree:
         return self.start + self.prompt_length + sum(self.answer_lengths)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TreePlan:
     """All that the attention must know of a row; made once a batch, read by every layer."""
 
     trees: tuple[Tree, ...]
-    num_calls: int = 0
+
+    ends: torch.Tensor
+    """Index in the row of the last token of every answer, tree by tree, (A,) int64."""
+
+    core: Core = "answers"
+    """How the attention is computed; see lora_rm.model.tree_attention."""
+
+    only_ends: bool = False
+    """Whether only the ends' outputs are wanted, as in the last layer."""
+
+    indices: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the cores `gathered` and `varlen` look up; see `with_core`."""
+
+    calls: list[int] = field(default_factory=list)
+    """One entry for every layer that has attended by this plan: its number of queries."""
+
     masks: dict[tuple[int, int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -43,6 +60,57 @@ class TreePlan:
             for tree in self.trees
             for number, length in enumerate(tree.answer_lengths)
         ]
+
+    def for_ends(self) -> "TreePlan":
+        """The plan of the last layer; shares the record of calls."""
+        return replace(self, only_ends=True)
+
+    def to(self, device: torch.device) -> "TreePlan":
+        """The same plan with its indices on another device."""
+        indices = {name: tensor.to(device, non_blocking=True) for name, tensor in self.indices.items()}
+        return replace(self, ends=self.ends.to(device, non_blocking=True), indices=indices)
+
+    def with_core(self, core: Core) -> "TreePlan":
+        """The same plan for another core, with what that core looks up.
+
+        For `gathered`, of A answers of at most S tokens each with its prompt:
+            conversations  (A, S) index in the row of every conversation's tokens, 0 behind its end
+            places         (T,) where the row's tokens stand in the flattened conversations
+        For `varlen`, of A answers:
+            keys           (K,) index in the row of the keys that each answer's queries see, one after another
+            query_starts, key_starts   (A + 1,) int32 where each answer's queries and keys begin
+        """
+        if core == "answers":
+            return replace(self, core=core, indices={})
+        rows, own = [], []
+        for tree in self.trees:
+            prompt = torch.arange(tree.start, tree.start + tree.prompt_length)
+            start = tree.start + tree.prompt_length
+            for number, length in enumerate(tree.answer_lengths):
+                rows.append(torch.cat((prompt, torch.arange(start, start + length))))
+                own.append(len(rows[-1]) if number == 0 else length)
+                start += length
+        sizes = torch.tensor([len(row) for row in rows])
+        if core == "varlen":
+            begin = torch.zeros(1, dtype=torch.int32)
+            indices = {
+                "keys": torch.cat(rows),
+                "query_starts": torch.cat((begin, torch.tensor(own).cumsum(0).int())),
+                "key_starts": torch.cat((begin, sizes.cumsum(0).int())),
+            }
+            return replace(self, core=core, indices=indices)
+        longest = int(sizes.max())
+        places = [
+            torch.arange(number * longest + len(row) - queries, number * longest + len(row))
+            for number, (row, queries) in enumerate(zip(rows, own, strict=True))
+        ]
+        conversations = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return replace(self, core=core, indices={"conversations": conversations, "places": torch.cat(places)})
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """The most queries and the most keys of an answer."""
+        return max(self.lengths), max(t.prompt_length + max(t.answer_lengths) for t in self.trees)
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
         """Which of the keys the last `queries` positions may see, (Q, K) booleans, kept for the next layer."""
@@ -92,47 +160,80 @@ class TreeBatch:
             self.input_ids.to(device, non_blocking=True),
             self.position_ids.to(device, non_blocking=True),
             self.score_index.to(device, non_blocking=True),
-            self.plan,
+            None if self.plan is None else self.plan.to(device),
             None if mask is None else mask.to(device, non_blocking=True),
         )
 
 
-def build_batch(preferences: Sequence[TokenTree], batching: Batching = "shared") -> TreeBatch:
+def build_batch(
+    preferences: Sequence[TokenTree], batching: Batching = "shared", core: Core = "answers"
+) -> TreeBatch:
     """Puts preferences into one row.
 
     Args:
-        preferences: Trees; answers keep their order.
-        batching: `shared`: a prompt stands once, before its answers. `packed`: every answer has its own copy
+        preferences: Trees; rewards come in the order of their answers.
+        batching: `shared`: a prompt stands once, before its answers, and preferences of one `group` are one
+            tree, in which an answer that several of them name stands once too. `packed`: every answer has its own copy
             of the prompt. `padded`: one row an answer, padded on the right, for models without tree attention.
+        core: How the attention will be computed.
     """
     if batching == "padded":
         return _padded(preferences)
     ids: list[int] = []
     positions: list[int] = []
-    score_index: list[int] = []
     trees: list[Tree] = []
-    for preference in preferences:
-        prompt = preference.prompt_ids
-        groups = (
-            [preference.answer_ids]
-            if batching == "shared"
-            else [(answer,) for answer in preference.answer_ids]
-        )
-        for answers in groups:
-            trees.append(Tree(len(ids), len(prompt), tuple(len(answer) for answer in answers)))
-            ids += prompt
-            positions += range(len(prompt))
-            for answer in answers:
-                ids += answer
-                positions += range(len(prompt), len(prompt) + len(answer))
-                score_index.append(len(ids) - 1)
+    ends: list[int] = []
+    found: dict[tuple[int, int], int] = {}  # (preference, answer) -> index of its last token
+    for prompt, answers in _trees(preferences, batching):
+        trees.append(Tree(len(ids), len(prompt), tuple(len(answer) for answer in answers)))
+        ids += prompt
+        positions += range(len(prompt))
+        for answer, named_by in answers.items():
+            ids += answer
+            positions += range(len(prompt), len(prompt) + len(answer))
+            ends.append(len(ids) - 1)
+            found |= dict.fromkeys(named_by, len(ids) - 1)
     return TreeBatch(
         tuple(preferences),
         torch.tensor([ids]),
         torch.tensor([positions]),
-        torch.tensor(score_index),
-        TreePlan(tuple(trees)),
+        torch.tensor([found[key] for key in sorted(found)]),
+        TreePlan(tuple(trees), torch.tensor(ends)).with_core(core),
     )
+
+
+Answers = dict[tuple[int, ...], list[tuple[int, int]]]
+"""Of a tree: its different answers, and which (preference, answer) each of them is."""
+
+
+def _trees(preferences: Sequence[TokenTree], batching: Batching) -> Iterator[tuple[list[int], Answers]]:
+    """Every tree of a row: its prompt and its answers."""
+    if batching == "packed":
+        for number, preference in enumerate(preferences):
+            for place, answer in enumerate(preference.answer_ids):
+                yield preference.prompt_ids, {tuple(answer): [(number, place)]}
+        return
+    for family in families(preferences):
+        members = [preferences[number] for number in family]
+        prompt = members[0].prompt_ids
+        if len(members) > 1:
+            # each has its own longest common start; that of all is the shortest, or shorter where they part
+            rows = [member.conversations()[0] for member in members]
+            prompt = prompt[: min(common_length(rows), *(len(member.prompt_ids) for member in members))]
+        answers: Answers = {}
+        for number, member in zip(family, members, strict=True):
+            rest = member.prompt_ids[len(prompt) :]
+            for place, answer in enumerate(member.answer_ids):
+                answers.setdefault((*rest, *answer), []).append((number, place))
+        yield prompt, answers
+
+
+def families(preferences: Sequence[TokenTree]) -> list[list[int]]:
+    """Preferences by number, those of one group together, in the order of their first."""
+    found: dict[str | int, list[int]] = {}
+    for number, preference in enumerate(preferences):
+        found.setdefault(preference.group or number, []).append(number)
+    return list(found.values())
 
 
 def _padded(preferences: Sequence[TokenTree]) -> TreeBatch:
@@ -151,40 +252,92 @@ def _padded(preferences: Sequence[TokenTree]) -> TreeBatch:
     )
 
 
-def num_tokens(preference: TokenTree, batching: Batching) -> int:
-    """Tokens that a preference takes in a row (in a padded batch: without padding)."""
-    answers = sum(map(len, preference.answer_ids))
-    copies = 1 if batching == "shared" else len(preference.answer_ids)
-    return copies * len(preference.prompt_ids) + answers
+def num_tokens(preferences: Sequence[TokenTree], batching: Batching) -> int:
+    """Tokens that preferences take in a row (in a padded batch: without padding)."""
+    if batching == "padded":
+        return sum(len(p.prompt_ids) * len(p.answer_ids) + sum(map(len, p.answer_ids)) for p in preferences)
+    return sum(len(prompt) + sum(map(len, answers)) for prompt, answers in _trees(preferences, batching))
 
 
 def microbatches(
-    preferences: Sequence[TokenTree], budget: int, batching: Batching = "shared"
+    preferences: Sequence[TokenTree], budget: int, batching: Batching = "shared", at_least: int = 1
 ) -> list[list[TokenTree]]:
     """Cuts preferences into rows of at most `budget` tokens, never through a preference.
 
     Rows are filled evenly: with n rows needed, each gets about a n-th of the tokens, so that the last one is
-    no crumb. A preference larger than the budget gets a row of its own. In padded batches the cost counted
-    is that of the padded row.
+    no crumb. Preferences of one group stay together where they fit; a preference larger than the budget gets
+    a row of its own. In padded batches the cost counted is that of the padded row. With enough preferences
+    there are `at_least` so many rows, as that many processes need.
     """
-    ordered = sorted(preferences, key=lambda p: num_tokens(p, batching), reverse=True)
     if batching == "padded":
-        return _padded_rows(ordered, budget)
-    alone = [[preference] for preference in ordered if num_tokens(preference, batching) > budget]
+        return _padded_rows(
+            sorted(preferences, key=lambda p: num_tokens([p], batching), reverse=True), budget
+        )
+    together = families(preferences) if batching == "shared" else [[n] for n in range(len(preferences))]
+    pieces = [
+        piece
+        for family in together
+        for piece in _fitting([preferences[number] for number in family], budget, batching)
+    ]
+    ordered = sorted(((num_tokens(piece, batching), piece) for piece in pieces), key=lambda x: -x[0])
+    alone = [piece for cost, piece in ordered if cost > budget]
     ordered = ordered[len(alone) :]
-    total = sum(num_tokens(preference, batching) for preference in ordered)
-    num_rows = -(-total // budget)
+    num_rows = max(
+        -(-sum(cost for cost, _ in ordered) // budget), min(at_least - len(alone), len(ordered)), 1
+    )
     while ordered:
         rows: list[list[TokenTree]] = [[] for _ in range(num_rows)]
         loads = [0] * num_rows
-        for preference in ordered:  # longest first, each into the emptiest row (Graham 1969)
+        for cost, piece in ordered:  # longest first, each into the emptiest row (Graham 1969)
             emptiest = loads.index(min(loads))
-            rows[emptiest].append(preference)
-            loads[emptiest] += num_tokens(preference, batching)
+            rows[emptiest] += piece
+            loads[emptiest] += cost
         if max(loads) <= budget or num_rows >= len(ordered):
             return alone + [row for row in rows if row]
         num_rows += 1
     return alone
+
+
+def share_of_rows(
+    rows: Sequence[list[TokenTree]], batching: Batching, rank: int, count: int
+) -> list[list[TokenTree]]:
+    """The rows that one of `count` processes computes: about the same number of tokens each."""
+    if count == 1:
+        return list(rows)
+    costs = [num_tokens(row, batching) for row in rows]
+    loads = [0] * count
+    own = []
+    for number in sorted(range(len(rows)), key=lambda n: -costs[n]):
+        emptiest = loads.index(min(loads))
+        loads[emptiest] += costs[number]
+        if emptiest == rank:
+            own.append(rows[number])
+    return own
+
+
+T = TypeVar("T")
+
+
+def prefetched(items: Iterable[T]) -> Iterator[T]:
+    """Makes the next item in a thread of its own while the present one is worked on."""
+    iterator = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = pool.submit(next, iterator, end)
+        while (item := ahead.result()) is not end:
+            ahead = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc] # not the end
+
+
+def _fitting(family: list[TokenTree], budget: int, batching: Batching) -> Iterator[list[TokenTree]]:
+    """A family, cut between preferences where it is larger than the budget."""
+    piece: list[TokenTree] = []
+    for preference in family:
+        if piece and num_tokens([*piece, preference], batching) > budget:
+            yield piece
+            piece = []
+        piece = [*piece, preference]
+    yield piece
 
 
 def _padded_rows(ordered: Sequence[TokenTree], budget: int) -> list[list[TokenTree]]:
@@ -201,16 +354,31 @@ def _padded_rows(ordered: Sequence[TokenTree], budget: int) -> list[list[TokenTr
     return rows
 
 
-def training_order(num_preferences: int, num_steps: int, per_step: int, seed: int) -> Iterator[list[int]]:
+def training_order(
+    num_preferences: int, num_steps: int, per_step: int, seed: int, groups: Sequence[str] = ()
+) -> Iterator[list[int]]:
     """The preferences of each optimizer step, by index.
 
     Every epoch is a new shuffle that depends on seed and epoch alone, so step n is the same list however the
-    run came to it. An epoch's last step may be smaller: no preference is lost and none is seen twice.
+    run came to it. Preferences of one group follow each other, so that one step computes their prompt once
+    and an epoch's later steps have not seen their answers before (Ouyang et al. 2022, arXiv 2203.02155, 3.5).
+    An epoch's last step may be smaller: no preference is lost and none is seen twice.
+
+    Args:
+        num_preferences: In the data.
+        num_steps: To be taken.
+        per_step: Preferences a step.
+        seed: Of the shuffles.
+        groups: The group of each preference, "" for none of them; empty: no groups.
     """
+    found: dict[str | int, list[int]] = {}
+    for number in range(num_preferences):
+        found.setdefault((groups[number] if groups else "") or number, []).append(number)
     step = epoch = 0
     while step < num_steps:
-        order = list(range(num_preferences))
-        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        shuffled = list(found.values())
+        random.Random(f"{seed} epoch {epoch}").shuffle(shuffled)
+        order = [number for members in shuffled for number in members]
         for start in range(0, num_preferences, per_step):
             if step == num_steps:
                 return

@@ -51,6 +51,8 @@ class TokenTree:
     margin: float = 0.0
     scores: tuple[float, ...] = ()
     subset: str = ""
+    group: str = ""
+    """Preferences of one group answer the same prompt and are computed as one tree; "": a group of its own."""
 
     def conversations(self) -> list[list[int]]:
         """The K whole conversations."""
@@ -221,17 +223,17 @@ def _tree(
     reason = ""
     if len(set(map(tuple, rows))) < len(rows):
         return None, "dropped: answers identical as tokens"
-    shared = common_length(rows) if len(rows) > 1 else common_length([rows[0], _prompt_ids(preference, chat)])
-    shared = min(shared, min(map(len, rows)) - 1)
     excess = max(map(len, rows)) - max_length
+    # the prompt itself: where there is one answer, or where it may have to be cut
+    prompt = 0
+    if len(rows) == 1 or excess > 0:
+        prompt = min(common_length([rows[0], _prompt_ids(preference, chat)]), min(map(len, rows)) - 1)
+    shared = min(common_length(rows), min(map(len, rows)) - 1) if len(rows) > 1 else prompt
     if excess > 0:
         # the BOS stays; at least one prompt token beside it must be left to make sense of the answer
         first = 1 if rows[0][:1] == [chat.tokenizer.bos_token_id] else 0
         # answers may begin alike: what they share beyond the prompt must not be cut
-        prompt = (
-            min(shared, common_length([rows[0], _prompt_ids(preference, chat)])) if excess < shared else 0
-        )
-        if length_policy == "drop" or first + excess >= prompt:
+        if length_policy == "drop" or first + excess >= min(shared, prompt):
             return None, f"dropped: longer than {max_length} tokens"
         rows = [row[:first] + row[first + excess :] for row in rows]
         shared -= excess
@@ -244,6 +246,7 @@ def _tree(
         preference.margin,
         preference.scores,
         preference.subset,
+        preference.prompt_key if preference.prompt else "",
     )
     return tree, reason
 

@@ -119,6 +119,7 @@ def start_from_activations(model: PeftModel, rewards: Any, batches: Sequence[Any
         forward_fn=lambda _, batch: rewards(batch),
         prepare_model_inputs_fn=None,
         prepare_layer_inputs_fn=None,
+        gather_distributed_inputs=False,  # every process looks at the same batches
         show_progress_bar=False,
     )
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from lora_rm import processes
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.console import console, progress, say
-from lora_rm.data.batches import Batching, TreeBatch, build_batch
+from lora_rm.data.batches import Batching, Core, TreeBatch, build_batch, microbatches, share_of_rows
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.model import tree_attention
@@ -34,7 +35,9 @@ from lora_rm.model.adapter import (
     start_orthogonal,
 )
 from lora_rm.model.base import BaseModel, find_base, read_json
+from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, make_exact, quantized_layers
+from lora_rm.model.tree_attention import LastLayer, fastest_core
 
 RECORD = "lora_rm.json"
 """File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
@@ -79,6 +82,8 @@ class RewardModel(nn.Module):
         self.record = record or {}
         self.batching: Batching = "padded"
         self.changed_base: ChangedBase | None = None
+        self._last_layer: LastLayer | None = None
+        self._cores: dict[torch.dtype, Core] = {}
         self._plain_attention: str = self.classifier.config._attn_implementation
         self.set_compute_dtype(compute_dtype)
 
@@ -92,7 +97,7 @@ class RewardModel(nn.Module):
         settings: ModelSettings | None = None,
         adapter: AdapterSettings | None = None,
         chat_template: str = "tokenizer",
-        checkpointing: bool = False,
+        checkpointing: Mode = "none",
         seed: int = 0,
     ) -> "RewardModel":
         """Makes a new reward model on a base model.
@@ -102,7 +107,7 @@ class RewardModel(nn.Module):
             settings: Quantisation, types, head start and device.
             adapter: LoRA settings; None: no adapter, and every weight frozen but the head.
             chat_template: As in `data.chat_template`.
-            checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+            checkpointing: Which activations every layer keeps for the backward pass.
             seed: Of head and adapter.
 
         Raises:
@@ -130,9 +135,6 @@ class RewardModel(nn.Module):
         else:  # Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1
             values = torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5
             head.data.copy_(values)
-        if checkpointing:
-            # on the bare model: on a PEFT model this would also switch on gradients of the embeddings' output
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.requires_grad_(False)
         changed_base = None
         if adapter is not None:
@@ -149,6 +151,7 @@ class RewardModel(nn.Module):
             model.score.requires_grad_(True)
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
+        made.set_checkpointing([checkpointing] * len(made.layers))
         return made._ready()
 
     @classmethod
@@ -239,28 +242,37 @@ class RewardModel(nn.Module):
             return F.linear(at_scores, self.head).squeeze(-1)
 
     @torch.no_grad()
-    def score(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> list[list[float]]:
-        """Rewards of every tree's answers, without gradients, in the order given."""
-        from lora_rm.data.batches import microbatches
+    def score(
+        self, trees: list[TokenTree], tokens_per_microbatch: int = 4096, *, together: bool = False
+    ) -> list[list[float]]:
+        """Rewards of every tree's answers, without gradients, in the order given.
 
+        Args:
+            trees: To be scored.
+            tokens_per_microbatch: Tokens computed at once.
+            together: Every process calls this with the same trees and scores its share of them.
+        """
         was_training = self.training
         self.eval()
+        numbers = {id(tree): number for number, tree in enumerate(trees)}
+        once = [trees[number] for number in numbers.values()]
+        rank, count = (processes.RANK, processes.COUNT) if together else (0, 1)
         found: dict[int, list[float]] = {}
-        once = list({id(tree): tree for tree in trees}.values())
         with progress("scoring", len(once)) as advance:
             for start in range(0, len(once), 512):
-                for group in microbatches(once[start : start + 512], tokens_per_microbatch, self.batching):
+                rows = microbatches(once[start : start + 512], tokens_per_microbatch, self.batching, count)
+                for group in share_of_rows(rows, self.batching, rank, count):
                     rewards = iter(self.rewards(self.batch(group)).tolist())
                     for tree in group:
-                        found[id(tree)] = [next(rewards) for _ in tree.answer_ids]
+                        found[numbers[id(tree)]] = [next(rewards) for _ in tree.answer_ids]
                     advance(len(group))
         self.train(was_training)
-        return [found[id(tree)] for tree in trees]
+        if count > 1:
+            found = {number: rewards for own in processes.gather(found) for number, rewards in own.items()}
+        return [found[numbers[id(tree)]] for tree in trees]
 
     def start_from_data(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> None:
         """Starts the adapter from what its layers see of the data, as `adapter.init` eva wants it."""
-        from lora_rm.data.batches import microbatches
-
         groups = microbatches(trees, tokens_per_microbatch, self.batching)
         say(
             f"Looking at the activations of {len(trees)} preferences, from which the adapter starts (EVA) ..."
@@ -270,7 +282,19 @@ class RewardModel(nn.Module):
 
     def batch(self, preferences: list[TokenTree]) -> TreeBatch:
         """Builds a batch the way this model computes it, on its device."""
-        return build_batch(preferences, self.batching).to(self.device)
+        return build_batch(preferences, self.batching, self._core()).to(self.device)
+
+    def _core(self) -> Core:
+        """The attention core that is fastest for the present type of products, found once for each type."""
+        if self.compute_dtype not in self._cores:
+            text = self.classifier.config.get_text_config()
+            heads = text.num_attention_heads
+            size = getattr(text, "head_dim", None) or text.hidden_size // heads
+            groups = getattr(text, "num_key_value_heads", None) or heads
+            self._cores[self.compute_dtype] = fastest_core(
+                self.device, self.compute_dtype, heads, groups, size
+            )
+        return self._cores[self.compute_dtype]
 
     def choose_batching(self, wanted: str = "auto", tolerance: float = 1e-4) -> Batching:
         """Picks how rows are computed: the first way that this model computes exactly.
@@ -295,7 +319,7 @@ class RewardModel(nn.Module):
                     continue
                 reasons[batching] = self._inexact(batching, probe, expected, tolerance)
                 if not reasons[batching]:
-                    self._set_attention(batching)
+                    self._spare_last_layer(lambda: not self._inexact(batching, probe, expected, tolerance))  # noqa: B023
                     break
             else:
                 self._set_attention("padded")
@@ -331,16 +355,30 @@ class RewardModel(nn.Module):
                 rewards = self.eval().rewards(batch).cpu()
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             return str(error).splitlines()[0][:120]
-        layers = self.classifier.config.get_text_config().num_hidden_layers
-        if batch.plan.num_calls != layers:
-            return f"{batch.plan.num_calls} of {layers} layers use the tree attention"
+        layers, calls = self.classifier.config.get_text_config().num_hidden_layers, len(batch.plan.calls)
+        if calls != layers:
+            return f"{calls} of {layers} layers use the tree attention"
         difference = float((rewards - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         return "" if difference <= tolerance else f"rewards differ by {difference:.1e}"
+
+    def _spare_last_layer(self, is_exact: Callable[[], bool]) -> None:
+        """Computes only the answers' ends in the last layer, if rewards stay the same."""
+        if self._last_layer is None:
+            self._last_layer = LastLayer(self.layers[-1])
+            if not is_exact():
+                self._last_layer.remove()
+                self._last_layer = None
 
     def _set_attention(self, batching: Batching) -> None:
         self.batching = batching
         name = self._plain_attention if batching == "padded" else tree_attention.NAME
         self.backbone.set_attn_implementation(name)
+
+    def set_checkpointing(self, modes: Sequence[Mode]) -> None:
+        """Sets which activations each decoder layer keeps for the backward pass."""
+        config = self.model.peft_config["default"] if isinstance(self.model, PeftModel) else None
+        max_rank = max([config.r, *config.rank_pattern.values()]) if config else 0
+        set_checkpointing(list(self.layers), modes, max_rank)
 
     # -- types --------------------------------------------------------------------------------------------
 
@@ -382,6 +420,13 @@ class RewardModel(nn.Module):
     def backbone(self) -> Any:
         """The decoder without head."""
         return getattr(self.classifier, self.classifier.base_model_prefix)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        count = self.classifier.config.get_text_config().num_hidden_layers
+        decoder = getattr(self.backbone, "language_model", self.backbone)
+        return next(m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count)
 
     @property
     def head(self) -> torch.Tensor:
@@ -505,7 +550,7 @@ def pick_device(name: str) -> torch.device:
         ModelError: If there is no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{processes.LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -13,13 +13,15 @@ checkpointing recomputes a layer. Published for DPO by Wang and Hegde 2024 (arXi
 Shape letters: T tokens of the row, H query heads, G key-value heads, D head size, Q queries, K keys.
 """
 
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from lora_rm.data.batches import TreePlan
+from lora_rm.data.batches import Core, Tree, TreePlan
 
 NAME = "lora_rm_tree"
 """Name under which the attention is registered with transformers.
@@ -53,12 +55,28 @@ def tree_attention(
     """
     if tree_plan is None or s_aux is not None or not getattr(module, "is_causal", True):
         raise NotImplementedError("tree attention: no plan, attention sinks, or attention that is not causal")
-    tree_plan.num_calls += 1
+    tree_plan.calls.append(len(tree_plan.ends) if tree_plan.only_ends else query_1HTD.shape[2])
+    options = (tree_plan, scaling, dropout, sliding_window, softcap)
+    if tree_plan.only_ends:
+        return _at_ends(query_1HTD, key_1GTD, value_1GTD, *options), None
+    if tree_plan.core != "answers" and softcap is None:
+        core = _gathered if tree_plan.core == "gathered" else _varlen
+        return core(query_1HTD, key_1GTD, value_1GTD, tree_plan, scaling, dropout, sliding_window), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
-    parts = [x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)]
-    pieces = zip(*parts, strict=True)
-    outputs = []
-    for tree in tree_plan.trees:
+    parts = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
+    outputs = [_attend(*piece, *options) for piece in _answers(*parts, tree_plan)]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+Pieces = Sequence[torch.Tensor]
+
+
+def _answers(
+    queries: Pieces, keys: Pieces, values: Pieces, plan: TreePlan
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Every answer's queries, and the keys and values of its prompt and itself."""
+    pieces = zip(queries, keys, values, strict=True)
+    for tree in plan.trees:
         prompt = tree.prompt_length
         for number, (query, key, value) in zip(range(len(tree.answer_lengths)), pieces, strict=False):
             if number == 0:  # prompt and first answer in one piece: the prompt's outputs come with it
@@ -66,8 +84,77 @@ def tree_attention(
             else:
                 key = torch.cat((shared_key, key), dim=2)
                 value = torch.cat((shared_value, value), dim=2)
-            outputs.append(_attend(query, key, value, tree_plan, scaling, dropout, sliding_window, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+            yield query, key, value
+
+
+def _at_ends(
+    query_1HTD: torch.Tensor, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor, plan: TreePlan, *options: Any
+) -> torch.Tensor:
+    """Outputs of every answer's last token, zeros elsewhere, (1, T, H, D)."""
+    queries = query_1HTD.index_select(2, plan.ends).split(1, dim=2)
+    keys, values = (x.split(plan.lengths, dim=2) for x in (key_1GTD, value_1GTD))
+    # one query that sees all its keys: the mask of `_attend` would be all true
+    outputs = [_attend(*piece, plan, *options) for piece in _answers(queries, keys, values, plan)]
+    found_1AHD = torch.cat(outputs, dim=2).transpose(1, 2)
+    _, heads, length, _ = query_1HTD.shape
+    empty = found_1AHD.new_zeros(1, length, heads, found_1AHD.shape[-1])
+    return empty.index_copy(1, plan.ends, found_1AHD)
+
+
+def _gathered(
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    plan: TreePlan,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """All conversations side by side in one causal call: what stands behind an end is seen by no query."""
+    conversations, places = plan.indices["conversations"], plan.indices["places"]
+    query_AHSD, key_AGSD, value_AGSD = (
+        x[0].transpose(0, 1)[conversations].transpose(1, 2) for x in (query_1HTD, key_1GTD, value_1GTD)
+    )
+    output_AHSD = _attend(query_AHSD, key_AGSD, value_AGSD, plan, scaling, dropout, window, None)
+    return output_AHSD.transpose(1, 2).flatten(0, 1).index_select(0, places)[None]
+
+
+def _varlen(
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    plan: TreePlan,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """One flash-attention call in which every answer has its own numbers of queries and keys.
+
+    The last query of an answer stands at its last key (causal from the lower right).
+
+    Raises:
+        NotImplementedError: With attention dropout, which the kernel does not have.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout:
+        raise NotImplementedError("tree attention: varlen has no attention dropout")
+    query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1GTD, value_1GTD))
+    keys = plan.indices["keys"]
+    most_queries, most_keys = plan.longest
+    output_THD = varlen_attn(
+        query_THD.contiguous(),
+        key_TGD.index_select(0, keys),
+        value_TGD.index_select(0, keys),
+        plan.indices["query_starts"],
+        plan.indices["key_starts"],
+        most_queries,
+        most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query_1HTD.shape[1] != key_1GTD.shape[1],
+    )
+    return output_THD[None]
 
 
 def _attend(
@@ -87,7 +174,8 @@ def _attend(
     if softcap is not None:  # scaled_dot_product_attention cannot express it
         return _softcapped(query_1HQD, key_1GKD, value_1GKD, plan, scaling, dropout, window, softcap)
     is_causal = queries == keys and window is None
-    mask = None if is_causal else plan.mask(queries, keys, window, query_1HQD.device)
+    sees_all = queries == 1 and window is None
+    mask = None if is_causal or sees_all else plan.mask(queries, keys, window, query_1HQD.device)
     return F.scaled_dot_product_attention(
         query_1HQD,
         key_1GKD,
@@ -121,3 +209,103 @@ def _softcapped(
 
 
 AttentionInterface.register(NAME, tree_attention)
+
+
+def fastest_core(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int) -> Core:
+    """The fastest of the cores that are exact on a device, by trying them on a row of random values.
+
+    Args:
+        device: On a CPU it is `answers`: `gathered` computes the prompts again and never was faster there.
+        dtype: Of queries, keys and values; varlen needs a 16-bit one.
+        heads: Query heads.
+        groups: Key-value heads.
+        size: Of a head.
+    """
+    if device.type == "cpu":
+        return "answers"
+    trees, start = [], 0
+    for number in range(16):
+        trees.append(Tree(start, 160 + 7 * number, (60 + number, 90 - number)))
+        start = trees[-1].end
+    ends = torch.tensor([tree.end - 1 for tree in trees])
+    plan = TreePlan(tuple(trees), ends)
+    shapes = [(1, count, start, size) for count in (heads, groups, groups)]
+    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    module = torch.nn.Module()
+    exact, _ = tree_attention(module, *(x.float() for x in inputs), None, tree_plan=plan.to(device))
+    step = torch.finfo(dtype).eps
+    seconds: dict[Core, float] = {}
+    for core in ("answers", "gathered", "varlen"):
+        own = plan.with_core(core).to(device)
+        try:
+            found, _ = tree_attention(module, *inputs, None, tree_plan=own)
+            if float((found.float() - exact).abs().max()) > 8 * step * float(exact.abs().max()):
+                continue
+            seconds[core] = min(_time(module, inputs, own) for _ in range(5))
+        except (RuntimeError, NotImplementedError, ValueError, ImportError):
+            continue
+    return min(seconds, key=lambda core: seconds[core]) if seconds else "answers"
+
+
+def _time(module: torch.nn.Module, inputs: Sequence[torch.Tensor], plan: TreePlan) -> float:
+    """Seconds of one forward and backward pass of the attention."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    output, _ = tree_attention(module, *inputs, None, tree_plan=plan)
+    output.sum().backward()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+class LastLayer:
+    """Spares the last layer what nobody reads.
+
+    Rewards are read at the answers' ends. The last layer needs keys and values of every token, but queries,
+    output projection and MLP only there: about one layer's work less of 30. Other rows of its output are
+    not the model's.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        """Hooks into the layer; `remove` takes the hooks out again."""
+        self.ends: torch.Tensor | None = None
+        self.handles = []
+        for name, module in layer.named_modules():
+            if name in (
+                "self_attn",
+                "attn",
+            ):  # inside of what checkpointing computes again, unlike the layer's hooks
+                self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            elif name in ROW_WISE:
+                self.handles += [
+                    module.register_forward_pre_hook(self._select),
+                    module.register_forward_hook(self._put_back),
+                ]
+
+    def remove(self) -> None:
+        """Puts the layer back as it was."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Notes where the ends are and tells the attention that only they are wanted."""
+        plan: TreePlan | None = kwargs.get("tree_plan")
+        self.ends = None if plan is None else plan.ends
+        return args, kwargs if plan is None else {**kwargs, "tree_plan": plan.for_ends()}
+
+    def _select(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if self.ends is None:
+            return args
+        self.length = args[0].shape[1]
+        return (args[0].index_select(1, self.ends), *args[1:])
+
+    def _put_back(self, _: torch.nn.Module, __: Any, output: Any) -> Any:
+        if self.ends is None:
+            return output
+        rows, *rest = output if isinstance(output, tuple) else (output,)
+        empty = rows.new_zeros(rows.shape[0], self.length, rows.shape[2])
+        whole = empty.index_copy(1, self.ends, rows)
+        return (whole, *rest) if isinstance(output, tuple) else whole
+
+
+ROW_WISE = {"self_attn.q_proj", "self_attn.o_proj", "attn.c_proj", "mlp"}
+"""Parts of a decoder layer, by the names they have in transformers, that treat every token alone."""

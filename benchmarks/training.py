@@ -1,0 +1,319 @@
+"""A training step of ours beside the step of TRL's RewardTrainer, on the same model, data, order and precision.
+
+    python benchmarks/training.py [--quick] [--json FILE] [--work hh uf ...] [--quantization nf4 none]
+
+Both train the same adapter on SmolLM2-135M from the same start, in one process, turn by turn: ours, TRL as it comes
+(gradient checkpointing), and TRL at its best (no checkpointing, the batch size that is fastest). Every variant's
+losses are compared with ours before a ratio is printed. Seconds are those of whole optimizer steps, the first of each
+turn left out. Token ids are random for the generated shapes, whose lengths are log-normal; `alpaca` and `harmless`
+are real files of ../shared/data.
+
+Shapes (medians of prompt and answer, in tokens): hh 144 / 67, tldr 334 / 31, long 589 / 137, uf 117 / 302; `lists`
+has 8 answers of 67 tokens to one prompt of 144, compared in all 28 pairs.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from lora_rm.checkpoint import RunFolder
+from lora_rm.config import AdapterSettings, DataSettings, ModelSettings, Settings, check_settings
+from lora_rm.console import plain_errors, say, show_table
+from lora_rm.data.batches import training_order
+from lora_rm.data.split import Data, Side, read_side
+from lora_rm.data.tokens import TokenTree
+from lora_rm.model.base import BUILTIN, find_base
+from lora_rm.model.quantization import Quantization
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.train import train
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHAPES = {"hh": (144, 67), "tldr": (334, 31), "long": (589, 137), "uf": (117, 302)}
+FILES = {"alpaca": "alpaca_pairs_train.jsonl.gz", "harmless": "hh_harmless_test.jsonl.gz"}
+WORK = [*SHAPES, "lists", *FILES]
+ADAPTER = AdapterSettings(rank=16, alpha=32.0)
+
+
+def main() -> None:
+    """Times every kind of data in every form of storage and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="4 layers and two kinds of data: under a minute")
+    parser.add_argument("--json", type=Path, help="write the table as a list of rows")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=None, help="kinds of data")
+    parser.add_argument("--quantization", nargs="+", choices=["nf4", "none"], default=["nf4", "none"])
+    parser.add_argument(
+        "--layers", type=int, default=None, help="layers of the model that are used; default: all 30"
+    )
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of an optimizer step")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="optimizer steps of a turn; the first is not counted"
+    )
+    wanted = parser.parse_args()
+    work = wanted.work or (
+        ["hh", "lists"] if wanted.quick else [name for name in WORK if SHARED.is_dir() or name not in FILES]
+    )
+    layers = wanted.layers or (4 if wanted.quick else None)
+    rows = []
+    for quantization in ["nf4"] if wanted.quick else wanted.quantization:
+        with Contest(quantization, layers) as contest:
+            for name in work:
+                pairs = 28 if name == "lists" else wanted.pairs
+                rows.append(contest.run(name, pairs, wanted.steps))
+                show(rows)
+                if wanted.json:
+                    wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints what is known so far."""
+    show_table(
+        f"Optimizer steps of SmolLM2-135M, {torch.get_num_threads()} CPU threads, TRL {trl.__version__}",
+        ["data", "storage", "type", "pairs/s", "tokens", "TRL tokens", "against TRL's defaults", "against TRL at its best", "loss differs by"],
+        [
+            [
+                row["work"], row["quantization"], row["dtype"], f"{row['pairs_per_second']:.2f}", row["tokens"],
+                row["trl_tokens"], f"{row['ratio_defaults']:.2f} x",
+                f"{row['ratio_best']:.2f} x (batch {row['best_batch']})", f"{row['loss_difference']:.1e}",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+class Contest:
+    """Our model and TRL's, with the same weights."""
+
+    def __init__(self, quantization: str, layers: int | None) -> None:
+        self.base = find_base(BUILTIN)
+        self.scratch = tempfile.TemporaryDirectory()
+        if layers:
+            self.base = replace(
+                self.base, path=_shortened(self.base.path, Path(self.scratch.name, "base"), layers)
+            )
+        self.quantization = quantization
+        self.ours = RewardModel.load(
+            self.base, settings=ModelSettings(quantization=quantization), adapter=ADAPTER, seed=1
+        )
+        self.ours.choose_batching()
+        self.dtype = self.ours.compute_dtype
+        stored = Quantization(kind=quantization, double=True, load_dtype=torch.bfloat16)
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            self.base.path,
+            num_labels=1,
+            dtype=torch.bfloat16 if self.dtype != torch.float32 else torch.float32,
+            quantization_config=stored.config(self.dtype),
+        )
+        plain.config.pad_token_id = self.ours.chat.pad_id
+        self.theirs = get_peft_model(
+            plain, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
+        )
+        self.start = {name: p.detach().clone() for name, p in trained(self.ours.model)}
+
+    def __enter__(self) -> "Contest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.scratch.cleanup()
+
+    def run(self, name: str, per_step: int, steps: int) -> dict[str, Any]:
+        """One row of the table."""
+        trees = make_trees(name, per_step * steps, self.ours.chat)
+        batches = [size for size in (2, 4, 7, 8, 14) if per_step % size == 0]
+        say(f"{name}, {self.quantization}: ours ...")
+        losses, seconds, tokens = self._train_ours(trees, per_step, steps)
+        found: dict[Any, list[float]] = {}
+        differences, padded = [], {}
+        for variant in ["defaults", *batches]:
+            say(f"{name}, {self.quantization}: TRL {variant} ...")
+            size = min(8, per_step) if variant == "defaults" else variant
+            size = next(s for s in range(size, 0, -1) if per_step % s == 0)
+            other, found[variant], padded[variant] = self._train_theirs(
+                trees, per_step, steps, size, checkpointing=variant == "defaults"
+            )
+            differences.append(max(abs(a - b) for a, b in zip(losses, other, strict=True)))
+        again, more, _ = self._train_ours(trees, per_step, steps)  # the machine may have changed meanwhile
+        assert again == losses
+        allowed = 1e-4 if self.dtype == torch.float32 and self.quantization == "none" else 0.05
+        if max(differences) > allowed:
+            raise SystemExit(f"{name}: losses differ by {max(differences):.2e}; no ratio would mean anything")
+        own = statistics.median(seconds + more)
+        best = min(batches, key=lambda size: statistics.median(found[size]))
+        return {
+            "work": name, "quantization": self.quantization, "dtype": str(self.dtype).removeprefix("torch."),
+            "layers": len(self.ours.layers), "pairs_per_step": per_step, "steps": steps - 1,
+            "pairs_per_second": per_step / own, "tokens": tokens, "trl_tokens": padded[best],
+            "ratio_defaults": statistics.median(found["defaults"]) / own,
+            "ratio_best": statistics.median(found[best]) / own, "best_batch": best,
+            "loss_difference": max(differences), "seconds": own,
+        }  # fmt: skip
+
+    def _train_ours(
+        self, trees: list[TokenTree], per_step: int, steps: int
+    ) -> tuple[list[float], list[float], int]:
+        put(self.start, self.ours.model)
+        settings = run_settings(Path(self.scratch.name) / f"run{time.monotonic_ns()}", per_step, steps)
+        run = RunFolder.create(settings)
+        train(self.ours, Data(Side([], trees), Side([], [])), settings, run)
+        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        return (
+            [x["loss"] for x in lines],
+            [x["seconds"] for x in lines[1:]],
+            sum(x["num_tokens"] for x in lines),
+        )
+
+    def _train_theirs(
+        self, trees: list[TokenTree], per_step: int, steps: int, size: int, *, checkpointing: bool
+    ) -> tuple[list[float], list[float], int]:
+        order = training_order(len(trees), steps, per_step, 0, [tree.group for tree in trees])
+        rows = [trees[number].conversations() for step in order for number in step]
+        clock = Clock()
+        args = trl.RewardConfig(
+            output_dir=self.scratch.name, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            bf16=self.dtype == torch.bfloat16, gradient_checkpointing=checkpointing, logging_steps=1, max_length=None,
+            lr_scheduler_type="constant", learning_rate=1e-4, per_device_train_batch_size=size, max_grad_norm=1.0,
+            gradient_accumulation_steps=per_step // size, train_sampling_strategy="sequential", num_train_epochs=1,
+        )  # fmt: skip
+        trainer = trl.RewardTrainer(
+            model=self.theirs,
+            args=args,
+            train_dataset=Dataset.from_list([{"chosen_ids": a, "rejected_ids": b} for a, b in rows]),
+            processing_class=self.ours.chat.tokenizer,
+            callbacks=[clock],
+        )
+        collate = trainer.data_collator
+        tokens = []
+
+        def counted(examples: list[dict[str, Any]]) -> Any:
+            batch = collate(examples)
+            tokens.append(batch["input_ids"].numel())
+            return batch
+
+        trainer.data_collator = counted
+        for _, parameter in trained(self.theirs):
+            parameter.data = (
+                parameter.data.float()
+            )  # TRL makes them bfloat16 on 4-bit bases: the same precision here
+        put(self.start, self.theirs)
+        silence(trainer)
+        trainer.train()
+        self.theirs.gradient_checkpointing_disable()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, clock.seconds[1:], sum(tokens)
+
+
+class Clock(TrainerCallback):
+    """Seconds of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Starts."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stops."""
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def silence(trainer: Any) -> None:
+    """Keeps the trainer from printing its own lines."""
+    trainer.callback_handler.callbacks = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if "Printer" not in type(callback).__name__
+    ]
+
+
+def make_trees(name: str, count: int, chat: Any) -> list[TokenTree]:
+    """Pairs of one kind of data, as token ids."""
+    if name in FILES:
+        settings = DataSettings(
+            eval=str(SHARED / FILES[name]),
+            max_eval=count,
+            max_length=1024,
+            max_dropped_share=1.0,
+            on_bad_row="skip",
+        )
+        return read_side(settings, chat, seed=0).trees
+    generator = random.Random(f"{name} {count}")
+
+    def ids(median: int) -> list[int]:
+        length = min(1024, max(4, round(median * math.exp(generator.gauss(0, 0.6)))))
+        return [generator.randrange(1000, 40000) for _ in range(length)]
+
+    if name == "lists":
+        return [
+            replace(tree, group=f"list {number}")
+            for number in range(count // 28)
+            for tree in _all_pairs(ids(144), [ids(67) for _ in range(8)])
+        ]
+    prompt, answer = SHAPES[name]
+    return [TokenTree(ids(prompt), (ids(answer), ids(answer))) for _ in range(count)]
+
+
+def _all_pairs(prompt: list[int], answers: list[list[int]]) -> list[TokenTree]:
+    return [TokenTree(prompt, pair) for pair in combinations(answers, 2)]
+
+
+def run_settings(folder: Path, per_step: int, steps: int) -> Settings:
+    """Settings of our side that match TRL's."""
+    return check_settings(
+        {
+            "output_dir": str(folder),
+            "model": {"base": BUILTIN},
+            "data": {"train": "builtin:checkable"},
+            "train": {
+                "preferences_per_step": per_step, "max_steps": steps, "schedule": "constant", "warmup_share": 0.0,
+                "learning_rate": 1e-4, "checkpointing": "none", "save_every_steps": 0, "log_every_steps": 1000,
+            },
+        }
+    )  # fmt: skip
+
+
+def trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names and values of what is trained."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def put(values: dict[str, torch.Tensor], model: Any) -> None:
+    """Gives a model the start that every turn has."""
+    own = dict(trained(model))
+    assert own.keys() == values.keys()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(values[name])
+
+
+def _shortened(folder: Path, target: Path, layers: int) -> Path:
+    """A copy of a model that has its first layers only."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return target
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,66 @@
+"""Which activations wait for the backward pass, layer by layer.
+
+    none        all of them
+    selective   results of the base's matrix products and of the attention; the rest is computed again
+    full        each layer's input; the layer is computed again
+
+Selective takes about the time of `none` and half of its memory: what it computes again (norms, activations,
+LoRA's second factor) is cheap, and 4-bit weights are not multiplied twice.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "selective", "full"]
+
+MODES: tuple[Mode, ...] = ("none", "selective", "full")
+"""From the most memory and the least time to the reverse."""
+
+PRODUCTS = ("aten::mm", "aten::addmm")
+KEPT = (
+    "attention",
+    "attn",
+    "gemm_4bit",
+    "grouped_mm",
+    "int8_linear",
+    "int8_scaled_mm",
+    "int8_mixed_scaled_mm",
+)
+"""Parts of the names of further operators whose results are kept."""
+
+
+def set_checkpointing(layers: Sequence[torch.nn.Module], modes: Sequence[Mode], max_rank: int) -> None:
+    """Sets what each decoder layer keeps.
+
+    Works on transformers' `GradientCheckpointingLayer`, whose flag is per instance.
+    `gradient_checkpointing_enable` of a PEFT model would also ask for gradients of the embeddings' output.
+
+    Args:
+        layers: Of the decoder.
+        modes: One a layer.
+        max_rank: Largest rank of the adapter: products over so few columns are LoRA's second factor, which is
+            cheaper to compute again than to keep.
+    """
+    for layer, mode in zip(layers, modes, strict=True):
+        layer.gradient_checkpointing = mode != "none"  # type: ignore[assignment]
+        context: dict[str, Any] = {}
+        if mode == "selective":
+            context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy(max_rank))}
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)  # type: ignore[assignment]
+
+
+def _policy(max_rank: int) -> Callable[..., CheckpointPolicy]:
+    def keep(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+        name = operator.name() if hasattr(operator, "name") else str(operator)
+        if name.partition(".")[0] in PRODUCTS:
+            columns = args[-2].shape[-1]  # of the left factor
+            return CheckpointPolicy.MUST_SAVE if columns > max_rank else CheckpointPolicy.PREFER_RECOMPUTE
+        if any(part in name for part in KEPT):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return keep

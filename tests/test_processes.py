@@ -1,0 +1,104 @@
+"""Several processes train what one process trains."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_rm.config import Settings, check_settings, dump_settings, save_settings
+from lora_rm.data.batches import microbatches, num_tokens, share_of_rows
+from lora_rm.workflow import train_run
+
+
+def launched(settings: Settings, folder, count: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Trains in so many processes, the way a user starts them."""
+    preset = folder / f"{count}.yaml"
+    save_settings(settings, preset)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "lora_rm.cli", "train", str(preset), *words],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def with_values(settings: Settings, folder, **train_values) -> Settings:
+    import yaml
+
+    values = yaml.safe_load(dump_settings(settings))
+    values["output_dir"] = str(folder)
+    values["model"]["device"] = "cpu"
+    values["train"] |= train_values
+    return check_settings(values)
+
+
+def numbers(folder):
+    """Training lines and evaluation lines of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_what_one_does(settings, tmp_path, count):
+    """Unequal trees, 21 evaluation prompts over the processes, three steps and an evaluation after each."""
+    more = {"max_steps": 3, "eval_every_steps": 1, "tokens_per_microbatch": 400, "log_every_steps": 1}
+    alone = with_values(settings, tmp_path / "alone", **more)
+    together = with_values(settings, tmp_path / "together", **more)
+    train_run(alone)
+    done = launched(together, tmp_path, count)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 1/3") == 1  # only the first process prints
+    one, one_evaluations = numbers(tmp_path / "alone")
+    other, other_evaluations = numbers(tmp_path / "together")
+    assert [line["step"] for line in other] == [1, 2, 3]
+    for expected, found in zip(one, other, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert found["num_preferences"] == expected["num_preferences"] == 8
+        assert found["num_tokens"] == expected["num_tokens"]
+        assert found["accuracy"] == expected["accuracy"]
+    for expected, found in zip(one_evaluations, other_evaluations, strict=True):
+        assert found["eval"]["accuracy"] == expected["eval"]["accuracy"]
+        assert found["eval"]["loss"] == pytest.approx(expected["eval"]["loss"], rel=1e-5)
+    weights = [
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("alone", "together")
+    ]
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_resume_with_another_number_of_processes(settings, tmp_path):
+    whole = with_values(settings, tmp_path / "whole", max_steps=4)
+    train_run(whole)
+    cut = with_values(settings, tmp_path / "cut", max_steps=4, save_every_steps=2)
+    assert launched(cut, tmp_path, 2).returncode == 0
+    done = launched(cut, tmp_path, 1, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step-000002" in done.stdout
+    one, other = numbers(tmp_path / "whole")[0], numbers(tmp_path / "cut")[0]
+    assert [line["step"] for line in other] == [1, 2, 3, 4]
+    for expected, found in zip(one, other, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_rows_are_shared_out_by_tokens_and_every_process_has_some(trees):
+    rows = microbatches(trees[:40], 10_000, "shared", 4)
+    assert len(rows) == 4
+    shares = [share_of_rows(rows, "shared", rank, 4) for rank in range(4)]
+    assert sorted(id(t) for share in shares for row in share for t in row) == sorted(map(id, trees[:40]))
+    loads = [sum(num_tokens(row, "shared") for row in share) for share in shares]
+    assert max(loads) < 1.1 * min(loads)
+    assert share_of_rows(rows, "shared", 0, 1) == rows
+
+
+def test_the_library_trains_in_one_process_without_being_launched():
+    from lora_rm import processes
+
+    assert (processes.RANK, processes.COUNT, processes.IS_FIRST) == (0, 1, True)
+    assert processes.gather("a") == ["a"]
