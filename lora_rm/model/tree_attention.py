@@ -15,7 +15,7 @@ Shape letters: T tokens of the row, H query heads, G key-value heads, D head siz
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +56,26 @@ def tree_attention(
     if tree_plan is None or s_aux is not None or not getattr(module, "is_causal", True):
         raise NotImplementedError("tree attention: no plan, attention sinks, or attention that is not causal")
     tree_plan.calls.append(len(tree_plan.ends) if tree_plan.only_ends else query_1HTD.shape[2])
-    options = (tree_plan, scaling, dropout, sliding_window, softcap)
+    how = _How(tree_plan, scaling, dropout, sliding_window, softcap)
     if tree_plan.only_ends:
-        return _at_ends(query_1HTD, key_1GTD, value_1GTD, *options), None
+        return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
     if tree_plan.core != "answers" and softcap is None:
         core = _gathered if tree_plan.core == "gathered" else _varlen
-        return core(query_1HTD, key_1GTD, value_1GTD, tree_plan, scaling, dropout, sliding_window), None
+        return core(query_1HTD, key_1GTD, value_1GTD, how), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
-    parts = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
-    outputs = [_attend(*piece, *options) for piece in _answers(*parts, tree_plan)]
+    queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
+    outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+class _How(NamedTuple):
+    """What the layer wants of the attention."""
+
+    plan: TreePlan
+    scaling: float | None
+    dropout: float
+    window: int | None
+    softcap: float | None
 
 
 Pieces = Sequence[torch.Tensor]
@@ -73,7 +83,7 @@ Pieces = Sequence[torch.Tensor]
 
 def _answers(
     queries: Pieces, keys: Pieces, values: Pieces, plan: TreePlan
-) -> Iterator[tuple[torch.Tensor, ...]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Every answer's queries, and the keys and values of its prompt and itself."""
     pieces = zip(queries, keys, values, strict=True)
     for tree in plan.trees:
@@ -88,13 +98,13 @@ def _answers(
 
 
 def _at_ends(
-    query_1HTD: torch.Tensor, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor, plan: TreePlan, *options: Any
+    query_1HTD: torch.Tensor, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor, how: _How
 ) -> torch.Tensor:
     """Outputs of every answer's last token, zeros elsewhere, (1, T, H, D)."""
+    plan = how.plan
     queries = query_1HTD.index_select(2, plan.ends).split(1, dim=2)
     keys, values = (x.split(plan.lengths, dim=2) for x in (key_1GTD, value_1GTD))
-    # one query that sees all its keys: the mask of `_attend` would be all true
-    outputs = [_attend(*piece, plan, *options) for piece in _answers(queries, keys, values, plan)]
+    outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, plan)]
     found_1AHD = torch.cat(outputs, dim=2).transpose(1, 2)
     _, heads, length, _ = query_1HTD.shape
     empty = found_1AHD.new_zeros(1, length, heads, found_1AHD.shape[-1])
@@ -105,17 +115,14 @@ def _gathered(
     query_1HTD: torch.Tensor,
     key_1GTD: torch.Tensor,
     value_1GTD: torch.Tensor,
-    plan: TreePlan,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    how: _How,
 ) -> torch.Tensor:
     """All conversations side by side in one causal call: what stands behind an end is seen by no query."""
-    conversations, places = plan.indices["conversations"], plan.indices["places"]
+    conversations, places = how.plan.indices["conversations"], how.plan.indices["places"]
     query_AHSD, key_AGSD, value_AGSD = (
         x[0].transpose(0, 1)[conversations].transpose(1, 2) for x in (query_1HTD, key_1GTD, value_1GTD)
     )
-    output_AHSD = _attend(query_AHSD, key_AGSD, value_AGSD, plan, scaling, dropout, window, None)
+    output_AHSD = _attend(query_AHSD, key_AGSD, value_AGSD, how)
     return output_AHSD.transpose(1, 2).flatten(0, 1).index_select(0, places)[None]
 
 
@@ -123,10 +130,7 @@ def _varlen(
     query_1HTD: torch.Tensor,
     key_1GTD: torch.Tensor,
     value_1GTD: torch.Tensor,
-    plan: TreePlan,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    how: _How,
 ) -> torch.Tensor:
     """One flash-attention call in which every answer has its own numbers of queries and keys.
 
@@ -137,21 +141,21 @@ def _varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
+    if how.dropout:
         raise NotImplementedError("tree attention: varlen has no attention dropout")
     query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1GTD, value_1GTD))
-    keys = plan.indices["keys"]
-    most_queries, most_keys = plan.longest
-    output_THD = varlen_attn(
+    keys = how.plan.indices["keys"]
+    most_queries, most_keys = how.plan.longest
+    output_THD: Any = varlen_attn(
         query_THD.contiguous(),
         key_TGD.index_select(0, keys),
         value_TGD.index_select(0, keys),
-        plan.indices["query_starts"],
-        plan.indices["key_starts"],
+        how.plan.indices["query_starts"],
+        how.plan.indices["key_starts"],
         most_queries,
         most_keys,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        scale=how.scaling,
+        window_size=(-1 if how.window is None else how.window - 1, 0),
         enable_gqa=query_1HTD.shape[1] != key_1GTD.shape[1],
     )
     return output_THD[None]
@@ -161,29 +165,24 @@ def _attend(
     query_1HQD: torch.Tensor,
     key_1GKD: torch.Tensor,
     value_1GKD: torch.Tensor,
-    plan: TreePlan,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    how: _How,
 ) -> torch.Tensor:
     """The last Q of K positions attend to the K, causally, (1, H, Q, D)."""
     queries, keys = query_1HQD.shape[2], key_1GKD.shape[2]
-    if window is not None and window >= keys:
-        window = None
-    if softcap is not None:  # scaled_dot_product_attention cannot express it
-        return _softcapped(query_1HQD, key_1GKD, value_1GKD, plan, scaling, dropout, window, softcap)
+    if how.softcap is not None:  # scaled_dot_product_attention cannot express it
+        return _softcapped(query_1HQD, key_1GKD, value_1GKD, how)
+    window = how.window if how.window is not None and how.window < keys else None
     is_causal = queries == keys and window is None
     sees_all = queries == 1 and window is None
-    mask = None if is_causal or sees_all else plan.mask(queries, keys, window, query_1HQD.device)
+    mask = None if is_causal or sees_all else how.plan.mask(queries, keys, window, query_1HQD.device)
     return F.scaled_dot_product_attention(
         query_1HQD,
         key_1GKD,
         value_1GKD,
         attn_mask=mask,
-        dropout_p=dropout,
+        dropout_p=how.dropout,
         is_causal=is_causal,
-        scale=scaling,
+        scale=how.scaling,
         enable_gqa=query_1HQD.shape[1] != key_1GKD.shape[1],
     )
 
@@ -192,20 +191,18 @@ def _softcapped(
     query_1HQD: torch.Tensor,
     key_1GKD: torch.Tensor,
     value_1GKD: torch.Tensor,
-    plan: TreePlan,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float,
+    how: _How,
 ) -> torch.Tensor:
     """Attention whose scores are bent to softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, 2.2)."""
     groups = query_1HQD.shape[1] // key_1GKD.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key_1GKD, value_1GKD))
-    scale = query_1HQD.shape[-1] ** -0.5 if scaling is None else scaling
-    scores_1HQK = softcap * torch.tanh(query_1HQD @ key.transpose(2, 3) * scale / softcap)
-    mask = plan.mask(scores_1HQK.shape[2], scores_1HQK.shape[3], window, scores_1HQK.device)
+    scale = query_1HQD.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+    assert how.softcap is not None
+    scores_1HQK = how.softcap * torch.tanh(query_1HQD @ key.transpose(2, 3) * scale / how.softcap)
+    window = how.window if how.window is not None and how.window < key.shape[2] else None
+    mask = how.plan.mask(query_1HQD.shape[2], key.shape[2], window, key.device)
     weights = torch.softmax(scores_1HQK.masked_fill(~mask, float("-inf")), dim=-1, dtype=torch.float32)
-    return F.dropout(weights.to(value.dtype), p=dropout) @ value
+    return F.dropout(weights.to(value.dtype), p=how.dropout) @ value
 
 
 AttentionInterface.register(NAME, tree_attention)
@@ -231,30 +228,30 @@ def fastest_core(device: torch.device, dtype: torch.dtype, heads: int, groups: i
     plan = TreePlan(tuple(trees), ends)
     shapes = [(1, count, start, size) for count in (heads, groups, groups)]
     inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
-    module = torch.nn.Module()
-    exact, _ = tree_attention(module, *(x.float() for x in inputs), None, tree_plan=plan.to(device))
+    query, key, value = (x.detach().float() for x in inputs)
+    exact, _ = tree_attention(torch.nn.Module(), query, key, value, None, tree_plan=plan.to(device))
     step = torch.finfo(dtype).eps
     seconds: dict[Core, float] = {}
     for core in ("answers", "gathered", "varlen"):
         own = plan.with_core(core).to(device)
         try:
-            found, _ = tree_attention(module, *inputs, None, tree_plan=own)
-            if float((found.float() - exact).abs().max()) > 8 * step * float(exact.abs().max()):
-                continue
-            seconds[core] = min(_time(module, inputs, own) for _ in range(5))
+            runs = [_run(inputs, own) for _ in range(5)]
         except (RuntimeError, NotImplementedError, ValueError, ImportError):
             continue
+        if float((runs[0][0].float() - exact).abs().max()) <= 8 * step * float(exact.abs().max()):
+            seconds[core] = min(taken for _, taken in runs)
     return min(seconds, key=lambda core: seconds[core]) if seconds else "answers"
 
 
-def _time(module: torch.nn.Module, inputs: Sequence[torch.Tensor], plan: TreePlan) -> float:
-    """Seconds of one forward and backward pass of the attention."""
+def _run(inputs: Sequence[torch.Tensor], plan: TreePlan) -> tuple[torch.Tensor, float]:
+    """Output of the attention, and the seconds of a forward and a backward pass."""
+    query, key, value = inputs
     torch.cuda.synchronize()
     started = time.perf_counter()
-    output, _ = tree_attention(module, *inputs, None, tree_plan=plan)
+    output, _ = tree_attention(torch.nn.Module(), query, key, value, None, tree_plan=plan)
     output.sum().backward()
     torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return output.detach(), time.perf_counter() - started
 
 
 class LastLayer:
