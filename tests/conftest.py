@@ -44,8 +44,8 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
-    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma2": {"query_pre_attn_scalar": 24, "sliding_window": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 24, "sliding_window": 8},
     "phi3": {},
     "olmo2": {},
     "gpt2": {

@@ -114,6 +114,11 @@ def test_one_preference_above_the_budget_leaves_the_others_together():
     assert len(rows) <= 4, f"{len(rows)} rows for one long preference and 20 that fill two rows"
 
 
+def test_padded_rows_are_filled_to_the_budget_whatever_went_before():
+    rows = microbatches([make_tree(30, (10, 10)), *[make_tree(6, (4, 4))] * 4], 80, "padded")
+    assert [cost(row, "padded") for row in rows] == [80, 80]
+
+
 @settings(deadline=None)
 @given(
     num_preferences=st.integers(1, 40),

@@ -174,3 +174,32 @@ def test_flags_may_stand_before_and_after_the_arguments(run, tmp_path):
         status, text, _ = run("config", *words)
         found = yaml.safe_load(text)
         assert (status, found["seed"], found["adapter"]["rank"]) == (0, 4, 2)
+
+
+def test_a_command_reads_the_settings_of_its_run(run, tmp_path):
+    (tmp_path / "config.yaml").write_text("verify: {max_change: -3}\n")
+    for name in ("merge", "eval"):
+        status, _, errors = run(name, str(tmp_path))
+        assert status == 1
+        assert "verify.max_change is -3" in errors
+
+
+def test_resume_goes_on_with_a_run_and_starts_none(run, tmp_path):
+    status, _, errors = run("train", "--output-dir", str(tmp_path / "run"), "--resume")
+    assert status == 1
+    assert "there is no run to resume" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):
+    """Each stops at the first thing that is wrong, which tells what it was about to do."""
+    folder, out = tmp_path / "merged", tmp_path / "mine"
+    folder.mkdir()
+    out.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "parity.json").write_text('{"passed": false}')
+    (folder / "lora_rm.json").write_text('{"format": 1}')
+    assert f"MergeError: {out}: exists already" in run("merge", str(folder), "--out", str(out))[2]
+    assert f"MergeError: {out}: exists already" in run("export", str(folder), "--out", str(out))[2]
+    found = run("export", str(folder), "--out", str(out), "--overwrite")[2]
+    assert "changed by more than was allowed" in found

@@ -77,6 +77,7 @@ def test_an_empty_file_or_section_is_the_default(tmp_path, text):
         (["--output-dir", "runs/a=b c"], "output_dir", "runs/a=b c"),
         (["--output-dir", "7"], "output_dir", "7"),
         (["--data.eval", "none"], "data.eval", None),
+        (["--model.revision", "Null"], "model.revision", None),
         (["--data.eval", "held-out.jsonl"], "data.eval", "held-out.jsonl"),
         (["--adapter.target-modules", "q_proj"], "adapter.target_modules", ("q_proj",)),
         (["--adapter.target-modules", "q_proj", "v_proj"], "adapter.target_modules", ("q_proj", "v_proj")),
@@ -121,6 +122,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path, text, value):
         ("adapter: {rank: 2.5}", [], ["adapter.rank is 2.5", "integer"]),
         ("adapter: {dropout: 1.0}", [], ["adapter.dropout is 1.0", "less than 1"]),
         ("data: {eval_share: 0}", [], ["data.eval_share is 0", "greater than 0"]),
+        ("data: {eval_share: 1}", [], ["data.eval_share is 1", "less than 1"]),
         ("data: {max_dropped_share: 1.1}", [], ["data.max_dropped_share is 1.1", "less than or equal to 1"]),
         ("loss: {label_smoothing: 0.5}", [], ["loss.label_smoothing is 0.5", "less than 0.5"]),
         ("train: {learning_rate: .nan}", [], ["train.learning_rate is nan", "a finite number"]),
@@ -143,6 +145,11 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path, text, value):
         ("adapter: {init: olora}\nmodel: {quantization: none}", [], ["adapter.init is olora", "load_dtype float32"]),
         ("adapter: {init: loftq}\nmodel: {quantization: int8}", [], ["adapter.init is loftq", "quantization nf4"]),
         ("adapter: {init: loftq, use_dora: true}", [], ["use_dora cannot be joined with adapter.init loftq"]),
+        (
+            "adapter: {init: olora, use_dora: true}\nmodel: {quantization: none, load_dtype: float32}",
+            [],
+            ["use_dora cannot be joined with adapter.init olora"],
+        ),
         ("adapter: {init: orthogonal, rank: 5}", [], ["adapter.rank is 5", "even"]),
         ("adapter: {init: orthogonal, rank_pattern: {q: 3}}", [], ["even ranks everywhere"]),
         ("adapter: {rank_pattern: {q: 0}}", [], ["adapter.rank_pattern.q is 0", "greater than or equal to 1"]),
@@ -266,11 +273,12 @@ def test_settings_of_a_recipe_come_from_its_preset_and_flags(tmp_path, capsys):
     settings = settings_from_command_line(["recipes/recipe.py", str(preset), "--adapter.rank", "4"])
     assert (settings.seed, settings.adapter.rank) == (5, 4)
     assert settings_from_command_line(["recipe.py", "--seed", "3"]).seed == 3
-    with pytest.raises(SystemExit, match="0"):
-        settings_from_command_line(["recipes/recipe.py", str(preset), "--help"])
-    page = capsys.readouterr().out
-    assert "recipe.py" in page
-    assert "(default: 8)" in page
+    for word in ("--help", "-h"):
+        with pytest.raises(SystemExit, match="0"):
+            settings_from_command_line(["recipes/recipe.py", str(preset), word])
+        page = capsys.readouterr().out
+        assert "recipe.py" in page
+        assert "(default: 8)" in page
 
 
 def test_the_help_shows_every_setting_with_its_meaning(monkeypatch):

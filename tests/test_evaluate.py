@@ -84,6 +84,22 @@ def test_a_models_accuracy_does_not_depend_on_the_microbatches(model, held_out):
         assert math.isclose(one.reward_spread, found[0].reward_spread, rel_tol=1e-5)
 
 
+def test_the_loss_of_an_evaluation_is_the_trainings(model, held_out):
+    loss = LossSettings(label_smoothing=0.3)
+    found, plain = evaluate(model, held_out[:3], loss), evaluate(model, held_out[:3])
+    assert found.loss == pytest.approx(summarize(held_out[:3], model.score(held_out[:3]), loss).loss)
+    assert found.loss != pytest.approx(plain.loss, rel=1e-3)
+
+
+def test_an_evaluation_keeps_to_the_tokens_of_a_microbatch(model, held_out):
+    rows = []
+    handle = model.backbone.register_forward_hook(lambda *_: rows.append(1))
+    for budget in (16, 65536):
+        evaluate(model, held_out[:5], tokens_per_microbatch=budget)
+    handle.remove()
+    assert len(rows) == 5 + 1
+
+
 def test_a_preference_may_stand_in_the_list_twice(model, held_out):
     twice = [held_out[0], held_out[1], held_out[0]]
     rewards = model.score(twice)
@@ -183,6 +199,8 @@ LOG_ODDS = {share: math.log(share / (1 - share)) for share in (0.57, 0.73, 0.74,
         ([-1000.0], 1.0),
         # one bin: mean confidence 0.735, half of them right
         ([LOG_ODDS[0.73], -LOG_ODDS[0.74]], 0.235),
+        # certain is in the last bin too: mean confidence 0.995, half of them right
+        ([-1000.0, LOG_ODDS[0.99]], 0.495),
         # three bins, weighted by their numbers: |0.57 - 1|, |(0.73 + 0.74) / 2 - 1/2| twice, |0.99 - 1|
         ([LOG_ODDS[0.57], LOG_ODDS[0.73], -LOG_ODDS[0.74], LOG_ODDS[0.99]], (0.43 + 2 * 0.235 + 0.01) / 4),
     ],
@@ -233,6 +251,17 @@ def test_the_bag_of_words_has_no_opinion_on_words_it_has_not_seen():
     train = [words("good", "bad")] * 4
     assert bag_of_words_baseline(train, [words("red", "blue")] * 3) == 0.5
     assert bag_of_words_baseline(train, [words("a good one", "a bad one")]) == 1.0
+
+
+def test_the_bag_of_words_trusts_no_word_that_it_saw_once():
+    train = [words("rare", "x"), *[words("often", "y")] * 30, *[words("y", "often")] * 10]
+    assert bag_of_words_baseline(train, [words("often", "rare")]) == 1.0  # without the penalty: 0
+
+
+def test_the_bag_of_words_knows_the_most_frequent_words_alone():
+    train, held_out = [words("good good", "bad")] * 4, [words("new", "bad")]
+    assert bag_of_words_baseline(train, held_out) == 1.0
+    assert bag_of_words_baseline(train, held_out, num_words=1) == 0.5
 
 
 def test_the_bag_of_words_counts_decided_pairs_alone():

@@ -110,6 +110,13 @@ def test_the_prompt_leaves_an_answer_and_does_not_end_with_the_assistant():
     assert parse_row(same_start, "here").prompt == (user("a"),)
 
 
+def test_one_answer_may_repeat_the_prompt_and_the_other_not(tmp_path):
+    row = {"prompt": "q", "chosen": "a", "rejected": [user("q"), assistant("b")]}
+    preference = read_one(tmp_path / "pairs.jsonl", row)
+    assert preference.prompt == (user("q"),)
+    assert preference.answers == ((assistant("a"),), (assistant("b"),))
+
+
 @pytest.mark.parametrize(
     ("scores", "probability", "margin"), [((8.5, 7.0), 1.0, 1.5), ((6.0, 6.0), 0.5, 0.0)]
 )
@@ -159,7 +166,7 @@ def test_sharegpt(tmp_path):
 
 @pytest.mark.parametrize(
     ("strength", "first", "probability", "margin"),
-    [(-2, "one", 1.0, 2.0), (3, "two", 1.0, 3.0), (0, "one", 0.5, 0.0)],
+    [(-2, "one", 1.0, 2.0), (-3, "one", 1.0, 3.0), (3, "two", 1.0, 3.0), (0, "one", 0.5, 0.0)],
 )
 @pytest.mark.parametrize(
     "names",
@@ -222,6 +229,8 @@ def test_scored_responses(tmp_path):
     assert read_one(path, {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}).is_tie
     pair = read_one(path, {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]})
     assert (pair.answers[0], pair.margin) == ((assistant("a"),), 0.0)
+    both = read_one(path, {"prompt": "q", "responses": ["a", "b"], "scores": [1, 3], "ranks": [2, 1]})
+    assert (both.answers[0], both.margin) == ((assistant("b"),), 2.0)
     rating = read_one(path, {"prompt": "q", "responses": ["a"], "scores": [0.25]})
     assert (rating.kind, rating.scores) == ("rating", (0.25,))
 
@@ -459,6 +468,7 @@ BAD_ROWS = [
         {"chosen": "\n\nHuman: a\n\nAssistant: ", "rejected": "\n\nHuman: a\n\nAssistant: b"},
         "'chosen[1]'",
     ),
+    ("empty field", LISTS | {"responses": [], "scores": [1]}, "'responses' is empty"),
     ("wrong type", PAIR | {"chosen": 4}, "'chosen' is 4"),
     ("wrong type", PAIR | {"chosen": ["4"]}, "'chosen[0]' is '4'"),
     ("wrong type", PAIR | {"chosen": [assistant([{"type": "text"}])]}, "'chosen[0].content' is a list"),
@@ -488,6 +498,16 @@ BAD_ROWS = [
         "'rejected' ends with the role 'user'",
     ),
     ("different prompt", UF | {"prompt": "other"}, "an answer starts with the role 'user'"),
+    (
+        "different prompt",
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+        "the two conversations begin with different messages",
+    ),
+    (
+        "different prompt",
+        UF | {"chosen": [system("s"), user("q"), assistant("a")]},
+        "the two conversations begin with different messages",
+    ),
     ("not a number", LISTS | {"scores": [1, 2, 10**400]}, "'scores[2]' is a huge number"),
     ("not valid text", PAIR | {"tools": [{"name": "\ud800"}]}, "'tools' has half a character"),
     ("identical answers", PAIR | {"rejected": "4"}, "two answers are identical"),
@@ -500,6 +520,7 @@ BAD_ROWS = [
     ("out of range", PAIR | {"probability": 1.5}, "'probability' is 1.5"),
     ("out of range", TWO | {"overall_preference": 4}, "'overall_preference' is 4"),
     ("out of range", TWO | {"overall_preference": 0.5}, "'overall_preference' is 0.5"),
+    ("out of range", UF | {"score_chosen": 1e308, "score_rejected": -1e308}, "the margin is inf"),
     ("chosen scored below rejected", UF | {"score_chosen": 1, "score_rejected": 2}, "score_chosen is below"),
     ("contradiction", PAIR | {"margin": 1, "probability": 0.2}, "the probability 0.2"),
 ]
@@ -551,6 +572,26 @@ def test_bad_row(tmp_path, reason, row, words):
 def test_bad_csv_line(tmp_path, reason, line, words):
     content = b'prompt,chosen,rejected,margin\n"two\nlines",a,b,1\n' + line + b"\nq,a,b,\n"
     check_bad_line(tmp_path / "pairs.csv", content, 4, reason, words)
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(RowError) as caught:
+        parse_row(PAIR | {"tie": "y" * 5000}, "here")
+    assert "'tie' is 'yyyy" in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_tools_nested_too_deep_are_a_bad_row():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(RowError, match="'tools' is no JSON"):
+        parse_row(PAIR | {"tools": [{"name": deep}]}, "here")
+
+
+def test_blank_texts_and_half_a_pair_of_scores_are_as_if_not_there():
+    blank = PAIR | {"subset": " ", "tools": " \n", "system": " ", "score_chosen": 7}
+    assert parse_row(blank, "here") == parse_row(PAIR, "here")
 
 
 def test_rows_come_in_order_with_bad_ones_in_their_place(tmp_path):
@@ -633,6 +674,13 @@ VALUES = st.recursive(
 COLUMNS = sorted(
     {name for _, row, _ in BAD_ROWS for name in row} | {"conversations", "preference_strength", "ranks"}
 )
+
+
+def test_a_prompt_repeated_with_other_white_space_is_the_prompt():
+    row = {"prompt": "why?", "chosen": [assistant("a")], "rejected": [user(" why? "), assistant("b")]}
+    preference = parse_row(row, "here")
+    assert preference.prompt == (user(" why? "),)
+    assert preference.answers == ((assistant("a"),), (assistant("b"),))
 
 
 @settings(max_examples=300, deadline=None)

@@ -101,6 +101,35 @@ def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
             assert float((written[f"{name}.weight"].double() - values - delta).abs().max()) < 1e-6, name
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_base_in_float32_is_rounded_as_it_was_in_training(tmp_path, quantization):
+    base = make_base(tmp_path / "base", dtype=torch.float32)
+    adapter = AdapterSettings(rank=4, alpha=12.0, target_modules=("q_proj", "down_proj"))
+    model = shake(make_model(base, quantization=quantization, adapter=adapter))
+    merge(saved(model, tmp_path / "adapter"), tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    embeddings = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(embeddings, embeddings.bfloat16().float())
+    assert torch.equal(written["model.embed_tokens.weight"], embeddings.bfloat16().float())
+    for name, tensor in dense_merge(model).items():
+        assert float((written[name].double() - tensor).abs().max()) < 1e-6, name
+
+
+def test_the_original_base_is_neither_quantised_nor_rounded(tmp_path, capsys):
+    base = make_base(tmp_path / "base", dtype=torch.float32)
+    model = shake(make_model(base))
+    adapter = saved(model, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(base="original", dtype="float32"))
+    assert "this is another model" in capsys.readouterr().out
+    before, written = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert torch.equal(written["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    for name, module in model.classifier.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
+            expected = before[f"{name}.weight"].double() + module.scaling["default"] * (b @ a)
+            assert float((written[f"{name}.weight"].double() - expected).abs().max()) < 1e-6, name
+
+
 @pytest.mark.parametrize("layers", [(), (1,)], ids=["all layers", "one layer"])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_gpt2_stores_its_weights_transposed(tmp_path, quantization, layers):
@@ -121,6 +150,8 @@ def test_a_merged_model_reloaded_under_another_seed_gives_the_rewards(tmp_path, 
     model = shake(make_model(make_base(tmp_path / "base", family), seed=1))
     adapter = saved(model, tmp_path / "adapter")
     report = merge(adapter, tmp_path / "merged", MergeSettings(dtype=dtype))
+    overflows = family in ("gemma2", "gemma3_text")
+    assert report.dtype == ({True: "bfloat16", False: "float16"}[overflows] if dtype == "auto" else dtype)
     assert report.num_updated == sum("lora_A" in name for name, _ in model.named_parameters())
     torch.manual_seed(99)
     canaries = json.loads((adapter / "lora_rm.json").read_text())["canaries"]
@@ -218,7 +249,9 @@ def test_a_value_too_large_for_float16_changes_the_storage_type(base, tmp_path, 
 
 def test_refuses_to_overwrite_and_replaces_when_told(base, tmp_path):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    (tmp_path / ".merged.x.partial").mkdir()  # of a merge that was killed
     merge(adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
     with pytest.raises(MergeError, match="exists already"):
         merge(adapter, tmp_path / "merged")
     merge(adapter, tmp_path / "merged", MergeSettings(overwrite=True))
@@ -264,7 +297,7 @@ def test_every_tensor_of_the_adapter_must_be_used(base, tmp_path):
         merge(adapter, tmp_path / "merged")
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed", "nan", "head"])
+@pytest.mark.parametrize("damage", ["missing", "left over", "changed", "nan", "head"])
 def test_damage_to_the_merged_weights_is_found(base, tmp_path, damage):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     merge(adapter, tmp_path / "merged")
@@ -273,6 +306,8 @@ def test_damage_to_the_merged_weights_is_found(base, tmp_path, damage):
     name = "model.layers.1.self_attn.k_proj.weight"
     if damage == "missing":
         tensors.pop(name)
+    elif damage == "left over":
+        tensors["model.layers.3.mlp.up_proj.weight"] = torch.ones(2, 2)
     elif damage == "changed":
         tensors[name][2, 3] += 0.01
     elif damage == "nan":
@@ -282,7 +317,13 @@ def test_damage_to_the_merged_weights_is_found(base, tmp_path, damage):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(
         MergeError,
-        match={"missing": "missing", "changed": "not the merged", "nan": "NaN", "head": "head"}[damage],
+        match={
+            "missing": "missing.*k_proj",
+            "left over": "left over.*layers.3",
+            "changed": "not the merged",
+            "nan": "NaN",
+            "head": "head",
+        }[damage],
     ):
         check_weights(Plan(adapter, MergeSettings(dtype="float16")), tmp_path / "merged")
 
@@ -298,3 +339,4 @@ def test_the_report_lies_in_the_folder(base, tmp_path):
     assert config["id2label"] == {"0": "LABEL_0"}
     assert config["pad_token_id"] not in (2, None)
     assert oct((tmp_path / "merged" / "model.safetensors").stat().st_mode)[-3:] == "644"
+    assert oct((tmp_path / "merged").stat().st_mode)[-3:] == "755"

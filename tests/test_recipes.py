@@ -1,5 +1,6 @@
 """Every preset parses, every recipe runs on a tiny model, also from a copy of its file elsewhere."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ PRESETS = sorted((ROOT / "recipes" / "presets").glob("*.yaml"))
 TINY = [
     "--data.max-train", "24", "--data.max-eval", "12", "--train.max-steps", "2", "--train.learning-rate", "1e-3",
     "--adapter.rank", "4", "--model.compute-dtype", "float32", "--train.checkpointing", "none",
+    "--model.head-init", "zero", "--merge.dtype", "float32",
 ]  # fmt: skip
 
 
@@ -72,6 +74,10 @@ def test_every_recipe_runs_on_a_tiny_model(base, tmp_path, place):
     assert done.returncode == 0, done.stderr
     assert (run / "summary.json").is_file()
     assert (run / "export/huggingface/README.md").is_file()
+    evaluation = json.loads((run / "eval.json").read_text())
+    assert evaluation["before"]["pairs"]["num_ties"] == 12  # the head was zero, so this was before training
+    assert evaluation["after"]["pairs"]["num_ties"] < 12
+    assert json.loads((run / "parity.json").read_text())["merge"]["dtype"] == "float32"
     assert "held-out accuracy" in done.stdout
     shutil.rmtree(run / "export")
     done = recipe(folder / "merge_adapter.py", run, "--merge.overwrite", "True")

@@ -132,6 +132,44 @@ def test_trees_and_preferences_stay_side_by_side(chat, tmp_path):
     check_counts(data)
 
 
+def test_which_rows_a_limit_takes_depends_on_the_seed(chat, repeated, tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", [row(f"Else {n}?", f"other {n}") for n in range(40)])
+    settings = DataSettings(train=repeated, eval=held_out, max_train=9, max_eval=9, num_workers=1)
+    whole = [load_data(settings, chat, seed=seed) for seed in (1, 1, 2)]
+    alone = [read_side(settings, chat, seed=seed) for seed in (1, 1, 2)]
+    for sides in ([data.train for data in whole], [data.eval for data in whole], alone):
+        first, again, other = map(texts, sides)
+        assert first == again != other
+
+
+# Where the sides come from.
+
+
+def test_the_sides_of_a_folder_are_its_splits(chat, tmp_path):
+    import datasets
+
+    names = ("train", "test", "dev")
+    splits = {name: datasets.Dataset.from_list([row(f"{name} {n}?") for n in range(4)]) for name in names}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    folder = str(tmp_path / "splits")
+    for train, held_out, chosen in (
+        ("train", "test", {}),
+        ("test", "dev", {"train_split": "test", "eval_split": "dev"}),
+    ):
+        data = load(chat, folder, eval=folder, **chosen)
+        alone = read_side(DataSettings(eval=folder, num_workers=1, **chosen), chat)
+        assert prompts(data.train) == {f"{train} {n}?" for n in range(4)}
+        assert prompts(data.eval) == prompts(alone) == {f"{held_out} {n}?" for n in range(4)}
+
+
+def test_the_built_in_set_can_be_one_side_of_two(chat, repeated):
+    data = load(chat, "builtin:checkable", eval=repeated, max_train=5)
+    assert prompts(data.eval) == {f"Question {n}?" for n in range(10)}
+    data = load(chat, repeated, eval="builtin:checkable", max_eval=5)
+    held_out = {preference.prompt_key for preference in checkable_preferences()[1]}
+    assert {preference.prompt_key for preference in data.eval.preferences} <= held_out
+
+
 # What is dropped.
 
 
@@ -167,7 +205,9 @@ def test_more_dropped_than_allowed_is_an_error_that_says_why(chat, tmp_path):
     held_out = write(tmp_path / "eval.jsonl", [row("Else?")])
     with pytest.raises(DataError, match=r"15% of the train rows.*longer than 60.*allows 10%.*max_length"):
         load(chat, train, eval=held_out, max_length=60)
-    assert len(load(chat, train, eval=held_out, max_length=60, max_dropped_share=0.15).train.trees) == 17
+    limits = {"max_length": 60, "max_dropped_share": 0.15}
+    assert len(load(chat, train, eval=held_out, **limits).train.trees) == 17
+    assert len(load(chat, train, eval=held_out, max_train=2, **limits).train.trees) == 2
     with pytest.raises(DataError, match="100% of the eval rows"):
         load(chat, held_out.replace("eval", "train"), eval=write(tmp_path / "e.jsonl", rows[:1]), max_length=60,
              max_dropped_share=0.5)  # fmt: skip

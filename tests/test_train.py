@@ -2,14 +2,17 @@
 
 import json
 import os
+import random
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_rm import train as train_module
-from lora_rm.checkpoint import RunFolder, newest_checkpoint
+from lora_rm.checkpoint import RunFolder, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
 from lora_rm.config import check_settings
 from lora_rm.data.split import Data, Side
 from lora_rm.data.tokens import TokenTree
@@ -57,6 +60,13 @@ def test_every_trained_parameter_moves_and_no_other_does(settings, trees):
         same = torch.equal(parameter, before[name])
         assert same != parameter.requires_grad, f"{name} {'did not move' if same else 'moved'}"
     assert model.head.requires_grad
+
+
+def test_the_seed_decides_where_training_starts(settings):
+    first, again, other = (trained_weights(open_model(changed(settings, seed=seed))) for seed in (1, 1, 2))
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name]), name
+        assert torch.equal(weight, other[name]) == ("lora_B" in name), name
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -186,6 +196,41 @@ def test_a_damaged_checkpoint_is_passed_over(settings, trees):
     assert "step-000006 was passed over: optimizer.safetensors is damaged" in passed_over[0]
 
 
+def test_half_a_manifest_is_damage_too(tmp_path):
+    (tmp_path / "step-000002").mkdir()
+    (tmp_path / "step-000002" / "manifest.json").write_text('{"model.safe')
+    found, passed_over = newest_checkpoint(tmp_path)
+    assert found is None
+    assert "step-000002 was passed over: its manifest" in passed_over[0]
+
+
+def test_a_checkpoint_puts_every_random_state_back(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()
+
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+    }
+    draw()  # leaves half of a pair of normal numbers in both generators
+    save_checkpoint(tmp_path / "step-000001", **parts, progress={"step": 1})
+    expected = draw()
+    draw()
+    assert load_checkpoint(tmp_path / "step-000001", **parts) == {"step": 1}
+    assert draw() == expected
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
+    save_file({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, tmp_path / "model.safetensors")
+    load_weights(tmp_path, torch.nn.Linear(2, 1))
+    for wider in (torch.nn.Linear(2, 3), torch.nn.Linear(2, 1, bias=False)):
+        with pytest.raises(ModelError, match="not those of this model"):
+            load_weights(tmp_path, wider)
+
+
 def test_only_the_newest_checkpoints_and_the_best_are_kept(settings, trees):
     own = changed(
         settings, train={"save_every_steps": 1, "keep_checkpoints": 2, "eval_every_steps": 2, "max_steps": 6}
@@ -225,7 +270,17 @@ def test_an_earlier_run_is_not_overwritten(settings):
     RunFolder.create(settings)
     with pytest.raises(ConfigError, match="--resume`, or replace it with --overwrite True"):
         RunFolder.create(settings)
-    RunFolder.create(changed(settings, overwrite=True))
+    (Path(settings.output_dir) / "metrics.jsonl").write_text("{}")
+    run = RunFolder.create(changed(settings, overwrite=True))
+    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(settings, tmp_path):
+    own = changed(settings, output_dir=str(tmp_path), overwrite=True)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="not empty and no run"):
+        RunFolder.create(own)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_other_settings_cannot_resume_a_run(settings):

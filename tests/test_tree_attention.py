@@ -7,10 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
+from lora_rm.model.tree_attention import tree_attention
 
 
 def some_trees(vocabulary: int) -> list[TokenTree]:
-    """Trees of 3, 2 and 1 answers, prompts of 9, 1 and 4 tokens; longer than the windows of 8."""
+    """Trees of 3, 2 and 1 answers, prompts of 9, 1 and 4 tokens; longer than the windows of 8, the last by one."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(length):
@@ -19,7 +20,7 @@ def some_trees(vocabulary: int) -> list[TokenTree]:
     return [
         TokenTree(ids(9), (ids(4), ids(7), ids(1)), kind="ranking", scores=(3.0, 2.0, 1.0)),
         TokenTree(ids(1), (ids(12), ids(3))),
-        TokenTree(ids(4), (ids(6),), kind="rating", scores=(0.5,)),
+        TokenTree(ids(4), (ids(5),), kind="rating", scores=(0.5,)),
     ]
 
 
@@ -217,6 +218,31 @@ def test_the_last_layer_computes_only_the_ends(tmp_path, family):
     tokens, answers = batch.input_ids.numel(), len(batch.score_index)
     assert batch.plan.calls == [tokens, tokens, answers]
     assert rows == [answers]
+
+
+def attend(module=None, **more):
+    """Tree attention on random numbers, without a model."""
+    plan = build_batch(some_trees(50)).plan
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (
+        torch.randn(1, heads, sum(plan.lengths), 8, generator=generator) for heads in (4, 2, 2)
+    )
+    arguments = {"tree_plan": plan, **more}
+    return tree_attention(module or torch.nn.Identity(), query, key, value, None, **arguments)[0]
+
+
+def test_what_cannot_be_computed_exactly_is_refused():
+    both_ways = torch.nn.Identity()
+    both_ways.is_causal = False
+    for wrong in ({"tree_plan": None}, {"s_aux": torch.zeros(4)}, {"module": both_ways}):
+        with pytest.raises(NotImplementedError):
+            attend(**wrong)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_dropout_of_the_attention_is_not_lost(softcap):
+    assert torch.equal(attend(softcap=softcap), attend(softcap=softcap))
+    assert float((attend(softcap=softcap, dropout=0.9) == 0).float().mean()) > 0.1
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

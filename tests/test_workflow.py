@@ -1,6 +1,8 @@
 """The main job on a tiny model, end to end: train, merge, verify, export, score; and the checks that must fail."""
 
+import dataclasses
 import json
+import math
 import os
 import runpy
 import shutil
@@ -16,10 +18,16 @@ from test_train import changed
 
 from lora_rm import load_reward_model
 from lora_rm.checkpoint import RunFolder
+from lora_rm.cli import main
 from lora_rm.config import VerifySettings, dump_settings
+from lora_rm.data.split import load_data
+from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, DataError, MergeError
+from lora_rm.evaluate import bag_of_words_baseline
+from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
 from lora_rm.verify import HELD_OUT, Change, measure_change, verify
+from lora_rm.verify import _fault as fault_of
 from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +41,7 @@ def job(base, tmp_path_factory):
     settings = check_settings(
         {
             "output_dir": str(tmp_path_factory.mktemp("job") / "run"),
+            "seed": 3,  # not the default: a step that forgets it is found
             "model": {"base": str(base), "compute_dtype": "float32"},
             "adapter": {"rank": 4, "alpha": 12},
             "data": {"train": "builtin:checkable", "max_train": 64, "max_eval": 60},
@@ -61,6 +70,20 @@ def test_the_run_folder_holds_everything(job):
     assert summary["num_pairs_eval"] == 60
     assert summary["merge_mean_change"] < 0.005
     assert summary["merge_max_change"] < 0.02
+    before, after = (job.read_json("eval.json")[when]["pairs"]["accuracy"] for when in ("before", "after"))
+    assert (summary["accuracy_before"], summary["accuracy_after"]) == (before, after)
+    assert before != after
+
+
+def test_the_run_evaluated_the_data_of_its_seed_and_its_baselines(job):
+    settings = job.settings()
+    data = load_data(settings.data, ChatTokenizer.load(job.adapter), seed=settings.seed)
+    assert data.report == job.read_json("data.json")
+    evaluation = job.read_json("eval.json")
+    words = bag_of_words_baseline(data.train.preferences, data.eval.preferences)
+    assert evaluation["bag_of_words_baseline"] == words
+    lengths = summarize_rewards(data.eval.trees, [[0.0, 0.0]] * 60, settings.loss).length_baseline
+    assert evaluation["before"]["length_baseline"] == evaluation["after"]["length_baseline"] == lengths
 
 
 def test_the_merged_rewards_are_the_adapters_in_every_way_of_scoring(job):
@@ -145,15 +168,62 @@ def test_lines_are_scored_and_bad_lines_named(job):
 def test_an_evaluation_of_the_run_repeats_the_number(job):
     found = evaluate_model(job.path, job.settings())
     assert found.pairs.accuracy == job.read_json("eval.json")["after"]["pairs"]["accuracy"]
+    assert found.reward_mean == pytest.approx(job.read_json("eval.json")["after"]["reward_mean"], rel=1e-5)
     with pytest.raises(ConfigError, match="data.eval is not set"):
         evaluate_model(job.merged, job.settings())
+
+
+def test_the_commands_evaluate_and_score(job, tmp_path, capsys):
+    assert main(["eval", str(job.path), "--json", str(tmp_path / "eval.json")]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["pairs"] == job.read_json("eval.json")["after"]["pairs"]
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"]}\n')
+    capsys.readouterr()
+    assert main(["score", str(job.adapter), str(tmp_path / "lines.jsonl")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    rewards = load_reward_model(job.adapter).score("a", ["b", "c"])
+    assert json.loads(line)["rewards"] == pytest.approx(rewards, rel=1e-5)
+
+
+def test_an_export_is_uploaded_when_told(job, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", str(job.path), "--out", str(tmp_path / "mine"), "--push", "someone/model"])
+    assert "someone/model: the hub refused the upload" in capsys.readouterr().err  # the tests are offline
+    assert (tmp_path / "mine" / "README.md").is_file()
+
+
+def test_a_lone_adapter_is_merged_beside_itself(job, tmp_path):
+    shutil.copytree(job.adapter, tmp_path / "mine")
+    (tmp_path / "mine-merged").mkdir()
+    with pytest.raises(MergeError, match="/mine-merged: exists already"):
+        merge_run(tmp_path / "mine", job.settings())
+
+
+@pytest.mark.parametrize(
+    ("mean", "largest", "fault"),
+    [
+        (0.005, 0.02, ""),
+        (0.006, 0.01, "0.60% of their spread"),
+        (0.004, 0.021, "2.10% at most"),
+        (math.nan, math.inf, "inf"),
+    ],
+)
+def test_both_the_mean_and_the_largest_change_are_limited(mean, largest, fault):
+    none = measure_change([0.0, 1.0], [0.0, 1.0])
+    changes = {"library": none, "one by one": dataclasses.replace(none, mean=mean, largest=largest)}
+    found = fault_of(none, changes, VerifySettings(), {"base_weights": "dequantized", "dtype": "float16"})
+    assert fault in found
+    assert bool(found) == bool(fault)
 
 
 def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path):
     broken = tmp_path / "merged"
     shutil.copytree(job.merged, broken)
+    strict = VerifySettings(max_change=1.0, max_mean_change=0.0, num_answers=5)
     with pytest.raises(MergeError, match="Merging changed rewards by"):
-        verify(job.adapter, broken, VerifySettings(max_change=0.0, max_mean_change=0.0))
+        verify(job.adapter, broken, strict, held_out=job.path / HELD_OUT)
+    parity = json.loads((broken / "parity.json").read_text())
+    assert (parity["passed"], parity["num_answers"]) == (False, 32 + 5)
     with pytest.raises(MergeError, match="changed by more than was allowed"):
         export_huggingface(broken, tmp_path / "export")
     tensors = load_file(broken / "model.safetensors")
@@ -239,6 +309,8 @@ def test_measure_change_by_hand():
     assert (own.pair_flips, own.num_pairs, own.order_flips, own.num_orders) == (0, 2, 1, 6)
     assert measure_change([0.0, 1.0], [0.0, float("nan")]).largest == float("inf")
     assert measure_change([0.0, 1.0, 1.0], [0.0, 1.0, 1.0]).kendall_tau == 1.0
+    assert measure_change([0.0, 1.0, 1.0], [0.0, 1.0, 2.0]).kendall_tau == pytest.approx(2 / 6**0.5)
+    assert measure_change([1.0, 1.0], [1.0, 1.5]).largest == 0.5
 
 
 def test_the_saved_settings_run_again_as_a_preset(job):

@@ -1,6 +1,7 @@
 """Conversations: prompts and answers out of texts, message lists, ShareGPT and HH transcripts."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from lora_rm.data.fields import (
@@ -72,8 +73,17 @@ def check_ends_with_assistant(answer: Messages, field: str) -> None:
         raise RowError("wrong roles", message)
 
 
+def as_repeated(prompt: Messages, answers: Sequence[Messages]) -> Messages:
+    """The prompt as the first answer that repeats it writes it: a prompt column is often stripped."""
+    for answer in answers:
+        if answer[0]["role"] != "assistant" and _repeats(answer, prompt):
+            start = _prompt_start(answer, prompt)
+            return answer[start : start + len(prompt)]
+    return prompt
+
+
 def repeat_prompt(prompt: Messages, answer: Messages) -> Messages:
-    """Makes a whole conversation of an answer, unless it is one that starts with the prompt."""
+    """Makes a whole conversation of an answer; one that repeats the prompt gets the prompt's own white space."""
     if answer[0]["role"] == "assistant":
         return prompt + answer
     if not _repeats(answer, prompt):
@@ -82,7 +92,8 @@ def repeat_prompt(prompt: Messages, answer: Messages) -> Messages:
             "It either repeats the prompt or starts with the assistant; correct one of the two."
         )
         raise RowError("different prompt", message)
-    return answer
+    start = _prompt_start(answer, prompt)
+    return answer[:start] + prompt + answer[start + len(prompt) :]
 
 
 def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, tuple[Messages, Messages]]:
@@ -90,18 +101,27 @@ def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages,
 
     The prompt is the longest common prefix that leaves a message of each and does not end with the
     assistant: two answers may begin with the same turn.
+
+    Raises:
+        RowError: If they share no message, so that they answer different prompts.
     """
     length = 0
     while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
         length += 1
     while length and chosen[length - 1]["role"] == "assistant":
         length -= 1
+    if not length:
+        message = (
+            f"the two conversations begin with different messages ({chosen[0]['content'][:40]!r} and "
+            f"{rejected[0]['content'][:40]!r}). Both must answer one prompt; correct one of the two."
+        )
+        raise RowError("different prompt", message)
     return chosen[:length], (chosen[length:], rejected[length:])
 
 
 def _repeats(conversation: Messages, prompt: Messages) -> bool:
     """Whether the conversation starts with the prompt, after a system message that it may have."""
-    start = 1 if conversation[0]["role"] == "system" != prompt[0]["role"] else 0
+    start = _prompt_start(conversation, prompt)
     repeated = conversation[start : start + len(prompt)]
     # Not `==` of the messages: a prompt column is often stripped of white space, its first message not.
     return len(repeated) == len(prompt) and all(
@@ -172,3 +192,8 @@ def with_system(prompt: Messages, row: Fields) -> Messages:
         message = "field 'system' is there, and another system message in the prompt. Keep one of the two."
         raise RowError("wrong roles", message)
     return ({"role": "system", "content": system}, *prompt)
+
+
+def _prompt_start(conversation: Messages, prompt: Messages) -> int:
+    """Where a conversation repeats the prompt: after a system message that the prompt does not have."""
+    return 1 if conversation[0]["role"] == "system" != prompt[0]["role"] else 0

@@ -37,6 +37,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from lora_rm.data.conversations import (
+    as_repeated,
     check_ends_with_assistant,
     is_hh,
     read_answer,
@@ -193,6 +194,7 @@ def _chosen_rejected_messages(row: Fields) -> tuple[Messages, tuple[Messages, ..
     if not prompt and all(message["role"] == "assistant" for message in chosen + rejected):
         require(row, "prompt")  # two answers without a prompt, not two whole conversations
     if prompt:
+        prompt = as_repeated(prompt, (chosen, rejected))
         chosen, rejected = repeat_prompt(prompt, chosen), repeat_prompt(prompt, rejected)
     return split_conversations(chosen, rejected)
 

@@ -120,7 +120,7 @@ def split_by_prompt(
 def _read(source: str, split: str, settings: DataSettings, counts: Counter[str]) -> list[Preference]:
     if not source:
         raise DataError(
-            f"data.train is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}."
+            f"data.train (or data.eval) is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}."
         )
     if source == BUILTIN:
         preferences = checkable_preferences()[1]
