@@ -67,11 +67,11 @@ def load_data(
         train, held_out = checkable_preferences()
         train_counts["rows read"], eval_counts["rows read"] = len(train), len(held_out)
         if settings.eval is not None:
-            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts)
+            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts, "data.eval")
     else:
-        train = _read(settings.train, settings.train_split, settings, train_counts)
+        train = _read(settings.train, settings.train_split, settings, train_counts, "data.train")
         if settings.eval is not None:
-            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts)
+            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts, "data.eval")
         else:
             train, held_out = split_by_prompt(train, settings.eval_share, seed)
             train_counts["held out for evaluation"] = len(held_out)
@@ -98,7 +98,7 @@ def read_side(
         DataError: As `load_data`.
     """
     counts: Counter[str] = Counter()
-    preferences = _read(settings.eval or "", settings.eval_split, settings, counts)
+    preferences = _read(settings.eval or "", settings.eval_split, settings, counts, "data.eval")
     side = _side(preferences, chat, settings, settings.max_eval, seed, counts, cache)
     Data(side, side, {"eval": dict(counts)}).show()
     _check(side, "eval", counts, settings)
@@ -117,11 +117,11 @@ def split_by_prompt(
     return train, [preference for preference in preferences if preference.prompt_key in chosen]
 
 
-def _read(source: str, split: str, settings: DataSettings, counts: Counter[str]) -> list[Preference]:
+def _read(
+    source: str, split: str, settings: DataSettings, counts: Counter[str], key: str
+) -> list[Preference]:
     if not source:
-        raise DataError(
-            f"data.train (or data.eval) is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}."
-        )
+        raise DataError(f"{key} is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
     if source == BUILTIN:
         preferences = checkable_preferences()[1]
         counts["rows read"] += len(preferences)
