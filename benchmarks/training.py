@@ -137,7 +137,7 @@ class Contest:
     def run(self, name: str, per_step: int, steps: int) -> dict[str, Any]:
         """One row of the table."""
         trees = make_trees(name, per_step * steps, self.ours.chat)
-        batches = [size for size in (2, 4, 7, 8, 14) if per_step % size == 0]
+        batches = [size for size in (2, 4, 8) if per_step % size == 0]
         say(f"{name}, {self.quantization}: ours ...")
         losses, seconds, tokens = self._train_ours(trees, per_step, steps)
         found: dict[Any, list[float]] = {}
