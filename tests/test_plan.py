@@ -243,6 +243,11 @@ def test_memory_that_is_none(text):
         read_memory(text)
 
 
+def test_what_cannot_be_traced_is_named(folder):
+    with pytest.raises(ModelError, match="adapter.use_dora is true with model.quantization nf4"):
+        plan(settings_for(folder, adapter={"use_dora": True}))
+
+
 def test_a_model_without_config_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="no config.json"):

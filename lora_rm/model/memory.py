@@ -278,17 +278,24 @@ def trace_without_data(
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
-    model = empty_model(config, settings, mode, compute_dtype, batching)
-    with _no_data(autocast_on_gpu=on_gpu and compute_dtype != torch.float32):
-        fill(model, torch.device("cpu"))
-        try:
+    if settings.adapter.use_dora and settings.model.quantization != "none":
+        raise ModelError(
+            f"adapter.use_dora is true with model.quantization {settings.model.quantization}: PEFT looks at real codes "
+            "there, so its memory cannot be planned. Plan with --adapter.use-dora false; DoRA takes more."
+        )
+    try:
+        model = empty_model(config, settings, mode, compute_dtype, batching)
+        with _no_data(autocast_on_gpu=on_gpu and compute_dtype != torch.float32):
+            fill(model, torch.device("cpu"))
             return trace(model, rows, settings)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{settings.model.base}: a training step of {config.model_type} with {batching} batches cannot be "
-                f"traced without weights ({str(error).splitlines()[0][:160]}). Nothing is known about its memory; "
-                "train a few steps and look at memory_gib in metrics.jsonl."
-            ) from None
+    except ModelError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{settings.model.base}: a training step of {config.model_type} with {batching} batches cannot be "
+            f"traced without weights ({str(error).splitlines()[0][:160]}). Nothing is known about its memory; "
+            "train a few steps and look at memory_gib in metrics.jsonl."
+        ) from None
 
 
 @contextlib.contextmanager
