@@ -186,7 +186,7 @@ def measure(
     peak: float,
 ) -> dict[str, Any]:
     """Seconds, memory and kernels of an optimizer step over the pairs, in one way."""
-    model._set_attention(batching)
+    model.set_batching(batching)
     model.set_checkpointing([mode] * len(model.layers))
     model.train()
     # padded as TRL pads: eight pairs in random order

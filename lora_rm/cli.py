@@ -22,6 +22,7 @@ commands
   export RUN             merged model -> a folder that other programs open (--to huggingface)
   eval   MODEL           accuracy of a run, adapter or export on preferences (--data.eval FILE)
   score  MODEL [FILE]    rewards of conversations, one JSON object a line
+  plan   [PRESET|MODEL]  memory and time of a run, out of config.json alone (--gpu 24GiB)
   config [PRESET]        the settings as they would be used, as YAML
 
 settings
@@ -31,6 +32,7 @@ settings
 examples
   lora-rm train recipes/presets/quickstart.yaml
   lora-rm train --model.base Qwen/Qwen3-8B --data.train pairs.jsonl --output-dir runs/mine
+  lora-rm plan Qwen/Qwen3-32B --gpu 24GiB
   lora-rm train runs/mine/config.yaml --resume
   lora-rm merge runs/mine
   lora-rm export runs/mine --to huggingface --out my-reward-model
@@ -139,6 +141,39 @@ def score(words: Sequence[str]) -> None:
             _write(line + "\n")
 
 
+def plan(words: Sequence[str]) -> None:
+    """`lora-rm plan [PRESET|MODEL] [--gpu SIZE] [--calibrate] [settings]`."""
+    parser = _parser(
+        "plan",
+        "[PRESET|MODEL]",
+        "Tells whether a training fits, reading no more of the model than config.json.",
+    )
+    parser.add_argument(
+        "source", nargs="?", metavar="PRESET|MODEL", help="YAML file of settings, run folder, or a base model"
+    )
+    parser.add_argument("--gpu", metavar="SIZE", help="plan for a CUDA card of that memory, like 24GiB")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure this machine first, and keep what was found"
+    )
+    options, flags = _parse(parser, words, only=())
+    source = options.source
+    if source is None or source.endswith((".yaml", ".yml")):
+        settings = load_settings(source, flags)
+    elif (Path(source) / "config.yaml").is_file():
+        settings = _settings_of(source, flags)
+    else:
+        settings = load_settings(None, ["--model.base", source, *flags])
+    from lora_rm.plan import calibrate, read_memory, show_plan
+    from lora_rm.plan import plan as plan_run
+
+    memory = None if options.gpu is None else read_memory(options.gpu)
+    if options.calibrate:
+        calibrate(settings.model.device)
+        if not settings.model.base:
+            return
+    show_plan(plan_run(settings, memory, gpu=memory is not None))
+
+
 def config(words: Sequence[str]) -> None:
     """`lora-rm config [PRESET] [settings]`."""
     parser = _parser(
@@ -157,6 +192,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export,
     "eval": evaluate,
     "score": score,
+    "plan": plan,
     "config": config,
 }
 

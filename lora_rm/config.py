@@ -193,8 +193,8 @@ class TrainSettings(_Section):
     preferences_per_step: Count = 32
     """Preferences whose gradients make one optimizer step."""
 
-    tokens_per_microbatch: Annotated[int, Ge(16)] = 4096
-    """Tokens computed at once; sets the memory needed, never the result."""
+    tokens_per_microbatch: Annotated[int, Ge(16)] | Literal["auto"] = 4096
+    """Tokens computed at once; sets the memory needed, never the result. auto: as many as fit, up to 16384."""
 
     learning_rate: Positive = 1e-4
     """Highest learning rate."""
@@ -220,9 +220,10 @@ class TrainSettings(_Section):
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
 
-    checkpointing: Literal["none", "selective", "full"] = "selective"
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Activations kept for the backward pass: all; the results of matrix products and attention (half the
-    memory at about the same speed); or each layer's input (least memory, a third slower)."""
+    memory at about the same speed); each layer's input (least memory, a third slower); auto: as much as the
+    planned memory allows, layer by layer."""
 
     batching: Literal["auto", "shared", "packed", "padded"] = "auto"
     """How rows are computed: prompt shared by its answers, answers packed, or padded; auto: the first
@@ -248,6 +249,12 @@ class TrainSettings(_Section):
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics beside metrics.jsonl."""
+
+    @property
+    def row(self) -> int:
+        """Tokens of a microbatch, once `lora_rm.plan.fit` has made a number of auto."""
+        assert isinstance(self.tokens_per_microbatch, int), "tokens_per_microbatch is auto"
+        return self.tokens_per_microbatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def train(
                 "was begun; its checkpoints do not fit. Resume on the machine and with the libraries it was begun with."
             )
     if settings.adapter.init == "eva" and not progress.step:
-        model.start_from_data(data.train.trees, wanted.tokens_per_microbatch)
+        model.start_from_data(data.train.trees, wanted.row)
     metrics = MetricsLog(
         run.metrics,
         num_steps,
@@ -223,7 +223,7 @@ def _steps(
         if step <= done:
             continue
         preferences = [trees[number] for number in numbers]
-        rows = microbatches(preferences, wanted.tokens_per_microbatch, model.batching, processes.COUNT)
+        rows = microbatches(preferences, wanted.row, model.batching, processes.COUNT)
         own = share_of_rows(rows, model.batching, processes.RANK, processes.COUNT)
         yield step, len(preferences), [model.batch(row) for row in own]
 
@@ -261,7 +261,7 @@ def _evaluate(
     model: RewardModel, data: Data, settings: Settings, metrics: MetricsLog, progress: Progress
 ) -> bool:
     """Evaluates, remembers whether it is the best so far; true if training should stop."""
-    found = evaluate(model, data.eval.trees, settings.loss, settings.train.tokens_per_microbatch)
+    found = evaluate(model, data.eval.trees, settings.loss, settings.train.row)
     low, high = found.pairs.interval
     say(
         f"evaluation at step {progress.step}: loss {found.loss:.4f}, accuracy {found.pairs.accuracy:.3f} [{low:.3f}, {high:.3f}]"

@@ -16,8 +16,10 @@ from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export.huggingface import export_huggingface, push
 from lora_rm.merge import merge
 from lora_rm.model.base import cache_folder
+from lora_rm.model.checkpointing import Mode
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel, read_record
+from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
 from lora_rm.verify import HELD_OUT, verify
@@ -33,8 +35,9 @@ def train_run(settings: Settings, *, resume: bool = False) -> RunFolder:
         LoraRmError: If a setting, the data or the model cannot be used, or training was stopped.
     """
     processes.join(settings.model.device)
+    settings, planned = fit(settings)
     run = RunFolder.create(settings, resume)
-    model = open_model(settings)
+    model = open_model(settings, planned)
     data = read_data(settings, model, run)
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run, resume=resume)
@@ -45,17 +48,25 @@ def train_run(settings: Settings, *, resume: bool = False) -> RunFolder:
     return run
 
 
-def open_model(settings: Settings) -> RewardModel:
-    """Loads the base, adds adapter and head, picks how batches are computed, and says what is trained."""
+def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
+    """Loads the base, adds adapter and head, picks how batches are computed, and says what is trained.
+
+    Args:
+        settings: Of the run.
+        planned: What `lora_rm.plan.fit` found; decides what `train.checkpointing` auto keeps.
+    """
     say(f"Loading {settings.model.base or 'the base model'} ({settings.model.quantization}) ...")
     model = RewardModel.load(
         settings.model.base,
         settings=settings.model,
         adapter=settings.adapter,
         chat_template=settings.data.chat_template,
-        checkpointing=settings.train.checkpointing,
         seed=settings.seed,
     )
+    wanted = settings.train.checkpointing
+    # unplanned: the way that is nearly as fast as keeping all, for half of the memory
+    mode: Mode = "selective" if wanted == "auto" else wanted
+    model.set_checkpointing(planned.layer_modes if planned else [mode] * len(model.layers))
     model.choose_batching(settings.train.batching)
     count = model.trainable()
     say(
@@ -176,7 +187,7 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
         side = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder()).eval
     else:
         side = read_side(settings.data, chat, seed=settings.seed, cache=cache_folder())
-    found = evaluate(scorer.model, side.trees, settings.loss, settings.train.tokens_per_microbatch)
+    found = evaluate(scorer.model, side.trees, settings.loss, settings.train.row)
     _show("evaluation", found)
     if file is not None:
         file.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
@@ -263,7 +274,7 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
 
 def _evaluate(when: str, model: RewardModel, data: Data, settings: Settings) -> Evaluation:
     say(f"Evaluating {when} on {len(data.eval.trees)} held-out preferences ...")
-    found = evaluate(model, data.eval.trees, settings.loss, settings.train.tokens_per_microbatch)
+    found = evaluate(model, data.eval.trees, settings.loss, settings.train.row)
     _show(when, found)
     return found
 

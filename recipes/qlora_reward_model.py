@@ -13,6 +13,7 @@ import time
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings, settings_from_command_line
 from lora_rm.console import plain_errors
+from lora_rm.plan import fit
 from lora_rm.train import train
 from lora_rm.workflow import (
     evaluate_after,
@@ -29,8 +30,9 @@ from lora_rm.workflow import (
 def main(settings: Settings) -> None:
     """Goes all the way, in the order in which it is written."""
     started = time.monotonic()
+    settings, planned = fit(settings)
     run = RunFolder.create(settings)
-    model = open_model(settings)
+    model = open_model(settings, planned)
     data = read_data(settings, model, run)
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run)

@@ -53,6 +53,7 @@ def test_the_first_page_names_every_command(run, words):
         ("export", ["RUN", "--to", "--out DIR", "--overwrite", "--push REPOSITORY"], ["--train.", "--merge."]),
         ("eval", ["MODEL", "--json FILE", "--data.eval"], ["--train.learning-rate", "--seed"]),
         ("score", ["MODEL", "FILE", '{"messages": [...]}'], ["--train.", "--data."]),
+        ("plan", ["PRESET|MODEL", "--gpu SIZE", "--calibrate", "--data.max-length", "--model.base"], []),
         ("config", ["PRESET", "--train.learning-rate", "--seed"], []),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "metrics", "evaluate"},
     {"train", "merge", "verify"},
-    {"export", "score"},
+    {"export", "score", "plan"},
     {"workflow"},
     {"cli"},
 ]

@@ -26,7 +26,7 @@ def some_trees(vocabulary: int) -> list[TokenTree]:
 
 def separate(model, trees):
     """Rewards of every conversation alone, unpadded, through the model's own attention and its own head."""
-    model._set_attention("padded")
+    model.set_batching("padded")
     rewards = []
     for tree in trees:
         for ids in tree.conversations():
@@ -51,7 +51,7 @@ def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, ba
     trees = some_trees(model.classifier.config.vocab_size)
     expected = separate(model, trees)
     expected_gradients = gradients(model, expected)
-    model._set_attention(batching)
+    model.set_batching(batching)
     found = model.rewards(build_batch(trees, batching))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -169,7 +169,7 @@ def test_groups_of_preferences_give_the_gradients_of_separate_ones(tmp_path, fam
     ]
     expected = separate(model, trees)
     expected_gradients = gradients(model, expected)
-    model._set_attention("shared")
+    model.set_batching("shared")
     batch = build_batch(trees)
     assert batch.input_ids.numel() == 9 + sum(map(len, answers))
     found = model.rewards(batch)

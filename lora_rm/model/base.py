@@ -76,6 +76,35 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     return _checked(_from_hub(name, revision))
 
 
+def find_config(name: str, revision: str | None = None) -> BaseModel:
+    """Finds the folder of a base model's config.json, without its weights.
+
+    Args:
+        name: As in `find_base`; of a hub model config.json alone is fetched.
+        revision: Commit, tag or branch of a hub model.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return BaseModel(name=name, path=folder)
+    is_hub_id = not folder.is_absolute() and name.count("/") == 1 and name[0] not in ".~"
+    if not is_hub_id or folder.is_dir() or folder.suffix == ".gguf":
+        return find_base(name, revision)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = Path(hf_hub_download(name, "config.json", revision=revision))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model.base: config.json of {name} cannot be fetched from the hub ({str(error).strip().splitlines()[0]}). "
+            "Check the id and your login (`hf auth login`), or give a folder that holds config.json."
+        ) from None
+    return BaseModel(name=name, path=file.parent, revision=file.parent.name)
+
+
 def _from_hub(name: str, revision: str | None) -> BaseModel:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

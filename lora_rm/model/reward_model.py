@@ -135,20 +135,17 @@ class RewardModel(nn.Module):
         else:  # Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1
             values = torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5
             head.data.copy_(values)
-        model.requires_grad_(False)
         changed_base = None
         if adapter is not None:
             torch.manual_seed(seed)
-            with _quiet("peft"):
-                model = get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
+        model = make_trainable(model, adapter)
+        if adapter is not None:
             if adapter.init == "orthogonal":
                 start_orthogonal(model)
             elif adapter.init == "loftq":
                 start_from_residual(model, found)
             elif adapter.init in ("pissa", "olora"):
                 changed_base = ChangedBase(model)
-        else:
-            model.score.requires_grad_(True)
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
         made.set_checkpointing([checkpointing] * len(made.layers))
@@ -310,7 +307,7 @@ class RewardModel(nn.Module):
             ModelError: If `wanted` is not exact for this model.
         """
         with self.precise(), self._random_head():
-            self._set_attention("padded")
+            self.set_batching("padded")
             probe = _probe(self.classifier.config.get_text_config().vocab_size)
             expected = torch.tensor([reward for rewards in self.score(probe) for reward in rewards])
             reasons = {}
@@ -319,10 +316,10 @@ class RewardModel(nn.Module):
                     continue
                 reasons[batching] = self._inexact(batching, probe, expected, tolerance)
                 if not reasons[batching]:
-                    self._spare_last_layer(lambda: not self._inexact(batching, probe, expected, tolerance))  # noqa: B023
+                    self.spare_last_layer(lambda: not self._inexact(batching, probe, expected, tolerance))  # noqa: B023
                     break
             else:
-                self._set_attention("padded")
+                self.set_batching("padded")
         if self.batching != wanted and reasons:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
             if wanted != "auto":
@@ -347,7 +344,7 @@ class RewardModel(nn.Module):
         self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float
     ) -> str:
         """Why a way of batching cannot be used, or nothing."""
-        self._set_attention(batching)
+        self.set_batching(batching)
         batch = self.batch(probe)
         assert batch.plan is not None
         try:
@@ -361,7 +358,7 @@ class RewardModel(nn.Module):
         difference = float((rewards - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         return "" if difference <= tolerance else f"rewards differ by {difference:.1e}"
 
-    def _spare_last_layer(self, is_exact: Callable[[], bool]) -> None:
+    def spare_last_layer(self, is_exact: Callable[[], bool] = lambda: True) -> None:
         """Computes only the answers' ends in the last layer, if rewards stay the same."""
         if self._last_layer is None:
             self._last_layer = LastLayer(self.layers[-1])
@@ -369,7 +366,8 @@ class RewardModel(nn.Module):
                 self._last_layer.remove()
                 self._last_layer = None
 
-    def _set_attention(self, batching: Batching) -> None:
+    def set_batching(self, batching: Batching) -> None:
+        """Computes rows in this way without asking whether it is exact; `choose_batching` asks."""
         self.batching = batching
         name = self._plain_attention if batching == "padded" else tree_attention.NAME
         self.backbone.set_attn_implementation(name)
@@ -632,6 +630,60 @@ def _one_logit(head: torch.Tensor, folder: Path) -> torch.Tensor:
     return head.float()
 
 
+def read_config(base: BaseModel) -> Any:
+    """The configuration of a base, as that of a classifier with one logit.
+
+    Raises:
+        ModelError: If transformers has no sequence classifier of its kind.
+    """
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
+            "so no program could open the exported reward model."
+        )
+    config.num_labels = 1
+    return config
+
+
+def new_classifier(config: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+    """A classifier with weights that mean nothing, on torch's default device; none is read.
+
+    Args:
+        config: Of `read_config`.
+        name: Of the base, for the message.
+        dtype: Of its weights.
+
+    Raises:
+        ModelError: If its head is not a linear layer over the last token.
+    """
+    model: Any = AutoModelForSequenceClassification.from_config(
+        config, dtype=dtype, attn_implementation=_plain_attention(config)
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
+        raise ModelError(
+            f"{name}: {type(model).__name__} has no linear layer `score` over the last token. "
+            "Reward models are made from decoder-only models; encoders are not."
+        )
+    return model
+
+
+def make_trainable(model: Any, adapter: AdapterSettings | None) -> Any:
+    """Freezes a classifier but for its head, and wraps it with LoRA layers if there is an adapter."""
+    model.requires_grad_(False)
+    if adapter is None:
+        model.score.requires_grad_(True)
+        return model
+    with _quiet("peft"):
+        return get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
+
+
+def _plain_attention(config: Any) -> str | None:
+    """The attention of padded batches, by transformers' name; None: its default."""
+    softcapped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if softcapped else None
+
+
 def _load_classifier(
     base: BaseModel,
     quantization: Quantization,
@@ -639,24 +691,11 @@ def _load_classifier(
     compute_dtype: torch.dtype,
     chat: ChatTokenizer,
 ) -> Any:
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ModelError(
-            f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
-            "so no program could open the exported reward model."
-        )
+    config = read_config(base)
     _stored_head(base)  # raises if there is one of more than one logit
-    config.num_labels = 1
     with torch.device("meta"):
-        empty: Any = AutoModelForSequenceClassification.from_config(config)
-    if not isinstance(getattr(empty, "score", None), nn.Linear) or empty.score.bias is not None:
-        raise ModelError(
-            f"{base.name}: {type(empty).__name__} has no linear layer `score` over the last token. "
-            "Reward models are made from decoder-only models; encoders are not."
-        )
-    text = config.get_text_config()
-    text.pad_token_id = chat.pad_id
-    softcapped = getattr(text, "attn_logit_softcapping", None) is not None
+        new_classifier(config, base.name)
+    config.get_text_config().pad_token_id = chat.pad_id
     with _quiet("transformers"):
         model = AutoModelForSequenceClassification.from_pretrained(
             base.path,
@@ -666,7 +705,7 @@ def _load_classifier(
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="eager" if softcapped else None,
+            attn_implementation=_plain_attention(config),
         )
     if type(model.score) is not nn.Linear:
         raise ModelError(

@@ -1,0 +1,271 @@
+"""The planner against the bytes that a real step holds, and what it says."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import make_base
+
+from lora_rm.cli import main
+from lora_rm.config import check_settings
+from lora_rm.console import console
+from lora_rm.data.batches import microbatches
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import ConfigError, ModelError
+from lora_rm.losses import preference_losses
+from lora_rm.model.base import BaseModel, find_config
+from lora_rm.model.memory import LiveBytes, one_pair, trace_without_data
+from lora_rm.model.reward_model import RewardModel, read_config
+from lora_rm.plan import (
+    GIB,
+    MODES,
+    UNMEASURED,
+    calibrate,
+    fit,
+    machine_here,
+    plan,
+    read_memory,
+    remedies,
+    tokens_per_second,
+)
+from lora_rm.train import build_optimizer
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+GPT2 = {"n_embd": 256, "n_layer": 6, "n_head": 8, "n_inner": 1024}
+SHAPES = [
+    ("llama", "nf4", "float32", {}),
+    ("qwen3", "nf4", "bfloat16", {"tie_word_embeddings": True}),
+    ("mistral", "nf4", "float32", {}),
+    ("phi3", "none", "float32", {}),
+    ("gemma2", "nf4", "float32", {"num_hidden_layers": 4, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    (
+        "gemma3_text",
+        "nf4",
+        "bfloat16",
+        {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    ),
+    ("gpt2", "nf4", "float32", {}),
+]
+"""Family, quantisation, type of products, and what its config needs."""
+
+
+def write_config(folder, family="llama", **values):
+    """A folder with config.json and nothing else."""
+    folder.mkdir(exist_ok=True)
+    shape = {**WIDE, "vocab_size": 512, "model_type": family, **values}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+def settings_for(base, *, quantization="nf4", compute="float32", checkpointing="none", adapter=None, **train):
+    return check_settings(
+        {
+            "model": {
+                "base": str(base), "quantization": quantization, "compute_dtype": compute, "device": "cpu",
+                "load_dtype": "float32" if (quantization, compute) == ("none", "float32") else "bfloat16",
+            },
+            "adapter": adapter or {"rank": 8, "alpha": 16},
+            "data": {"max_length": 512},
+            "train": {"checkpointing": checkpointing, "tokens_per_microbatch": 2048, "batching": "shared", **train},
+        }
+    )  # fmt: skip
+
+
+def real_peak(base, settings):
+    """Peak of a second optimizer step with real tensors, as `train` takes it, and the tokens of its longest row."""
+    model = RewardModel.load(
+        BaseModel(name=str(base), path=base),
+        settings=settings.model,
+        adapter=settings.adapter,
+        checkpointing=settings.train.checkpointing,
+    )
+    model.choose_batching("shared")
+    model.train()
+    optimizer = build_optimizer(model, settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+
+    def some(longest):  # lengths vary, as they do in data
+        length = int(torch.randint(longest - 12, longest, (), generator=generator))
+        return torch.randint(3, 300, (length,), generator=generator).tolist()
+
+    def step(trees, budget):
+        rows = microbatches(trees, budget)
+        tokens = 0
+        for group in rows:
+            batch = model.batch(group)
+            losses = preference_losses(model(batch), group, settings.loss)
+            (losses.sum() / len(trees)).backward()
+            tokens = max(tokens, batch.input_ids.numel())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return tokens
+
+    trees = [TokenTree(some(342), (some(170), some(170))) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its moments
+    live = LiveBytes()
+    live.hold(model)
+    live.see(*(value for state in optimizer.state.values() for value in state.values()))
+    with live:
+        tokens = step(trees, 2048)
+    return live.peak, tokens
+
+
+@pytest.mark.parametrize(("family", "quantization", "compute", "more"), SHAPES)
+def test_the_planned_peak_is_that_of_a_real_step(tmp_path, family, quantization, compute, more, show):
+    shape = GPT2 if family == "gpt2" else WIDE
+    base = make_base(tmp_path / family, family, **{**shape, **more})
+    planned = plan(settings_for(base, quantization=quantization, compute=compute), 8 * GIB)
+    for mode in MODES:
+        settings = settings_for(base, quantization=quantization, compute=compute, checkpointing=mode)
+        real, tokens = real_peak(base, settings)
+        expected = planned.lasting + planned.peaks[mode].at(tokens)
+        show(
+            f"{family} {quantization} {compute} {mode}: planned {expected / 2**20:.1f} MiB, "
+            f"real {real / 2**20:.1f} MiB ({expected / real - 1:+.1%}), {tokens} tokens"
+        )
+        assert expected == pytest.approx(real, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("configs") / "llama", num_hidden_layers=12)
+
+
+@pytest.fixture(scope="module")
+def planned(folder):
+    """The plan of a small Llama on a card that is not here."""
+    return plan(settings_for(folder, compute="auto", checkpointing="full"), 8 * GIB, gpu=True)
+
+
+def test_bytes_are_linear_in_layers_and_tokens(folder, planned):
+    config = read_config(find_config(str(folder)))
+    rows = [[one_pair(700)] * 4]
+    for mode in MODES:
+        held, ((tokens, peak),) = trace_without_data(
+            config, planned.settings, mode, torch.bfloat16, "shared", 12, rows, on_gpu=True
+        )
+        assert planned.peaks[mode].at(tokens) == pytest.approx(peak, rel=0.01)
+        for name in ("quantized", "frozen", "trained", "num_weights", "num_linear"):
+            assert getattr(planned.held, name) == pytest.approx(getattr(held, name), rel=1e-6)
+
+
+def test_parts_are_what_they_are_known_to_be(planned):
+    linear = 12 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 704)
+    assert planned.held.num_linear == linear
+    assert planned.held.quantized == pytest.approx(
+        linear * 4.127 / 8 + 84 * 1100, rel=0.01
+    )  # and two tables a layer
+    adapter = 12 * 8 * ((256 + 256) * 2 + (256 + 128) * 2 + (256 + 704) * 3)
+    assert planned.held.trained == 4 * (adapter + 256)
+    assert planned.optimizer == 2 * planned.held.trained
+    assert planned.workspace == 2 * 256 * 704
+    assert planned.machine == UNMEASURED["cuda"]
+
+
+def test_rows_that_fit_and_those_that_do_not(planned, monkeypatch):
+    for mode in MODES:
+        longest = planned.largest(mode)
+        assert planned.needed(mode, longest) <= planned.memory < planned.needed(mode, longest + 1)
+    settings = planned.settings
+
+    available = 0.0
+
+    def fixed_plan(settings, memory=None):
+        train = settings.train
+        if train.tokens_per_microbatch == "auto":
+            settings = dataclasses.replace(
+                settings, train=dataclasses.replace(train, tokens_per_microbatch=1024)
+            )
+        return dataclasses.replace(planned, settings=settings, memory=memory or available)
+
+    monkeypatch.setattr("lora_rm.plan.plan", fixed_plan)
+    enough = planned.needed("full", planned.row) + 1
+
+    def fitted(memory, **train):
+        nonlocal available
+        available = memory
+        return fit(dataclasses.replace(settings, train=dataclasses.replace(settings.train, **train)))
+
+    assert fitted(enough, checkpointing="full") == (settings, None)  # on a CPU nothing is planned unasked
+    found, chosen = fitted(enough, checkpointing="auto")
+    assert chosen.layer_modes == ["full"] * 12
+    found, chosen = fitted(enough, checkpointing="full", tokens_per_microbatch="auto")
+    assert found.train.row == pytest.approx(planned.row, abs=1)
+    middle = (planned.needed("selective", planned.row) + planned.needed("full", planned.row)) / 2
+    _, chosen = fitted(middle, checkpointing="auto")
+    assert chosen.layer_modes == ["full"] * 6 + ["selective"] * 6
+    _, chosen = fitted(100 * GIB, checkpointing="auto")
+    assert chosen.layer_modes == ["none"] * 12
+    with pytest.raises(ConfigError, match=r"tokens_per_microbatch \d+") as caught:
+        fitted(enough, checkpointing="none", tokens_per_microbatch="auto")
+    assert f"{enough / GIB:.2f} GiB are there" in str(caught.value)
+    little = planned.needed("full", 400)
+    with pytest.raises(ConfigError, match="data.max_length"):
+        fitted(little, checkpointing="auto")
+    words = " ".join(remedies(fixed_plan(settings, little)))
+    assert "data.max_length" in words
+    assert "a device with 1 GiB" in words
+    assert "nf4" not in words  # it is that already
+
+
+def test_a_plan_needs_config_json_alone(folder, capsys, monkeypatch):
+    monkeypatch.setattr(console, "quiet", False)
+    assert main(["plan", str(folder), "--gpu", "8GiB", "--data.max-length", "512"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("weights in nf4", "float32 checks", "It fits", "full", "--calibrate", "8.00 GiB"):
+        assert words in printed
+
+
+def test_speed_comes_from_an_earlier_run(planned, tmp_path):
+    assert tokens_per_second(planned) is None
+    lines = [{"step": n, "tokens_per_second": n * 100.0} for n in (1, 2, 3)] + [{"step": 3, "eval": {}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = dataclasses.replace(planned.settings, output_dir=str(tmp_path))
+    assert tokens_per_second(dataclasses.replace(planned, settings=settings))[0] == 200.0
+    machine = dataclasses.replace(planned.machine, flops=6 * planned.held.num_linear)
+    assert tokens_per_second(dataclasses.replace(planned, machine=machine))[0] == 1.0
+
+
+def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path))
+    machine = calibrate("cpu")
+    assert machine.slack == pytest.approx(1.0, abs=0.02)
+    assert machine.flops > 1e8
+    assert machine_here(torch.device("cpu")) == machine
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("24", 24 * GIB), ("24GB", 24e9), ("512MiB", GIB / 2)]
+)
+def test_memory_is_read(text, size):
+    assert read_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "-1GiB", "0", "nanGB", "24 TB", "inf"])
+def test_memory_that_is_none(text):
+    with pytest.raises(ConfigError, match="--gpu is"):
+        read_memory(text)
+
+
+def test_what_cannot_be_traced_is_named(folder):
+    with pytest.raises(ModelError, match="adapter.use_dora is true with model.quantization nf4"):
+        plan(settings_for(folder, adapter={"use_dora": True}))
+
+
+def test_a_model_without_config_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no config.json"):
+        plan(settings_for(tmp_path / "empty"))
+    with pytest.raises(ModelError, match="config.json of no/model cannot be fetched"):
+        plan(settings_for("no/model"))
