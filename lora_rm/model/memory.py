@@ -200,7 +200,7 @@ def fill(model: RewardModel, device: torch.device) -> None:
 def one_pair(tokens: int) -> TokenTree:
     """A pair of so many tokens in all, nearly all of them prompt."""
     answer = min(32, tokens // 4)
-    return TokenTree([1] * (tokens - 2 * answer), ([1] * answer, [1] * answer))
+    return TokenTree([1] * (tokens - 2 * answer), ([1] * answer, [2] * answer))
 
 
 def rows_to_trace(config: Any, settings: Settings, batching: Batching) -> list[list[TokenTree]]:
@@ -219,7 +219,7 @@ def rows_to_trace(config: Any, settings: Settings, batching: Batching) -> list[l
         return [[one_pair(length)] for length in (lengths if width >= 1024 else (1024, 2048))]
     answer = longest // 3
     size = longest + answer
-    pair = TokenTree([1] * (longest - answer), ([1] * answer, [1] * answer))
+    pair = TokenTree([1] * (longest - answer), ([1] * answer, [2] * answer))
     over = math.ceil(1.5 * width / size)
     counts = (1, 2, over, 2 * over) if over > 2 else (over, 3 * over)
     return [[replace(pair) for _ in range(count)] for count in counts]
@@ -326,9 +326,11 @@ def likely_batching(config: Any, settings: Settings, compute_dtype: torch.dtype)
 
 
 def layer_counts(config: Any, settings: Settings) -> tuple[int, int]:
-    """Two small numbers of layers that stand for all, a period of kinds of layers apart; at least 2 and 3.
+    """Two small numbers of layers that stand for all, a period of kinds of layers apart; at least 3 and 4.
 
-    The first layer alone would not do: it computes no gradient of its input. Where layers differ without a period, or the adapter is told their numbers, it is all of them twice.
+    Fewer would not do: the first layer computes no gradient of its input, and the last one only the answers' ends;
+    the peak lies in one between. Where layers differ without a period, or the adapter is told their numbers, it is
+    all of them twice.
     """
     text = config.get_text_config()
     total: int = text.num_hidden_layers
@@ -336,7 +338,7 @@ def layer_counts(config: Any, settings: Settings) -> tuple[int, int]:
     period = next(
         p for p in range(1, total + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
     )
-    few = max(2, period)
+    few = max(3, period + 1)
     adapter = settings.adapter
     unlike = getattr(text, "first_k_dense_replace", None)  # DeepSeek's first layers have no experts
     numbered = adapter.layers_to_transform or adapter.rank_pattern or unlike
