@@ -32,6 +32,8 @@ test: setup
 bench: setup
 	$(RUN)/python benchmarks/merge_fidelity.py runs/quickstart
 	$(RUN)/python benchmarks/merge.py
+	$(RUN)/python benchmarks/training.py --quick
+	$(RUN)/python benchmarks/memory.py --quick
 
 lint: setup
 	$(RUN)/ruff check .
