@@ -121,7 +121,10 @@ def train(
             processes.sum_gradients(parameters)
             everyone = processes.gather((sums, stop.requested))
             sums = sum_steps([own for own, _ in everyone])
-            stop.requested = any(requested for _, requested in everyone)
+            if any(
+                requested for _, requested in everyone
+            ):  # never back to false: a signal may have come since
+                stop.requested = True
             norm = _gradient_norm(parameters, wanted.max_grad_norm)
             if math.isfinite(sums.loss) and math.isfinite(norm):
                 optimizer.step()

@@ -158,3 +158,10 @@ def test_another_start_is_no_place_to_resume(base, preferences, trees, held_out,
             RunFolder.create(settings, resume=True),
             resume=True,
         )
+
+
+@pytest.mark.parametrize("init", ["olora", "loftq"])
+def test_weights_stored_the_other_way_round_are_refused(tmp_path, trees, init):
+    base = make_base(tmp_path / "gpt2", "gpt2", dtype=torch.float32)
+    with pytest.raises(ModelError, match=f"adapter.init is {init}"):
+        started(base, trees, init)

@@ -140,6 +140,11 @@ class RewardModel(nn.Module):
             torch.manual_seed(seed)
         model = make_trainable(model, adapter)
         if adapter is not None:
+            if adapter.init in ("olora", "loftq") and model.get_base_model().config.model_type == "gpt2":
+                raise ModelError(
+                    f"adapter.init is {adapter.init}, which takes weights for (out, in), but {found.name} stores them as "
+                    "(in, out). Use adapter.init default or pissa."
+                )
             if adapter.init == "orthogonal":
                 start_orthogonal(model)
             elif adapter.init == "loftq":
