@@ -20,18 +20,14 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
-from lora_rm.config import AdapterSettings
+from lora_rm.config import Settings
 from lora_rm.console import say, show_table
 from lora_rm.data.batches import Batching, microbatches, num_tokens
 from lora_rm.data.tokens import TokenTree
-from lora_rm.model.adapter import lora_config
-from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import MODES, Mode
-from lora_rm.model.quantization import Quantization
+from lora_rm.model.memory import empty_model, fill
 from lora_rm.model.reward_model import RewardModel
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -59,8 +55,6 @@ PEAK = {
     "5090": 210e12,
 }
 """Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets."""
-
-NF4 = Quantization(kind="nf4", double=True, load_dtype=torch.bfloat16)
 
 
 def main() -> None:
@@ -117,47 +111,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 def random_model(shape: dict[str, Any], device: torch.device) -> RewardModel:
     """A reward model with rank-16 adapters over random NF4 weights, drawn on the device."""
     values = {key: value for key, value in shape.items() if key != "model_type"}
-    config = AutoConfig.for_model(
-        shape["model_type"], **values, num_labels=1, pad_token_id=0, dtype=torch.bfloat16
-    )
-    with torch.device("meta"):
-        model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "score":
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, _quantized(module, device))
-    for module in model.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                drawn = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-                drawn = drawn.normal_(0, 0.02) if drawn.dim() > 1 else drawn.fill_(1.0)
-                setattr(module, key, nn.Parameter(drawn, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    model.score.weight.data = model.score.weight.data.float()
-    model.hf_quantizer = None
-    model.requires_grad_(False)
-    wrapped = get_peft_model(model, lora_config(AdapterSettings(rank=16, alpha=32.0), model.model))
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device, torch.float32)
+    config = AutoConfig.for_model(shape["model_type"], **values, num_labels=1, pad_token_id=0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    made = RewardModel(
-        wrapped, chat=None, base=BaseModel(name="random", path=Path()), quantization=NF4, compute_dtype=dtype
-    )  # type: ignore[arg-type] # no text is tokenised here
-    made._ready().choose_batching()
-    return made
-
-
-def _quantized(linear: nn.Linear, device: torch.device) -> Any:
-    made = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=torch.bfloat16,
-        compress_statistics=True, quant_type="nf4", device="meta",
-    )  # fmt: skip
-    weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
-    made.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
-    ).to(device)
-    return made
+    model = empty_model(config, Settings(), "none", dtype, "shared")
+    fill(model, device)
+    return model
 
 
 def make_pairs(tokens: int, vocabulary: int) -> list[TokenTree]:

@@ -53,8 +53,7 @@ def train(
 
     At every step the preferences of `training_order` are cut into rows of at most `tokens_per_microbatch`
     tokens; the losses add up to their mean over the step. Several processes share a step's rows and sum their
-    gradients. With `eval_every_steps` the best state by
-    evaluation loss is kept and put back at the end.
+    gradients. With `eval_every_steps` the best state by evaluation loss is kept and put back at the end.
 
     Args:
         model: With trainable adapter and head; trained in place.
@@ -121,9 +120,8 @@ def train(
             processes.sum_gradients(parameters)
             everyone = processes.gather((sums, stop.requested))
             sums = sum_steps([own for own, _ in everyone])
-            if any(
-                requested for _, requested in everyone
-            ):  # never back to false: a signal may have come since
+            # never back to false: a signal may have come since
+            if any(requested for _, requested in everyone):
                 stop.requested = True
             norm = _gradient_norm(parameters, wanted.max_grad_norm)
             if math.isfinite(sums.loss) and math.isfinite(norm):

@@ -61,6 +61,21 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), module
 
 
+def check_stored_by_rows(model: PeftModel, init: str) -> None:
+    """Raises if an adapted layer stores its weight as (in, out), which olora and loftq do not take.
+
+    Raises:
+        ModelError: Naming the layer. A square weight would give another start without an error (GPT-2).
+    """
+    for name, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        if isinstance(base, Conv1D) or getattr(base, "source_cls", None) is Conv1D:
+            raise ModelError(
+                f"adapter.init is {init}, which takes weights for (out, in), but {name} stores its own as (in, out). "
+                "Use adapter.init default or pissa."
+            )
+
+
 def start_orthogonal(model: PeftModel) -> None:
     """Starts A and B at random values whose product is zero although neither is.
 

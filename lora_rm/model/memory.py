@@ -31,8 +31,8 @@ from lora_rm.errors import ModelError
 from lora_rm.losses import preference_losses
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
-from lora_rm.model.quantization import DTYPES, Quantization, codes_8bit, make_exact, quantized_layers
-from lora_rm.model.reward_model import RewardModel, make_trainable, new_classifier
+from lora_rm.model.quantization import codes_8bit, make_exact, quantized_layers
+from lora_rm.model.reward_model import RewardModel, make_trainable, new_classifier, wanted_quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,11 +138,7 @@ def empty_model(
     config: Any, settings: Settings, mode: Mode, compute_dtype: torch.dtype, batching: Batching
 ) -> RewardModel:
     """The reward model of a run with its layers as training wraps them, on torch's meta device."""
-    quantization = Quantization(
-        kind=settings.model.quantization,
-        double=settings.model.double_quantization,
-        load_dtype=DTYPES[settings.model.load_dtype],
-    )
+    quantization = wanted_quantization(settings.model)
     with torch.device("meta"):
         model = new_classifier(config, settings.model.base, quantization.load_dtype)
     stored_as = quantization.config(compute_dtype)

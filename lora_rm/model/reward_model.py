@@ -29,6 +29,7 @@ from lora_rm.model import tree_attention
 from lora_rm.model.adapter import (
     WEIGHTS,
     ChangedBase,
+    check_stored_by_rows,
     lora_config,
     start_from_activations,
     start_from_residual,
@@ -116,11 +117,7 @@ class RewardModel(nn.Module):
         settings = settings or ModelSettings()
         found = base if isinstance(base, BaseModel) else find_base(base, settings.revision)
         chat = ChatTokenizer.load(found.path, chat_template)
-        quantization = Quantization(
-            kind=settings.quantization,
-            double=settings.double_quantization,
-            load_dtype=DTYPES[settings.load_dtype],
-        )
+        quantization = wanted_quantization(settings)
         device = pick_device(settings.device)
         compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
         model = _load_classifier(found, quantization, device, compute_dtype, chat)
@@ -140,11 +137,8 @@ class RewardModel(nn.Module):
             torch.manual_seed(seed)
         model = make_trainable(model, adapter)
         if adapter is not None:
-            if adapter.init in ("olora", "loftq") and model.get_base_model().config.model_type == "gpt2":
-                raise ModelError(
-                    f"adapter.init is {adapter.init}, which takes weights for (out, in), but {found.name} stores them as "
-                    "(in, out). Use adapter.init default or pissa."
-                )
+            if adapter.init in ("olora", "loftq"):
+                check_stored_by_rows(model, adapter.init)
             if adapter.init == "orthogonal":
                 start_orthogonal(model)
             elif adapter.init == "loftq":
@@ -592,6 +586,15 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
         )
     return record
+
+
+def wanted_quantization(settings: ModelSettings) -> Quantization:
+    """How a run's base is to be quantised."""
+    return Quantization(
+        kind=settings.quantization,
+        double=settings.double_quantization,
+        load_dtype=DTYPES[settings.load_dtype],
+    )
 
 
 def recorded_quantization(record: dict[str, Any]) -> Quantization:

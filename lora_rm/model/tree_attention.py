@@ -199,8 +199,7 @@ def _softcapped(
     scale = query_1HQD.shape[-1] ** -0.5 if how.scaling is None else how.scaling
     assert how.softcap is not None
     scores_1HQK = how.softcap * torch.tanh(query_1HQD @ key.transpose(2, 3) * scale / how.softcap)
-    window = how.window if how.window is not None and how.window < key.shape[2] else None
-    mask = how.plan.mask(query_1HQD.shape[2], key.shape[2], window, key.device)
+    mask = how.plan.mask(query_1HQD.shape[2], key.shape[2], how.window, key.device)
     weights = torch.softmax(scores_1HQK.masked_fill(~mask, float("-inf")), dim=-1, dtype=torch.float32)
     return F.dropout(weights.to(value.dtype), p=how.dropout) @ value
 
@@ -267,10 +266,8 @@ class LastLayer:
         self.ends: torch.Tensor | None = None
         self.handles = []
         for name, module in layer.named_modules():
-            if name in (
-                "self_attn",
-                "attn",
-            ):  # inside of what checkpointing computes again, unlike the layer's hooks
+            # hooks of the layer itself would stay outside of what checkpointing computes again
+            if name in ("self_attn", "attn"):
                 self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             elif name in ROW_WISE:
                 self.handles += [
