@@ -252,9 +252,8 @@ class TrainSettings(_Section):
 
     @property
     def row(self) -> int:
-        """Tokens of a microbatch, once `lora_rm.plan.fit` has made a number of auto."""
-        assert isinstance(self.tokens_per_microbatch, int), "tokens_per_microbatch is auto"
-        return self.tokens_per_microbatch
+        """Tokens of a microbatch; 4096 for auto, until `lora_rm.plan.fit` has made a number of it."""
+        return 4096 if self.tokens_per_microbatch == "auto" else self.tokens_per_microbatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

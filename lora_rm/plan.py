@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from lora_rm import processes
 from lora_rm.config import ModelSettings, Settings
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
@@ -206,8 +207,6 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
     Raises:
         ModelError: If there is no such model, or its step cannot be traced.
     """
-    if settings.train.tokens_per_microbatch == "auto":
-        settings = replace(settings, train=replace(settings.train, tokens_per_microbatch=4096))
     device = torch.device("cuda") if gpu else pick_device(settings.model.device)
     on_gpu = device.type == "cuda"
     config = read_config(find_config(settings.model.base, settings.model.revision))
@@ -253,7 +252,7 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
 def _memory_here(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / processes.LOCAL_COUNT
 
 
 def read_memory(text: str) -> float:
@@ -282,7 +281,8 @@ def read_memory(text: str) -> float:
 def fit(settings: Settings) -> tuple[Settings, Plan | None]:
     """Plans a run on the device that is here, and fills in a `tokens_per_microbatch` of auto.
 
-    On a CPU nothing is planned unless something is auto: memory is seldom what is short there.
+    On a CPU nothing is planned if neither `checkpointing` nor `tokens_per_microbatch` is auto: memory is seldom
+    what is short there. Several processes agree on the rows that fit the smallest of their devices.
 
     Returns:
         The settings, and the plan; None where nothing was planned, or nothing can be known.
@@ -299,15 +299,14 @@ def fit(settings: Settings) -> tuple[Settings, Plan | None]:
         planned = plan(settings)
     except ModelError as error:
         say(f"The memory of this run cannot be planned: {error}")
-        return replace(
-            settings, train=replace(train, tokens_per_microbatch=4096 if is_open else train.row)
-        ), None
-    if not planned.fits(planned.mode) and not is_open:
-        raise ConfigError(_does_not_fit(planned, planned.row))
+        return settings, None
+    tokens = min(16384, planned.largest(planned.mode)) if is_open else train.row
+    fits = tokens >= planned.longest_pair if is_open else planned.fits(planned.mode)
+    everyone = processes.gather((fits, tokens))
+    if not all(fits for fits, _ in everyone):
+        raise ConfigError(_does_not_fit(planned, planned.longest_pair if is_open else planned.row))
     if is_open:
-        tokens = min(16384, planned.largest(planned.mode))
-        if tokens < planned.longest_pair:
-            raise ConfigError(_does_not_fit(planned, planned.longest_pair))
+        tokens = min(tokens for _, tokens in everyone)
         planned = replace(
             planned, settings=replace(settings, train=replace(train, tokens_per_microbatch=tokens))
         )

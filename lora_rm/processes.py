@@ -6,21 +6,21 @@ one process with all rows. The first process alone prints and writes.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-RANK = int(os.environ.get("RANK", "0"))
-"""Number of this process over all machines."""
+LAUNCHED = int(os.environ.get("WORLD_SIZE", "1"))
+"""Processes that were started, over all machines; they work together after `join`."""
 
-COUNT = int(os.environ.get("WORLD_SIZE", "1"))
-"""Processes over all machines."""
+LOCAL_COUNT = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+"""Processes that were started on this machine."""
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Number of this process on its machine, which is the number of its GPU."""
 
-IS_FIRST = RANK == 0
+IS_FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process prints and writes."""
 
 
@@ -33,7 +33,7 @@ def join(device: str) -> None:
     import torch
     import torch.distributed as dist
 
-    if COUNT == 1 or dist.is_initialized():
+    if LAUNCHED == 1 or dist.is_initialized():
         return
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if not on_cpu:
@@ -41,9 +41,27 @@ def join(device: str) -> None:
     dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
 
 
+def count() -> int:
+    """Processes that work together: 1 before `join`."""
+    if LAUNCHED == 1:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among them."""
+    if count() == 1:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
 def wait() -> None:
     """Returns when every process has come here."""
-    if COUNT > 1:
+    if count() > 1:
         import torch.distributed as dist
 
         dist.barrier()
@@ -51,18 +69,18 @@ def wait() -> None:
 
 def gather(value: T) -> list[T]:
     """The values of all processes, by rank; plain Python values."""
-    if COUNT == 1:
+    if count() == 1:
         return [value]
     import torch.distributed as dist
 
-    values: list[Any] = [None] * COUNT
+    values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
     return values
 
 
 def sum_gradients(parameters: Iterable[Any]) -> None:
     """Sums every parameter's gradient over all processes, in one message; a missing one counts as zero."""
-    if COUNT == 1:
+    if count() == 1:
         return
     import torch
     import torch.distributed as dist
@@ -71,8 +89,22 @@ def sum_gradients(parameters: Iterable[Any]) -> None:
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in trained])
-    dist.all_reduce(flat)
-    sizes = [parameter.numel() for parameter in trained]
-    for parameter, part in zip(trained, flat.split(sizes), strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
+    _in_one_message([parameter.grad for parameter in trained], dist.all_reduce)
+
+
+def copy_from_first(tensors: Iterable[Any]) -> None:
+    """Gives every process the values of the first one, in one message."""
+    if count() == 1:
+        return
+    import torch.distributed as dist
+
+    _in_one_message(list(tensors), lambda flat: dist.broadcast(flat, src=0))
+
+
+def _in_one_message(tensors: list[Any], send: Callable[[Any], Any]) -> None:
+    import torch
+
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    send(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.detach().copy_(part.view_as(tensor))

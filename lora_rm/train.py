@@ -1,5 +1,6 @@
 """The training loop."""
 
+import hashlib
 import math
 import signal
 import time
@@ -77,13 +78,14 @@ def train(
     progress = Progress(changed_base=begun_with)
     if resume:
         progress = _resume(model, optimizer, scheduler, run) or progress
-        if progress.changed_base != begun_with:
-            raise ModelError(
-                f"adapter.init {settings.adapter.init} took something else out of the base here than when {run.path} "
-                "was begun; its checkpoints do not fit. Resume on the machine and with the libraries it was begun with."
-            )
+    if any(other != progress.changed_base for other in processes.gather(begun_with)):
+        raise ModelError(
+            f"adapter.init {settings.adapter.init} took something else out of the base here than when {run.path} "
+            "was begun, or than in another process. Go on with the machine and the libraries it was begun with."
+        )
     if settings.adapter.init == "eva" and not progress.step:
         model.start_from_data(data.train.trees, wanted.row)
+    processes.copy_from_first(parameters)
     metrics = MetricsLog(
         run.metrics,
         num_steps,
@@ -104,25 +106,21 @@ def train(
         )
         remove_old(run.checkpoints, wanted.keep_checkpoints)
 
-    if processes.COUNT > 1 and not progress.step:
-        torch.manual_seed(settings.seed * 10_007 + processes.RANK)  # dropout differs from process to process
     model.train()
+    done = num_steps if _is_enough(progress, settings) else progress.step
     with metrics.display(), _stop_signals() as stop:
-        for step, num_preferences, batches in prefetched(
-            _steps(model, data, settings, progress.step, num_steps)
-        ):
+        for step, num_preferences, batches in prefetched(_steps(model, data, settings, done, num_steps)):
             started = time.monotonic()
+            if processes.count() > 1:
+                # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
+                torch.manual_seed(_seed(settings.seed, step, processes.rank()))
             sums = StepSums()
             rate = scheduler.get_last_lr()[0]
             for batch in batches:
                 losses = _losses(model, batch, settings, sums)
-                accelerator.backward(losses.sum() / num_preferences)
+                (losses.sum() / num_preferences).backward()
             processes.sum_gradients(parameters)
-            everyone = processes.gather((sums, stop.requested))
-            sums = sum_steps([own for own, _ in everyone])
-            # never back to false: a signal may have come since
-            if any(requested for _, requested in everyone):
-                stop.requested = True
+            sums = sum_steps(processes.gather(sums))
             norm = _gradient_norm(parameters, wanted.max_grad_norm)
             if math.isfinite(sums.loss) and math.isfinite(norm):
                 optimizer.step()
@@ -147,21 +145,23 @@ def train(
                     "memory_gib": memory_gib(model.device),
                 },
             )
-            enough = False
             if wanted.eval_every_steps and (step % wanted.eval_every_steps == 0 or step == num_steps):
-                enough = _evaluate(model, data, settings, metrics, progress)
+                _evaluate(model, data, settings, metrics, progress)
                 if progress.best_step == step:
                     save("best")
-            if stop.requested or (
+            # one answer for all; a signal that comes later counts at the next step
+            is_stopping = any(processes.gather(stop.requested))
+            if is_stopping or (
                 wanted.save_every_steps and step % wanted.save_every_steps == 0 and step < num_steps
             ):
                 save(f"step-{step:06d}")
-            if stop.requested and step < num_steps:
+            if is_stopping:
+                processes.wait()  # a process that left now would take the first one down while it writes
                 raise Interrupted(
                     f"Stopped at step {step} of {num_steps}; nothing is lost. "
                     f"Go on with `lora-rm train {run.config} --resume`."
                 )
-            if enough:
+            if _is_enough(progress, settings):
                 say(f"No better evaluation since step {progress.best_step}: training stops at step {step}.")
                 break
     if progress.best_step:
@@ -224,9 +224,13 @@ def _steps(
         if step <= done:
             continue
         preferences = [trees[number] for number in numbers]
-        rows = microbatches(preferences, wanted.row, model.batching, processes.COUNT)
-        own = share_of_rows(rows, model.batching, processes.RANK, processes.COUNT)
+        rows = microbatches(preferences, wanted.row, model.batching, processes.count())
+        own = share_of_rows(rows, model.batching, processes.rank(), processes.count())
         yield step, len(preferences), [model.batch(row) for row in own]
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
 
 
 def _losses(model: RewardModel, batch: TreeBatch, settings: Settings, sums: StepSums) -> torch.Tensor:
@@ -260,8 +264,8 @@ def _count_skipped(
 
 def _evaluate(
     model: RewardModel, data: Data, settings: Settings, metrics: MetricsLog, progress: Progress
-) -> bool:
-    """Evaluates, remembers whether it is the best so far; true if training should stop."""
+) -> None:
+    """Evaluates, and remembers whether it is the best so far."""
     found = evaluate(model, data.eval.trees, settings.loss, settings.train.row)
     low, high = found.pairs.interval
     say(
@@ -274,10 +278,12 @@ def _evaluate(
         progress.best_loss, progress.best_step, progress.evaluations_since_best = found.loss, progress.step, 0
     else:
         progress.evaluations_since_best += 1
-    return (
-        bool(settings.train.early_stopping)
-        and progress.evaluations_since_best >= settings.train.early_stopping
-    )
+
+
+def _is_enough(progress: Progress, settings: Settings) -> bool:
+    """Whether so many evaluations brought nothing better that training stops."""
+    allowed = settings.train.early_stopping
+    return bool(allowed) and progress.evaluations_since_best >= allowed
 
 
 def _resume(
@@ -297,9 +303,10 @@ def _resume(
 
 
 def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
-    """Holds the trackers and does the backward pass; the model sets its own types and device."""
+    """Holds the trackers. The model sets its own types and device: what `accelerate config` says of them is not used."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
+        mixed_precision="no",
         log_with=list(settings.train.trackers) or None,
         project_dir=settings.output_dir,
     )

@@ -11,7 +11,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, load_data, read_side
-from lora_rm.errors import ConfigError, DataError, MergeError
+from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export.huggingface import export_huggingface, push
 from lora_rm.merge import merge
@@ -68,6 +68,11 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
     mode: Mode = "selective" if wanted == "auto" else wanted
     model.set_checkpointing(planned.layer_modes if planned else [mode] * len(model.layers))
     model.choose_batching(settings.train.batching)
+    if len(set(processes.gather(model.batching))) > 1:
+        raise ModelError(
+            f"The processes compute batches in different ways ({model.batching} here). Use machines of one kind, or set "
+            "train.batching to one that all can do."
+        )
     count = model.trainable()
     say(
         f"{count.total:,} parameters, of which trained: {count.adapter:,} in the adapter, {count.head:,} in the head. "

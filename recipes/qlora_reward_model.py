@@ -10,6 +10,7 @@ change what you like, it uses public functions of lora_rm only.
 import sys
 import time
 
+from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings, settings_from_command_line
 from lora_rm.console import plain_errors
@@ -30,6 +31,7 @@ from lora_rm.workflow import (
 def main(settings: Settings) -> None:
     """Goes all the way, in the order in which it is written."""
     started = time.monotonic()
+    processes.join(settings.model.device)  # under torchrun or accelerate launch
     settings, planned = fit(settings)
     run = RunFolder.create(settings)
     model = open_model(settings, planned)
@@ -37,6 +39,8 @@ def main(settings: Settings) -> None:
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run)
     evaluate_after(model, data, settings, run)
+    if not processes.IS_FIRST:
+        return
     save_adapter(model, data, settings, run)
     merge_run(run.path, settings)
     export_run(run.path)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,15 +15,19 @@ from lora_rm.config import Settings, check_settings, dump_settings, save_setting
 from lora_rm.data.batches import microbatches, num_tokens, share_of_rows
 from lora_rm.workflow import train_run
 
+TRAIN = ["-m", "lora_rm.cli", "train"]
 
-def launched(settings: Settings, folder, count: int, *words: str) -> subprocess.CompletedProcess[str]:
+
+def launched(
+    settings: Settings, folder, count: int, *words: str, program=TRAIN
+) -> subprocess.CompletedProcess[str]:
     """Trains in so many processes, the way a user starts them."""
     preset = folder / f"{count}.yaml"
     save_settings(settings, preset)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "lora_rm.cli", "train", str(preset), *words],
+        [*command, *program, str(preset), *words],
         env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
@@ -73,6 +79,34 @@ def test_several_processes_train_what_one_does(settings, tmp_path, count):
 
 
 @pytest.mark.slow
+def test_a_run_of_two_processes_with_dropout_goes_on_as_if_nothing_had_happened(settings, tmp_path):
+    """Killed while it writes a later step; each process draws the dropout it would have drawn."""
+    values = {"max_steps": 4, "save_every_steps": 2}
+    whole, cut = (with_values(settings, tmp_path / name, **values) for name in ("whole", "cut"))
+    whole, cut = (replace(own, adapter=replace(own.adapter, dropout=0.3)) for own in (whole, cut))
+    assert launched(whole, tmp_path, 2).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    save_settings(cut, tmp_path / "cut" / "config.yaml")
+    (tmp_path / "cut" / "metrics.jsonl").write_text("")
+    done = launched(cut, tmp_path, 2, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")
+    )
+    for name, expected in one.items():
+        assert torch.equal(other[name], expected), name
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_in_two_processes_and_one_of_them_merges(settings, tmp_path):
+    own = with_values(settings, tmp_path / "run", max_steps=1)
+    done = launched(own, tmp_path, 2, program=["recipes/qlora_reward_model.py"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The export lies in") == 1
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
 def test_resume_with_another_number_of_processes(settings, tmp_path):
     whole = with_values(settings, tmp_path / "whole", max_steps=4)
     train_run(whole)
@@ -100,5 +134,5 @@ def test_rows_are_shared_out_by_tokens_and_every_process_has_some(trees):
 def test_the_library_trains_in_one_process_without_being_launched():
     from lora_rm import processes
 
-    assert (processes.RANK, processes.COUNT, processes.IS_FIRST) == (0, 1, True)
+    assert (processes.rank(), processes.count(), processes.IS_FIRST) == (0, 1, True)
     assert processes.gather("a") == ["a"]

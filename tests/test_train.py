@@ -146,8 +146,9 @@ def test_too_many_skipped_steps_stop_the_run_with_a_diagnosis(settings, trees):
         train(model, data_of(trees), own, RunFolder.create(own))
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch, capsys):
-    """SIGTERM at step 4 of 12, dropout on, evaluation on; bit for bit the run that was not stopped."""
+@pytest.mark.parametrize("stop_at", [4, 12])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch, capsys, stop_at):
+    """SIGTERM at a step of 12, dropout on, evaluation on; bit for bit the run that was not stopped."""
     own = changed(
         settings,
         adapter={"dropout": 0.1},
@@ -158,11 +159,11 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch,
 
     def step(self, number, values):
         real(self, number, values)
-        if number == 4:
+        if number == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLog, "step", step)
-    with pytest.raises(Interrupted, match="step 4 of 12.*--resume"):
+    with pytest.raises(Interrupted, match=f"step {stop_at} of 12.*--resume"):
         train_run(own)
     monkeypatch.setattr(MetricsLog, "step", real)
     stopped = train_run(own, resume=True)
@@ -257,6 +258,26 @@ def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monk
     for name, weight in trained_weights(model).items():
         assert torch.equal(weight, seen[1][name]), name
     assert not all(torch.equal(weight, seen[3][name]) for name, weight in trained_weights(model).items())
+
+
+def test_a_run_that_has_stopped_early_is_over(settings, trees, monkeypatch):
+    """Stopped by hand at the very step at which it would have stopped by itself, it does not train on."""
+    from dataclasses import replace
+
+    real = train_module.evaluate
+    monkeypatch.setattr(train_module, "evaluate", lambda *rest: replace(real(*rest), loss=0.5))
+    own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 1, "num_epochs": 3})
+    run, model = RunFolder.create(own), open_model(own)
+    show = MetricsLog.step
+    monkeypatch.setattr(
+        MetricsLog,
+        "step",
+        lambda self, n, values: (show(self, n, values), n == 2 and os.kill(os.getpid(), signal.SIGTERM)),
+    )
+    with pytest.raises(Interrupted, match="step 2 of"):
+        train(model, data_of(trees), own, run)
+    progress = train(open_model(own), data_of(trees), own, run, resume=True)
+    assert (progress.step, progress.best_step) == (2, 1)
 
 
 def test_a_paged_optimizer_without_a_gpu_is_refused(settings, trees):

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
-from lora_rm.model.tree_attention import tree_attention
+from lora_rm.model.reward_model import _probe
+from lora_rm.model.tree_attention import time_cores, tree_attention
 
 
 def some_trees(vocabulary: int) -> list[TokenTree]:
@@ -282,3 +283,26 @@ class Products(TorchDispatchMode):
         if operator.name().startswith("aten::mm") and args[0].shape[1] > 4 and args[1].shape[1] > 4:
             self.num_products += 1
         return operator(*args, **(kwargs or {}))
+
+
+def test_cores_are_timed_with_their_backward_pass_wherever_scoring_asks_for_them():
+    """Under no_grad, as `score` calls it, and without touching the random state of training."""
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        seconds = time_cores(torch.device("cpu"), torch.float32, 4, 2, 16)
+    assert seconds.keys() == {"answers", "gathered"}  # the kernel of varlen needs CUDA
+    assert all(taken > 0 for taken in seconds.values())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_core_that_the_model_cannot_use_is_given_up(base, monkeypatch, capsys):
+    """Flash attention does not run on a CPU, as it does not on a card without it."""
+    model = make_model(base)
+    model._cores = dict.fromkeys((torch.float32, torch.bfloat16), "varlen")
+    with model._random_head():
+        model._check_core(_probe(90), torch.zeros(6))
+    assert model._core() == "answers"
+    assert "the core varlen does not suit this model" in capsys.readouterr().out
+    model._cores = {torch.float32: "gathered"}
+    model.choose_batching()
+    assert (model.batching, model._core()) == ("shared", "gathered")

@@ -266,8 +266,8 @@ def microbatches(
 
     Rows are filled evenly: with n rows needed, each gets about a n-th of the tokens, so that the last one is
     no crumb. Preferences of one group stay together where they fit; a preference larger than the budget gets
-    a row of its own. In padded batches the cost counted is that of the padded row. With enough preferences
-    there are `at_least` so many rows, as that many processes need.
+    a row of its own. In padded batches the cost counted is that of the padded row. With enough families
+    there are `at_least` so many rows, as that many processes need (not in padded batches).
     """
     if batching == "padded":
         return _padded_rows(

@@ -95,7 +95,8 @@ def start_from_residual(model: PeftModel, base: BaseModel) -> None:
     """Starts every pair of matrices at the best approximation of what 4-bit storage lost of its weight.
 
     LoftQ, Li et al. 2023 (arXiv 2310.08659), alg. 1 with one step: the codes stay those of the base, and
-    scale B A is the rank-r part of W - dequantised(W), by singular values.
+    scale B A is the rank-r part of W - dequantised(W), by singular values. A rank above the smaller side of a
+    weight leaves the rest at the default start.
 
     Raises:
         ModelError: If a weight is not in the base's files under its name.
@@ -113,9 +114,11 @@ def start_from_residual(model: PeftModel, base: BaseModel) -> None:
         seen = bnb_functional.dequantize_4bit(weight.data, weight.quant_state).float()
         residual = source.read().to(seen) - seen
         left, values, right = torch.linalg.svd(residual, full_matrices=False)
-        rank, roots = layer.r["default"], values.sqrt()
-        layer.lora_A["default"].weight.data.copy_(roots[:rank, None] * right[:rank])
-        layer.lora_B["default"].weight.data.copy_(left[:, :rank] * roots[:rank] / layer.scaling["default"])
+        rank, roots = min(layer.r["default"], len(values)), values.sqrt()
+        layer.lora_A["default"].weight.data[:rank] = roots[:rank, None] * right[:rank]
+        layer.lora_B["default"].weight.data[:, :rank] = (
+            left[:, :rank] * roots[:rank] / layer.scaling["default"]
+        )
 
 
 def start_from_activations(model: PeftModel, rewards: Any, batches: Sequence[Any]) -> None:

@@ -59,9 +59,10 @@ def tree_attention(
     how = _How(tree_plan, scaling, dropout, sliding_window, softcap)
     if tree_plan.only_ends:
         return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
-    if tree_plan.core != "answers" and softcap is None:
-        core = _gathered if tree_plan.core == "gathered" else _varlen
-        return core(query_1HTD, key_1GTD, value_1GTD, how), None
+    if tree_plan.core == "gathered" and softcap is None:
+        return _gathered(query_1HTD, key_1GTD, value_1GTD, how), None
+    if tree_plan.core == "varlen" and softcap is None and not dropout:  # the kernel has no dropout
+        return _varlen(query_1HTD, key_1GTD, value_1GTD, how), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
     queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
     outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
@@ -134,16 +135,14 @@ def _varlen(
 ) -> torch.Tensor:
     """One flash-attention call in which every answer has its own numbers of queries and keys.
 
-    The last query of an answer stands at its last key (causal from the lower right).
-
-    Raises:
-        NotImplementedError: With attention dropout, which the kernel does not have.
+    The last query of an answer stands at its last key (causal from the lower right). Rotary positions held in
+    float32 leave queries and keys in float32; the kernel wants them in the values' type.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if how.dropout:
-        raise NotImplementedError("tree attention: varlen has no attention dropout")
-    query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1GTD, value_1GTD))
+    query_THD, key_TGD, value_TGD = (
+        x[0].transpose(0, 1).to(value_1GTD.dtype) for x in (query_1HTD, key_1GTD, value_1GTD)
+    )
     keys = how.plan.indices["keys"]
     most_queries, most_keys = how.plan.longest
     output_THD: Any = varlen_attn(
@@ -207,18 +206,19 @@ def _softcapped(
 AttentionInterface.register(NAME, tree_attention)
 
 
-def fastest_core(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int) -> Core:
-    """The fastest of the cores that are exact on a device, by trying them on a row of random values.
+@torch.enable_grad()
+def time_cores(
+    device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int
+) -> dict[Core, float]:
+    """Seconds of a forward and a backward pass of every core that is exact on a device, on a row of random values.
 
     Args:
-        device: On a CPU it is `answers`: `gathered` computes the prompts again and never was faster there.
-        dtype: Of queries, keys and values; varlen needs a 16-bit one.
+        device: On a CPU `gathered` computes the prompts again and never was faster than `answers`.
+        dtype: Of queries, keys and values; varlen needs a 16-bit one and CUDA.
         heads: Query heads.
         groups: Key-value heads.
         size: Of a head.
     """
-    if device.type == "cpu":
-        return "answers"
     trees, start = [], 0
     for number in range(16):
         trees.append(Tree(start, 160 + 7 * number, (60 + number, 90 - number)))
@@ -226,7 +226,11 @@ def fastest_core(device: torch.device, dtype: torch.dtype, heads: int, groups: i
     ends = torch.tensor([tree.end - 1 for tree in trees])
     plan = TreePlan(tuple(trees), ends)
     shapes = [(1, count, start, size) for count in (heads, groups, groups)]
-    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)  # a resumed run has its random state restored already
+    inputs = [
+        torch.randn(shape, device=device, dtype=dtype, generator=generator).requires_grad_()
+        for shape in shapes
+    ]
     query, key, value = (x.detach().float() for x in inputs)
     exact, _ = tree_attention(torch.nn.Module(), query, key, value, None, tree_plan=plan.to(device))
     step = torch.finfo(dtype).eps
@@ -236,20 +240,23 @@ def fastest_core(device: torch.device, dtype: torch.dtype, heads: int, groups: i
         try:
             runs = [_run(inputs, own) for _ in range(5)]
         except (RuntimeError, NotImplementedError, ValueError, ImportError):
+            if core == "answers":
+                raise
             continue
         if float((runs[0][0].float() - exact).abs().max()) <= 8 * step * float(exact.abs().max()):
             seconds[core] = min(taken for _, taken in runs)
-    return min(seconds, key=lambda core: seconds[core]) if seconds else "answers"
+    return seconds
 
 
 def _run(inputs: Sequence[torch.Tensor], plan: TreePlan) -> tuple[torch.Tensor, float]:
     """Output of the attention, and the seconds of a forward and a backward pass."""
     query, key, value = inputs
-    torch.cuda.synchronize()
+    synchronize = torch.get_device_module(query.device).synchronize
+    synchronize()
     started = time.perf_counter()
     output, _ = tree_attention(torch.nn.Module(), query, key, value, None, tree_plan=plan)
     output.sum().backward()
-    torch.cuda.synchronize()
+    synchronize()
     return output.detach(), time.perf_counter() - started
 
 
@@ -264,6 +271,7 @@ class LastLayer:
     def __init__(self, layer: torch.nn.Module) -> None:
         """Hooks into the layer; `remove` takes the hooks out again."""
         self.ends: torch.Tensor | None = None
+        self.length = 0
         self.handles = []
         for name, module in layer.named_modules():
             # hooks of the layer itself would stay outside of what checkpointing computes again
@@ -287,7 +295,7 @@ class LastLayer:
         return args, kwargs if plan is None else {**kwargs, "tree_plan": plan.for_ends()}
 
     def _select(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if self.ends is None:
+        if self.ends is None or not args:  # called by keyword: lengths then differ, and the check says no
             return args
         self.length = args[0].shape[1]
         return (args[0].index_select(1, self.ends), *args[1:])

@@ -7,7 +7,7 @@ from conftest import make_base, make_model, shake
 from lora_rm.config import check_settings
 from lora_rm.data.batches import TreePlan, build_batch
 from lora_rm.data.tokens import TokenTree
-from lora_rm.model.tree_attention import fastest_core, tree_attention
+from lora_rm.model.tree_attention import time_cores, tree_attention
 from lora_rm.plan import calibrate, plan
 from lora_rm.train import build_optimizer
 
@@ -61,7 +61,9 @@ def test_the_fastest_core_is_found_in_two_seconds():
     import time
 
     started = time.perf_counter()
-    assert fastest_core(torch.device("cuda"), torch.bfloat16, 32, 8, 128) in ("answers", "gathered", "varlen")
+    with torch.no_grad():  # as scoring calls it
+        seconds = time_cores(torch.device("cuda"), torch.bfloat16, 32, 8, 128)
+    assert seconds.keys() == {"answers", "gathered", "varlen"}
     assert time.perf_counter() - started < 2.0
 
 
