@@ -4,7 +4,8 @@ RUN/
 config.yaml        the settings, resolved; runs again as a preset
 data.json          rows kept, dropped and cut, by reason
 metrics.jsonl      one line a step
-checkpoints/       step-000100/ ..., best/: everything the next step depends on
+inputs.json        SHA-256 of the base and of both sides of the data: a run goes on with no others
+checkpoints/       step-000100/ ..., best-000080/: everything the next step depends on
 adapter/           LoRA matrices, score head, tokenizer, lora_rm.json
 eval.json          held-out accuracy before and after training
 merged/            the merged model: a transformers folder
@@ -13,23 +14,39 @@ export/            one folder a target
 summary.json       the numbers of the last table
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from lora_rm.config import Settings, load_settings, save_settings
-from lora_rm.errors import ConfigError, ModelError
+from lora_rm.config import Settings, dump_settings, load_settings
+from lora_rm.errors import ConfigError, ModelError, storing
+from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.processes import IS_FIRST, wait
+
+HARMLESS = (
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "train.trackers",
+    "train.max_skipped_steps",
+    "merge",
+    "verify",
+)
+"""Settings and sections that do not change what is trained: they may differ at resume, if that is allowed."""
+
+_LOCKS: dict[str, int] = {}
+"""Run folders that this process has locked, and the descriptors that hold the locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +56,37 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, settings: Settings, resume: bool = False) -> "RunFolder":
-        """Makes the folder of a new run, or finds that of an interrupted one.
+    def create(cls, settings: Settings, resume: bool = False, *, allow: bool = False) -> "RunFolder":
+        """Makes the folder of a new run, or finds that of an interrupted one, and locks it.
+
+        Args:
+            settings: Of the run.
+            resume: Go on with the run that lies there.
+            allow: Resume although settings of `HARMLESS` differ; the run then has the new ones.
 
         Raises:
             ConfigError: If a run lies there already and neither `resume` nor `overwrite` says what to do with
-                it, or if the settings to resume with are not those it was started with.
+                it, if the settings to resume with would make it another run, or if another process works in it.
+            StorageError: If the folder cannot be written.
         """
         run = cls(Path(settings.output_dir))
         if not IS_FIRST:  # the first process decides, and fails for all
             wait()
             return run
         try:
-            return cls._create(run, settings, resume)
+            return cls._create(run, settings, resume, allow)
         finally:
             wait()
 
     @classmethod
-    def _create(cls, run: "RunFolder", settings: Settings, resume: bool) -> "RunFolder":
+    def _create(cls, run: "RunFolder", settings: Settings, resume: bool, allow: bool) -> "RunFolder":
         if resume:
-            earlier = run.settings()
-            if earlier != settings:
-                raise ConfigError(
-                    f"{run.config}: the settings differ from those of the run to be resumed. "
-                    f"Resume with `lora-rm train {run.config} --resume`."
-                )
+            _check_same(run, settings, allow)
+            run.lock()
+            if allow:
+                write_atomically(run.config, dump_settings(settings))
+            for stale in run.checkpoints.glob(".*"):
+                shutil.rmtree(stale)
             return run
         if run.config.exists():
             if not settings.overwrite:
@@ -71,12 +94,38 @@ class RunFolder:
                     f"{run.path}: a run lies here already. Choose another output_dir, go on with "
                     f"`lora-rm train {run.config} --resume`, or replace it with --overwrite True."
                 )
-            shutil.rmtree(run.path)
-        elif run.path.is_dir() and any(run.path.iterdir()):
+        elif run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
             raise ConfigError(f"{run.path}: is not empty and no run of lora_rm. Choose another output_dir.")
-        run.path.mkdir(parents=True, exist_ok=True)
-        save_settings(settings, run.config)
+        run.lock()
+        with storing(run.path):
+            for path in run.path.iterdir():  # not the folder itself: it is what the lock holds
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_atomically(run.config, dump_settings(settings))
         return run
+
+    def lock(self) -> None:
+        """Keeps other processes from writing into this run until this process ends, however it ends.
+
+        Raises:
+            ConfigError: If another process writes into it; naming that process.
+        """
+        key = os.path.realpath(self.path)
+        if key in _LOCKS:
+            return
+        with storing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = _lock_owner(descriptor)
+            os.close(descriptor)
+            raise ConfigError(
+                f"{self.path}: {other} works in this run folder. Wait until it ends, stop it, or choose another output_dir."
+            ) from None
+        except OSError:  # a network disk without locks
+            pass
+        _LOCKS[key] = descriptor
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -105,7 +154,6 @@ class RunFolder:
     config = property(lambda self: self.path / "config.yaml")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     checkpoints = property(lambda self: self.path / "checkpoints")
-    best = property(lambda self: self.path / "checkpoints" / "best")
     adapter = property(lambda self: self.path / "adapter")
     merged = property(lambda self: self.path / "merged")
     parity = property(lambda self: self.path / "parity.json")
@@ -126,13 +174,67 @@ class RunFolder:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes a text file so that a reader finds the old one or the new one, never a part."""
+    """Writes a text file so that a reader finds the old one or the new one, never a part.
+
+    Raises:
+        StorageError: If the disk is full or the folder cannot be written.
+    """
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        with storing(file):
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:
+    """Refuses to go on with settings that would make another run of it."""
+    earlier, now = (_flat(asdict(values)) for values in (run.settings(), settings))
+    for values in (earlier, now):
+        values.pop("overwrite", None)  # says nothing about the run
+    differing = sorted(name for name in now if now[name] != earlier[name])
+    serious = [n for n in differing if n not in HARMLESS and n.partition(".")[0] not in HARMLESS]
+    if not differing or (allow and not serious):
+        return
+    changes = "; ".join(f"{name} was {earlier[name]!r}, is {now[name]!r}" for name in serious or differing)
+    remedy = (
+        "They would make another run of it: choose another output_dir for that"
+        if serious
+        else "They do not change what is trained: add --resume.allow"
+    )
+    raise ConfigError(
+        f"{run.config}: settings differ from those of the run to be resumed ({changes}). {remedy}, or go on with what was "
+        f"set: `lora-rm train {run.config} --resume`."
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, of sections one level deep."""
+    return {
+        name: value
+        for key, section in values.items()
+        for name, value in (
+            {f"{key}.{inner}": v for inner, v in section.items()}
+            if isinstance(section, dict)
+            else {key: section}
+        ).items()
+    }
+
+
+def _lock_owner(descriptor: int) -> str:
+    """The process that has locked an open folder, in words; Linux lists them."""
+    with contextlib.suppress(OSError, ValueError):
+        inode = str(os.fstat(descriptor).st_ino)
+        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+                words = Path(f"/proc/{fields[4]}/cmdline").read_text(encoding="utf-8").split("\0")
+                return f"process {fields[4]} ({' '.join(' '.join(words).split())[:80]})"
+    return "another process"
 
 
 def save_checkpoint(
@@ -154,14 +256,35 @@ def save_checkpoint(
         optimizer: Its moments are stored bit for bit.
         scheduler: Of the learning rate.
         progress: Plain values: step, best loss, counts.
+
+    Raises:
+        StorageError: If the disk is full; the checkpoints that are there stay whole.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        with storing(folder):
+            partial.mkdir(parents=True)
+            _write_checkpoint(partial, model, optimizer, scheduler, progress)
+            for file in [*partial.iterdir(), partial]:
+                _flush(file)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    progress: dict[str, Any],
+) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
-    save_file(
-        {name: p.detach().cpu().contiguous() for name, p in trainable(model)}, partial / "model.safetensors"
-    )
+    weights = {name: p.detach().cpu().contiguous() for name, p in trainable(model)}
+    save_tensors(weights, folder / "model.safetensors")
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
@@ -171,22 +294,17 @@ def save_checkpoint(
                 tensors[name] = value.detach().cpu().contiguous()
             else:
                 plain[name] = value
-    save_file(tensors, partial / "optimizer.safetensors")
-    save_file(_random_tensors(), partial / "random.safetensors")
+    save_tensors(tensors, folder / "optimizer.safetensors")
+    save_tensors(_random_tensors(), folder / "random.safetensors")
     state = {
         "progress": progress,
         "optimizer": plain,
         "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
         "random": _random_plain(),
     }
-    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    manifest = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    for file in [*partial.iterdir(), partial]:
-        _flush(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _flush(folder.parent)
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def load_checkpoint(
@@ -199,13 +317,13 @@ def load_checkpoint(
     """Puts model, optimizer, schedule and random states back; returns the progress.
 
     Raises:
-        ModelError: If the checkpoint belongs to a model with other trainable parameters.
+        ModelError: If the checkpoint belongs to a model with other trainable parameters, or is damaged.
     """
     load_weights(folder, model)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer.state.clear()
-    for name, value in [*load_file(folder / "optimizer.safetensors").items(), *state["optimizer"].items()]:
+    for name, value in [*load_tensors(folder / "optimizer.safetensors").items(), *state["optimizer"].items()]:
         parameter_name, key = name.rsplit("/", 1)
         parameter = by_name[parameter_name]
         if isinstance(value, torch.Tensor) and key != "step":
@@ -214,7 +332,7 @@ def load_checkpoint(
     scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
     for group, rate in zip(optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
         group["lr"] = rate
-    _restore_random(load_file(folder / "random.safetensors"), state["random"])
+    _restore_random(load_tensors(folder / "random.safetensors"), state["random"])
     return state["progress"]
 
 
@@ -224,7 +342,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     Raises:
         ModelError: If they are not those of this model.
     """
-    stored = load_file(folder / "model.safetensors")
+    stored = load_tensors(folder / "model.safetensors")
     own = dict(trainable(model))
     if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
         raise ModelError(
@@ -251,10 +369,19 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Removes all but the newest checkpoints."""
-    for old in step_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+def remove_old(folder: Path, keep: int, best_step: int) -> None:
+    """Removes all but the newest checkpoints, the best one, and those that a kept one calls the best."""
+    newest = step_checkpoints(folder)
+    wanted = {best_step}
+    for checkpoint in newest[-keep:]:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: no run goes on from it
+            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            wanted.add(state["progress"]["best_step"])
+    best = [path for path in folder.glob("best-*") if int(path.name.removeprefix("best-")) not in wanted]
+    for old in [*newest[:-keep], *best]:
+        # out of the way at once: what is half removed must not look like a damaged checkpoint
+        removed = old.rename(old.with_name(f".{old.name}.removed"))
+        shutil.rmtree(removed)
 
 
 def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

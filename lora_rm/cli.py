@@ -69,11 +69,17 @@ def train(words: Sequence[str]) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of output_dir"
     )
+    parser.add_argument(
+        "--resume.allow",
+        dest="allow",
+        action="store_true",
+        help="resume although settings that do not change what is trained differ",
+    )
     options, flags = _parse(parser, words, only=())
     settings = load_settings(options.preset, flags)
     from lora_rm.workflow import train_run
 
-    train_run(settings, resume=options.resume)
+    train_run(settings, resume=options.resume or options.allow, allow=options.allow)
 
 
 def merge(words: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Numbers of a training run: metrics.jsonl, a display or plain lines, and trackers."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_rm.console import console, say
 from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import storing
 from lora_rm.evaluate import PairCount, ordered_pairs
 from lora_rm.processes import IS_FIRST
 
@@ -80,12 +82,15 @@ class MetricsLog:
     def __init__(
         self, file: Path, num_steps: int, *, first_step: int = 0, every: int = 1, accelerator: Any = None
     ) -> None:
-        """Opens the file for appending; lines of steps after `first_step`, left by an interrupted run, go.
+        """Opens the file for appending; what is in it stays.
+
+        A run that goes on from a checkpoint repeats the steps after it, and with the same numbers: their lines are
+        there already and are not written again. Half a line, left by a kill, goes.
 
         Args:
             file: metrics.jsonl.
             num_steps: Optimizer steps of the whole run.
-            first_step: Steps done before; their lines stay.
+            first_step: Steps done before.
             every: Steps between shown lines; every step is written.
             accelerator: Whose trackers get the numbers too.
         """
@@ -96,11 +101,22 @@ class MetricsLog:
         self.first_step = first_step
         if not IS_FIRST:
             file = Path(os.devnull)
-        elif file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-            file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.stream = file.open("a", encoding="utf-8")
+        self.file = file
+        self.written: set[tuple[int, bool]] = set()
+        with storing(file):
+            self.stream = file.open("a+b", buffering=0)
+            self.stream.seek(0)
+            whole = 0
+            for line in self.stream.readlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    found = json.loads(line)
+                    if line.endswith(b"\n"):
+                        self.written.add((found["step"], "eval" in found))
+                        whole += len(line)
+                        continue
+                break
+            if whole < file.stat().st_size and file.is_file():
+                self.stream.truncate(whole)
         self.bar: Progress | None = None
 
     @contextmanager
@@ -143,8 +159,14 @@ class MetricsLog:
         self._write({"step": step, "eval": values})
 
     def _write(self, values: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(values) + "\n")
-        self.stream.flush()
+        key = (values["step"], "eval" in values)
+        if key in self.written:
+            return
+        self.written.add(key)
+        with storing(self.file):
+            line = memoryview((json.dumps(values) + "\n").encode())
+            while line:
+                line = line[self.stream.write(line) :]
         if self.accelerator is not None and self.accelerator.trackers:
             flat = {f"eval/{k}": v for k, v in values["eval"].items()} if "eval" in values else values
             numbers = {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}

@@ -4,13 +4,14 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import set_seed
 from transformers import get_scheduler
 
 from lora_rm import processes
@@ -45,6 +46,8 @@ class Progress:
     skipped_in_a_row: int = 0
     changed_base: str = ""
     """Hash of what adapter.init pissa or olora took out of the base."""
+    row: int = 0
+    """Tokens of a microbatch since the device ran out of memory; 0: as it was set."""
 
 
 def train(
@@ -54,7 +57,8 @@ def train(
 
     At every step the preferences of `training_order` are cut into rows of at most `tokens_per_microbatch`
     tokens; the losses add up to their mean over the step. Several processes share a step's rows and sum their
-    gradients. With `eval_every_steps` the best state by evaluation loss is kept and put back at the end.
+    gradients. With `eval_every_steps` the best state by evaluation loss is kept and put back at the end. A step
+    for which the device has too little memory is repeated with rows of half the tokens.
 
     Args:
         model: With trainable adapter and head; trained in place.
@@ -65,7 +69,9 @@ def train(
 
     Raises:
         Interrupted: After Ctrl-C or SIGTERM, when a checkpoint is saved.
-        ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient.
+        ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient, or rows of a single
+            preference do not fit the device.
+        StorageError: If the disk is full; earlier checkpoints are whole.
         ConfigError: If a setting needs hardware that is not here.
     """
     wanted = settings.train
@@ -86,6 +92,8 @@ def train(
     if settings.adapter.init == "eva" and not progress.step:
         model.start_from_data(data.train.trees, wanted.row)
     processes.copy_from_first(parameters)
+    if not progress.step:  # whether the evaluation before was skipped must not matter
+        set_seed(_seed(settings.seed, 0, 0))
     metrics = MetricsLog(
         run.metrics,
         num_steps,
@@ -104,23 +112,26 @@ def train(
             scheduler=scheduler,
             progress=asdict(progress),
         )
-        remove_old(run.checkpoints, wanted.keep_checkpoints)
+        remove_old(run.checkpoints, wanted.keep_checkpoints, progress.best_step)
 
     model.train()
-    done = num_steps if _is_enough(progress, settings) else progress.step
     with metrics.display(), _stop_signals() as stop:
-        for step, num_preferences, batches in prefetched(_steps(model, data, settings, done, num_steps)):
+        for step, num_preferences, batches, _ in _steps(model, data, settings, progress, num_steps):
             started = time.monotonic()
             if processes.count() > 1:
                 # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
                 torch.manual_seed(_seed(settings.seed, step, processes.rank()))
-            sums = StepSums()
             rate = scheduler.get_last_lr()[0]
-            for batch in batches:
-                losses = _losses(model, batch, settings, sums)
-                (losses.sum() / num_preferences).backward()
+            parts = [
+                part
+                for part in processes.gather(_gradients(model, batches, num_preferences, settings))
+                if part is not None
+            ]
+            if len(parts) < processes.count():  # a device had too little memory: the step comes again
+                optimizer.zero_grad(set_to_none=True)
+                continue
+            sums = sum_steps(parts)
             processes.sum_gradients(parameters)
-            sums = sum_steps(processes.gather(sums))
             norm = _gradient_norm(parameters, wanted.max_grad_norm)
             if math.isfinite(sums.loss) and math.isfinite(norm):
                 optimizer.step()
@@ -143,12 +154,13 @@ def train(
                     "seconds": seconds,
                     "tokens_per_second": sums.num_tokens / seconds,
                     "memory_gib": memory_gib(model.device),
+                    "tokens_per_microbatch": progress.row or wanted.row,
                 },
             )
             if wanted.eval_every_steps and (step % wanted.eval_every_steps == 0 or step == num_steps):
                 _evaluate(model, data, settings, metrics, progress)
                 if progress.best_step == step:
-                    save("best")
+                    save(f"best-{step:06d}")
             # one answer for all; a signal that comes later counts at the next step
             is_stopping = any(processes.gather(stop.requested))
             if is_stopping or (
@@ -166,7 +178,7 @@ def train(
                 break
     if progress.best_step:
         processes.wait()
-        load_weights(run.best, model)
+        load_weights(run.checkpoints / f"best-{progress.best_step:06d}", model)
     for tracker in accelerator.trackers:  # end_training would part the processes too
         tracker.finish()
     return progress
@@ -213,31 +225,88 @@ def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optim
     return bnb.optim.PagedAdamW8bit(groups, **arguments)
 
 
+class _Step(NamedTuple):
+    number: int
+    num_preferences: int
+    batches: list[TreeBatch]
+    """This process' share of the rows."""
+    can_be_cut: bool
+    """Whether a row of any process holds more than one preference."""
+
+
 def _steps(
-    model: RewardModel, data: Data, settings: Settings, done: int, num_steps: int
-) -> Iterator[tuple[int, int, list[TreeBatch]]]:
-    """Every step left: its number, how many preferences it has, and this process' share of its rows."""
-    wanted, trees = settings.train, data.train.trees
+    model: RewardModel, data: Data, settings: Settings, progress: Progress, num_steps: int
+) -> Iterator[_Step]:
+    """Every step left; one that was not done comes again, with rows of half the tokens.
+
+    Raises:
+        ModelError: If a step was not done although every row is a single preference.
+    """
+    while progress.step < num_steps and not _is_enough(progress, settings):
+        row = progress.row or settings.train.row
+        for step in prefetched(_rows(model, data, settings, progress.step, num_steps, row)):
+            yield step
+            if progress.step == step.number:
+                continue
+            if not step.can_be_cut:
+                raise ModelError(
+                    f"Step {step.number} needs more memory than {model.device} has, with one preference a row. Lower "
+                    "data.max_length or adapter.rank, or set train.checkpointing full; `lora-rm plan` tells what fits."
+                )
+            progress.row = row // 2
+            say(
+                f"Step {step.number} needs more memory than {model.device} has with rows of {row} tokens. It is repeated, "
+                f"and training goes on, with rows of {progress.row}."
+            )
+            break
+
+
+def _rows(
+    model: RewardModel, data: Data, settings: Settings, done: int, num_steps: int, budget: int
+) -> Iterator[_Step]:
+    """Every step after the first `done`, cut into rows of at most `budget` tokens."""
+    trees = data.train.trees
     groups = [tree.group for tree in trees]
-    order = training_order(len(trees), num_steps, wanted.preferences_per_step, settings.seed, groups)
+    order = training_order(len(trees), num_steps, settings.train.preferences_per_step, settings.seed, groups)
     for step, numbers in enumerate(order, start=1):
         if step <= done:
             continue
         preferences = [trees[number] for number in numbers]
-        rows = microbatches(preferences, wanted.row, model.batching, processes.count())
+        rows = microbatches(preferences, budget, model.batching, processes.count())
         own = share_of_rows(rows, model.batching, processes.rank(), processes.count())
-        yield step, len(preferences), [model.batch(row) for row in own]
+        can_be_cut = any(len(row) > 1 for row in rows)
+        yield _Step(step, len(preferences), [model.batch(row) for row in own], can_be_cut)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "big")
 
 
-def _losses(model: RewardModel, batch: TreeBatch, settings: Settings, sums: StepSums) -> torch.Tensor:
-    rewards = model(batch)
-    losses = preference_losses(rewards, batch.preferences, settings.loss)
-    sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
-    return losses
+def _gradients(
+    model: RewardModel, batches: Sequence[TreeBatch], num_preferences: int, settings: Settings
+) -> StepSums | None:
+    """Adds up the gradients of a step's mean loss; None if the device has too little memory.
+
+    The random states are then those from before, so that the repeated step draws the same dropout.
+    """
+    sums = StepSums()
+    on_gpu = model.device.type == "cuda"
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(model.device) if on_gpu else None
+    try:
+        for batch in batches:
+            rewards = model(batch)
+            losses = preference_losses(rewards, batch.preferences, settings.loss)
+            sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
+            (losses.sum() / num_preferences).backward()
+        return sums
+    except torch.OutOfMemoryError:
+        torch.set_rng_state(before[0])
+        if before[1] is not None:
+            torch.cuda.set_rng_state(before[1], model.device)
+    # outside of the handler, whose traceback holds the tensors of the step
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return None
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter], highest: float) -> float:
@@ -266,7 +335,7 @@ def _evaluate(
     model: RewardModel, data: Data, settings: Settings, metrics: MetricsLog, progress: Progress
 ) -> None:
     """Evaluates, and remembers whether it is the best so far."""
-    found = evaluate(model, data.eval.trees, settings.loss, settings.train.row)
+    found = evaluate(model, data.eval.trees, settings.loss, progress.row or settings.train.row)
     low, high = found.pairs.interval
     say(
         f"evaluation at step {progress.step}: loss {found.loss:.4f}, accuracy {found.pairs.accuracy:.3f} [{low:.3f}, {high:.3f}]"

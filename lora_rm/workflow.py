@@ -28,15 +28,20 @@ NUM_CANARIES = 32
 """Held-out answers kept with the adapter, with their rewards: what every later form of the model is held to."""
 
 
-def train_run(settings: Settings, *, resume: bool = False) -> RunFolder:
+def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) -> RunFolder:
     """Trains and evaluates; leaves a run folder with an adapter.
+
+    Args:
+        settings: Of the run.
+        resume: Go on from the newest whole checkpoint.
+        allow: As in `RunFolder.create`.
 
     Raises:
         LoraRmError: If a setting, the data or the model cannot be used, or training was stopped.
     """
     processes.join(settings.model.device)
     settings, planned = fit(settings)
-    run = RunFolder.create(settings, resume)
+    run = RunFolder.create(settings, resume, allow=allow)
     model = open_model(settings, planned)
     data = read_data(settings, model, run)
     evaluate_before(model, data, settings, run)
@@ -82,8 +87,25 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
 
 
 def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
-    """Reads both sides of the data and writes what became of every row to `data.json`."""
+    """Reads both sides of the data and writes what became of every row to `data.json`.
+
+    Raises:
+        ConfigError: If the run was begun with other data or another base.
+    """
     data = load_data(settings.data, model.chat, seed=settings.seed, cache=cache_folder())
+    inputs = {
+        "data.train": data.train.sha256,
+        "data.eval": data.eval.sha256,
+        **{f"model.base {name}": found for name, found in model.base.file_hashes().items()},
+    }
+    known = run.read_json("inputs.json") or inputs
+    changed = sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name))
+    if changed:
+        raise ConfigError(
+            f"{run.path}: was begun with other inputs than are there now ({', '.join(changed)}). Put them back as they were, "
+            "or begin a new run in another output_dir."
+        )
+    run.write_json("inputs.json", inputs)
     run.write_json("data.json", data.report)
     data.show()
     return data
@@ -141,6 +163,8 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     adapter = run.adapter if run else path
+    if run:
+        run.lock()
     read_record(adapter)
     if out is None:
         out = run.merged if run else path.with_name(path.name + "-merged")
@@ -166,6 +190,8 @@ def export_run(
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     merged = run.merged if run else path
+    if run:
+        run.lock()
     if not (merged / "config.json").is_file():
         raise MergeError(f"{path}: holds no merged model. Run `lora-rm merge {path}` first.")
     if out is None:

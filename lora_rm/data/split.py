@@ -1,6 +1,8 @@
 """Training and evaluation preferences out of files: checked, split by prompt, tokenised, and counted."""
 
+import hashlib
 import random
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,16 @@ class Side:
 
     preferences: list[Preference]
     trees: list[TokenTree]
+
+    @property
+    def sha256(self) -> str:
+        """Of all that training and evaluation read of it."""
+        digest = hashlib.sha256()
+        for tree in self.trees:
+            for row in (tree.prompt_ids, *tree.answer_ids):
+                digest.update(array("q", [len(row), *row]).tobytes())
+            digest.update(repr((tree.kind, tree.probability, tree.margin, tree.scores, tree.group)).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,13 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_rm.config import AdapterSettings
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BaseModel
-from lora_rm.model.tensor_files import stored_tensors
+from lora_rm.model.tensor_files import load_tensors, save_tensors, stored_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -169,12 +168,12 @@ class ChangedBase:
 
     def convert(self, folder: Path) -> None:
         """Rewrites a saved adapter to one of twice the rank that fits the unchanged base."""
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_tensors(folder / WEIGHTS)
         for name, (a, b) in self.matrices.items():
             key_a, key_b = (f"base_model.model.{name}.lora_{kind}.weight" for kind in "AB")
             tensors[key_a] = torch.cat([tensors[key_a], a.cpu()], dim=0)
             tensors[key_b] = torch.cat([tensors[key_b], -b.cpu()], dim=1)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS)
         file = folder / "adapter_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         config["r"] *= 2

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
@@ -38,6 +37,7 @@ from lora_rm.model.adapter import (
 from lora_rm.model.base import BaseModel, find_base, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, make_exact, quantized_layers
+from lora_rm.model.tensor_files import load_tensors
 from lora_rm.model.tree_attention import LastLayer, time_cores
 
 RECORD = "lora_rm.json"
@@ -636,7 +636,7 @@ def read_head(folder: Path) -> torch.Tensor:
     file = folder / WEIGHTS
     if not file.is_file():
         raise ModelError(f"{folder}: has no adapter_model.safetensors.")
-    tensors = load_file(file)
+    tensors = load_tensors(file)
     if HEAD_KEY not in tensors:
         raise ModelError(
             f"{folder}: the adapter has no score head ({len(tensors)} tensors, none named {HEAD_KEY}). "

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from lora_rm.errors import ModelError
 
@@ -136,3 +138,25 @@ class TensorWriter:
         assert self.stream.tell() == self.expected, "tensors written do not match the header"
         os.fsync(self.stream.fileno())
         self.stream.close()
+
+
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a small file.
+
+    Raises:
+        ModelError: If it is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file}: is missing or damaged ({error}). Copy it again, or make it anew."
+        ) from None
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes a small file; a full disk is an `OSError`, as for any other file."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from None

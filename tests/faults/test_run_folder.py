@@ -1,0 +1,264 @@
+"""What happens to a run when its disk, its folder, its inputs or its device fail."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import make_base
+
+from lora_rm.checkpoint import RunFolder
+from lora_rm.config import check_settings, dump_settings
+from lora_rm.data.split import Data, Side
+from lora_rm.errors import ConfigError, ModelError, StorageError
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.train import train
+from lora_rm.workflow import open_model, train_run
+
+SMALL_DISK = """\
+import os, subprocess, sys
+folder, kilobytes, program = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], check=True)
+os.execv(sys.executable, [sys.executable, "-c", program, folder])
+"""
+
+
+def on_a_small_disk(folder, kilobytes: int, program: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program whose `sys.argv[1]` is a file system of so many kilobytes, seen by it alone."""
+    folder.mkdir()
+    probe = subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip("this machine lets no process mount a file system of its own")
+    return subprocess.run(
+        ["unshare", "-Urm", sys.executable, "-c", SMALL_DISK, str(folder), str(kilobytes), program],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def changed(settings, **sections):
+    values = yaml.safe_load(dump_settings(settings))
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if isinstance(section, dict) else section
+    return check_settings(values)
+
+
+def data_of(trees):
+    return Data(Side([], trees), Side([], trees[:4]))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
+    """The second checkpoint does not fit: it leaves nothing behind, and the first is still the newest whole one."""
+    program = """\
+import sys, torch
+from pathlib import Path
+from lora_rm.checkpoint import newest_checkpoint, save_checkpoint
+from lora_rm.errors import StorageError
+folder = Path(sys.argv[1]) / "checkpoints"
+model = torch.nn.Linear(500, 100)
+optimizer = torch.optim.AdamW(model.parameters())
+scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+for step in (1, 2):
+    model(torch.ones(500)).sum().backward()
+    optimizer.step()
+    try:
+        save_checkpoint(folder / f"step-{step:06d}", **parts, progress={"step": step, "best_step": 0})
+    except StorageError as error:
+        print(step, error)
+print(newest_checkpoint(folder)[0].name, sorted(p.name for p in folder.iterdir()))
+"""
+    done = on_a_small_disk(tmp_path / "disk", 1000, program)
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first.startswith("2 ")
+    assert "step-000002: cannot be written" in first
+    assert "No space left on device" in first
+    assert "--resume" in first
+    assert last == "step-000001 ['step-000001']"
+
+
+def test_a_full_disk_under_metrics_says_so_and_the_lines_before_stay(tmp_path):
+    program = """\
+import json, sys
+from pathlib import Path
+from lora_rm.errors import StorageError
+from lora_rm.metrics import MetricsLog
+file = Path(sys.argv[1]) / "metrics.jsonl"
+log = MetricsLog(file, 100)
+try:
+    for step in range(1, 100):
+        log._write({"step": step, "filler": "x" * 3000})
+except StorageError as error:
+    print(error)
+again = MetricsLog(file, 100, first_step=1)  # a run that goes on, with space again or not
+steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+print(steps == list(range(1, step)), len(again.written) == len(steps) > 5)
+"""
+    done = on_a_small_disk(tmp_path / "disk", 60, program)
+    assert done.returncode == 0, done.stderr
+    message, facts = done.stdout.splitlines()
+    assert "metrics.jsonl: cannot be written (No space left on device)" in message
+    assert facts == "True True"
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/run: cannot be written"):
+        train_run(changed(settings, output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_two_processes_cannot_work_in_one_run_folder(settings):
+    """The other one is a real process; it is named, and once it is killed the folder is free."""
+    program = """\
+import sys, time
+from pathlib import Path
+from lora_rm.checkpoint import RunFolder
+RunFolder(Path(sys.argv[1])).lock()
+print("locked", flush=True)
+time.sleep(60)
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, settings.output_dir], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=f"process {other.pid} .*works in this run folder"):
+            RunFolder.create(settings)
+    finally:
+        other.kill()
+        other.wait()
+    assert RunFolder.create(settings).config.is_file()
+
+
+def test_a_base_or_data_that_changed_since_do_not_go_on(settings, tmp_path):
+    base = make_base(tmp_path / "base")
+    own = changed(settings, model={"base": str(base)}, train={"max_steps": 2, "save_every_steps": 1})
+    run = train_run(own)
+    inputs = json.loads((run.path / "inputs.json").read_text())
+    weights = next(base.glob("*.safetensors"))
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit
+    with pytest.raises(ConfigError, match=r"other inputs.*model.base model.safetensors"):
+        train_run(own, resume=True)
+    weights.write_bytes(good)
+    (run.path / "inputs.json").write_text(json.dumps({**inputs, "data.eval": "0" * 64}))
+    with pytest.raises(ConfigError, match=r"other inputs.*\(data.eval\)"):
+        train_run(own, resume=True)
+    (run.path / "inputs.json").write_text(json.dumps(inputs))
+    train_run(own, resume=True)
+
+
+def test_settings_that_change_nothing_may_differ_at_resume_if_that_is_allowed(settings):
+    run = RunFolder.create(settings)
+    often = changed(settings, train={"save_every_steps": 7})
+    with pytest.raises(ConfigError, match=r"train.save_every_steps was 100, is 7.*add --resume.allow"):
+        RunFolder.create(often, resume=True)
+    other = changed(often, train={"learning_rate": 1.0})
+    with pytest.raises(ConfigError, match=r"\(train.learning_rate was 0.001, is 1.0\).*another run"):
+        RunFolder.create(other, resume=True, allow=True)
+    assert run.settings() == settings
+    assert RunFolder.create(often, resume=True, allow=True).settings() == often
+
+
+def test_out_of_memory_halves_the_rows_and_changes_nothing_else(settings, trees, monkeypatch, capsys):
+    """An allocator's refusal of rows above 200 tokens, at the third step, against rows of 128 from there on.
+
+    The double stands at the model, where the allocator of a device would raise; dropout is on.
+    """
+    wide = changed(settings, adapter={"dropout": 0.1}, train={"tokens_per_microbatch": 512, "max_steps": 5})
+    real, calls = RewardModel.rewards, []
+
+    def refusing(self, batch):
+        calls.append(batch.input_ids.numel())
+        if seen() >= 2 and calls[-1] > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return real(self, batch)
+
+    def seen():
+        return len(run.metrics.read_text().splitlines())
+
+    run = RunFolder.create(wide)
+    model = open_model(wide)
+    monkeypatch.setattr(RewardModel, "rewards", refusing)
+    progress = train(model, data_of(trees[:40]), wide, run)
+    monkeypatch.setattr(RewardModel, "rewards", real)
+    said = capsys.readouterr().out
+    assert "Step 3 needs more memory than cpu has with rows of 512 tokens" in said
+    assert "with rows of 128" in said
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["tokens_per_microbatch"] for line in lines] == [512, 512, 128, 128, 128]
+    assert (progress.row, progress.step) == (128, 5)
+    found = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    # the same, told beforehand: two steps with wide rows, a checkpoint, three with narrow ones
+    told = changed(wide, output_dir=f"{wide.output_dir}-told", train={"save_every_steps": 2})
+    again, other = RunFolder.create(told), open_model(told)
+    train(other, data_of(trees[:40]), told, again)
+    shutil.rmtree(again.checkpoints / "step-000004")
+    state = again.checkpoints / "step-000002" / "state.json"
+    values = json.loads(state.read_text())
+    values["progress"]["row"] = 128
+    state.write_text(json.dumps(values))
+    rewrite_manifest(state.parent)
+    other = open_model(told)
+    train(other, data_of(trees[:40]), told, again, resume=True)
+    for name, parameter in other.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, found[name]), name
+
+
+def rewrite_manifest(folder):
+    import hashlib
+
+    manifest = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+        if file.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_preference_that_does_not_fit_alone_stops_the_run(settings, trees, monkeypatch):
+    def refusing(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model, run = open_model(settings), RunFolder.create(settings)
+    monkeypatch.setattr(RewardModel, "rewards", refusing)
+    with pytest.raises(ModelError, match=r"Step 1 needs more memory.*one preference a row.*lora-rm plan"):
+        train(model, data_of(trees[:16]), settings, run)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "lora_rm.json", "tokenizer.json"])
+def test_a_broken_file_of_an_adapter_is_named(settings, tmp_path_factory, trained, tmp_path, name, fault):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained, adapter)
+    file = adapter / name
+    good = file.read_bytes()
+    if fault == "truncated":
+        file.write_bytes(good[: len(good) // 2])
+    elif fault == "missing":
+        file.unlink()
+    elif name.endswith(".json"):
+        file.write_bytes(good.replace(b"{", b"\xff", 1))
+    else:  # the length of the header
+        file.write_bytes(bytes([good[0] ^ 0x40]) + good[1:])
+    with pytest.raises(ModelError, match=str(adapter)):
+        RewardModel.load_adapter(adapter)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """An adapter folder of a short run."""
+    folder = tmp_path_factory.mktemp("trained")
+    values = {
+        "output_dir": str(folder / "run"),
+        "model": {"base": str(base), "compute_dtype": "float32"},
+        "adapter": {"rank": 4, "alpha": 12},
+        "data": {"train": "builtin:checkable", "max_train": 16, "max_eval": 12},
+        "train": {"max_steps": 1, "preferences_per_step": 8},
+    }
+    return train_run(check_settings(values)).adapter
