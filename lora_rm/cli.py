@@ -127,23 +127,33 @@ def evaluate(words: Sequence[str]) -> None:
 
 
 def score(words: Sequence[str]) -> None:
-    """`lora-rm score MODEL [FILE]`."""
+    """`lora-rm score MODEL [FILE] [--out FILE [--resume]]`."""
     parser = _parser(
         "score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line."
     )
     parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
     parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines; default: standard input")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--resume", action="store_true", help="go on with an --out that was not finished")
     parser.epilog = (
         'A line is {"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}; '
         "it comes back with its reward or rewards."
     )
     options, flags = _parse(parser, words, only=None)
     _refuse(flags)
-    from lora_rm.workflow import score_lines
+    if options.resume and options.out is None:
+        raise ConfigError("--resume goes on with a file: give it with --out FILE.")
+    from lora_rm.workflow import score_file, score_lines
 
-    source = sys.stdin if options.file is None else _open(options.file)
+    source, name = (
+        sys.stdin if options.file is None else _open(options.file),
+        options.file or "standard input",
+    )
     with source:
-        for line in score_lines(options.model, source, options.file or "standard input"):
+        if options.out:
+            score_file(options.model, source, name, Path(options.out), resume=options.resume)
+            return
+        for line in score_lines(options.model, source, name):
             _write(line + "\n")
 
 

@@ -1,8 +1,9 @@
 """What the commands and the recipes do, each step one function."""
 
 import json
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, load_data, read_side
-from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
+from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export.huggingface import export_huggingface, push
 from lora_rm.merge import merge
@@ -225,15 +226,32 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
     return found
 
 
-def score_lines(path: str, lines: Iterable[str], name: str) -> Iterator[str]:
+def score_lines(path: str, lines: Iterable[str], name: str, done: Sequence[str] = ()) -> Iterator[str]:
     """Adds a reward to every conversation in JSON lines.
 
+    Args:
+        path: Of the model.
+        lines: Conversations; empty lines are passed over.
+        name: Of the file, for messages.
+        done: What an earlier call gave for the first conversations, which are not scored again.
+
     Raises:
-        DataError: If a line is no conversation; with its number.
+        DataError: If a line is no conversation, or is not the one that was scored earlier; with its number.
     """
     scorer = load_reward_model(path)
+    earlier = iter(done)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
+            continue
+        known = next(earlier, None)
+        if known is not None:
+            scored = json.loads(known)
+            scored.pop("rewards" if "rewards" in scored else "reward")
+            if scored != json.loads(line):
+                raise DataError(
+                    f"{name} line {number}: is not the conversation that was scored earlier. Give the same file again, or "
+                    "begin a new --out."
+                )
             continue
         try:
             values = json.loads(line)
@@ -249,6 +267,35 @@ def score_lines(path: str, lines: Iterable[str], name: str) -> Iterator[str]:
                 '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
             ) from None
         yield json.dumps(values, ensure_ascii=False)
+
+
+def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume: bool = False) -> int:
+    """Writes conversations with their rewards to a file; what a killed call had written is not scored again.
+
+    Returns:
+        Lines in the file.
+
+    Raises:
+        ConfigError: If the file is there and `resume` does not say to go on with it.
+        DataError: As `score_lines`.
+        StorageError: If it cannot be written.
+    """
+    if out.exists() and not resume:
+        raise ConfigError(f"{out}: exists already. Go on with --resume, remove it, or choose another --out.")
+    with storing(out):
+        done = out.read_bytes().splitlines(keepends=True) if out.exists() else []
+        if done and not done[-1].endswith(b"\n"):  # half a line of a call that was killed
+            done.pop()
+            os.truncate(out, sum(map(len, done)))
+    if done:
+        say(f"Going on after {len(done)} conversations.")
+    count = len(done)
+    with storing(out), out.open("a", encoding="utf-8") as stream:
+        for line in score_lines(path, lines, name, [text.decode() for text in done]):
+            stream.write(line + "\n")
+            stream.flush()
+            count += 1
+    return count
 
 
 def summarize(run: RunFolder, started: float) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from conftest import make_base
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import check_settings, dump_settings
 from lora_rm.data.split import Data, Side
-from lora_rm.errors import ConfigError, ModelError, StorageError
+from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.model.reward_model import RewardModel
+from lora_rm.score import Scorer
 from lora_rm.train import train
-from lora_rm.workflow import open_model, train_run
+from lora_rm.workflow import open_model, score_file, train_run
 
 SMALL_DISK = """\
 import os, subprocess, sys
@@ -248,6 +249,26 @@ def test_a_broken_file_of_an_adapter_is_named(settings, tmp_path_factory, traine
         file.write_bytes(bytes([good[0] ^ 0x40]) + good[1:])
     with pytest.raises(ModelError, match=str(adapter)):
         RewardModel.load_adapter(adapter)
+
+
+def test_scores_of_a_killed_call_are_not_computed_again(trained, tmp_path, monkeypatch):
+    """Killed in the middle of the third line; the file becomes the bytes of an undisturbed call."""
+    lines = [
+        json.dumps({"prompt": f"What is {n} + 2?", "responses": [f"{n + 2}.", "I don't know."]})
+        for n in range(6)
+    ]
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert score_file(str(trained), lines, "lines", whole) == 6
+    expected = whole.read_bytes()
+    cut.write_bytes(expected[: expected.index(b"What is 2") + 20])
+    with pytest.raises(ConfigError, match="exists already.*--resume"):
+        score_file(str(trained), lines, "lines", cut)
+    scored, real = [], Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda self, *rest: scored.append(rest) or real(self, *rest))
+    assert score_file(str(trained), ["", *lines], "lines", cut, resume=True) == 6
+    assert (cut.read_bytes(), len(scored)) == (expected, 4)
+    with pytest.raises(DataError, match="lines line 1: is not the conversation that was scored earlier"):
+        score_file(str(trained), lines[::-1], "lines", cut, resume=True)
 
 
 @pytest.fixture(scope="module")
