@@ -1,6 +1,7 @@
 """What happens to a run when its disk, its folder, its inputs or its device fail."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,34 @@ def test_a_broken_file_of_an_adapter_is_named(settings, tmp_path_factory, traine
         file.write_bytes(bytes([good[0] ^ 0x40]) + good[1:])
     with pytest.raises(ModelError, match=str(adapter)):
         RewardModel.load_adapter(adapter)
+
+
+def test_a_hub_that_does_not_answer_is_named_with_a_way_out():
+    """A port at which nobody listens, asked for real."""
+    program = """\
+from lora_rm.errors import ModelError
+from lora_rm.model.base import find_base, find_config
+for find in (find_base, find_config):
+    try:
+        find("some-org/some-model")
+    except ModelError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    messages = done.stdout.splitlines()
+    assert len(messages) == 2, done.stderr[-2000:]
+    for message in messages:
+        assert "some-org/some-model" in message
+        assert "cannot be fetched from the hub" in message
+        assert "folder" in message
 
 
 def test_scores_of_a_killed_call_are_not_computed_again(trained, tmp_path, monkeypatch):
