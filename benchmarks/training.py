@@ -1,25 +1,33 @@
 """A training step of ours beside the step of TRL's RewardTrainer, on the same model, data, order and precision.
 
     python benchmarks/training.py [--quick] [--json FILE] [--work hh uf ...] [--quantization nf4 none]
+    python benchmarks/training.py --growth growth.svg
 
 Both train the same adapter on SmolLM2-135M from the same start, in one process, turn by turn: ours, TRL as it comes
 (gradient checkpointing), and TRL at its best (no checkpointing, the batch size that is fastest). Every variant's
 losses are compared with ours before a ratio is printed. Seconds are those of whole optimizer steps, the first of each
-turn left out. Token ids are random for the generated shapes, whose lengths are log-normal; `alpaca` and `harmless`
+turn left out. Peak memory is that of the process' anonymous pages in a turn, above those at its start. Token ids are
+random for the generated shapes, whose lengths are log-normal; `alpaca` and `harmless`
 are real files of ../shared/data.
 
 Shapes (medians of prompt and answer, in tokens): hh 144 / 67, tldr 334 / 31, long 589 / 137, uf 117 / 302; `lists`
 has 8 answers of 67 tokens to one prompt of 144, compared in all 28 pairs.
+
+`--growth` times our step alone: milliseconds a token over the tokens of a row, and over the length of a conversation.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import random
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -67,7 +75,19 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=3, help="optimizer steps of a turn; the first is not counted"
     )
+    parser.add_argument(
+        "--growth",
+        type=Path,
+        metavar="FILE.svg",
+        help="time a token as rows and conversations grow, as a plot",
+    )
     wanted = parser.parse_args()
+    if wanted.growth:
+        rows = growth(wanted.layers)
+        plot_growth(rows, wanted.growth)
+        if wanted.json:
+            wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        return
     work = wanted.work or (
         ["hh", "uf"] if wanted.quick else [name for name in WORK if SHARED.is_dir() or name not in FILES]
     )
@@ -88,10 +108,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     show_table(
         f"Optimizer steps, {rows[0]['layers']} layers, {rows[0]['dtype']}, {torch.get_num_threads()} CPU threads, "
         f"beside TRL {trl.__version__} with its defaults and at its best",
-        ["data", "base", "pairs/s", "tokens", "TRL tokens", "defaults", "best", "loss off"],
+        ["data", "base", "pairs/s", "tokens", "TRL's", "MB", "TRL's", "defaults", "best", "loss off"],
         [
             [
                 row["work"], row["quantization"], f"{row['pairs_per_second']:.2f}", row["tokens"], row["trl_tokens"],
+                row["peak_mb"], row["trl_peak_mb"],
                 f"{row['ratio_defaults']:.2f}", f"{row['ratio_best']:.2f}", f"{row['loss_difference']:.0e}",
             ]
             for row in rows
@@ -139,16 +160,18 @@ class Contest:
         trees = make_trees(name, per_step * steps, self.ours.chat)
         batches = [size for size in (2, 4, 8) if per_step % size == 0]
         say(f"{name}, {self.quantization}: ours ...")
-        losses, seconds, tokens = self._train_ours(trees, per_step, steps)
+        with peak_memory() as peak:
+            losses, seconds, tokens = self._train_ours(trees, per_step, steps)
         found: dict[Any, list[float]] = {}
-        differences, padded = [], {}
+        differences, padded, peaks = [], {}, {}
         for variant in ["defaults", *batches]:
             say(f"{name}, {self.quantization}: TRL {variant} ...")
             size = min(8, per_step) if variant == "defaults" else variant
             size = next(s for s in range(size, 0, -1) if per_step % s == 0)
-            other, found[variant], padded[variant] = self._train_theirs(
-                trees, per_step, steps, size, checkpointing=variant == "defaults"
-            )
+            with peak_memory() as peaks[variant]:
+                other, found[variant], padded[variant] = self._train_theirs(
+                    trees, per_step, steps, size, checkpointing=variant == "defaults"
+                )
             differences.append(max(abs(a - b) for a, b in zip(losses, other, strict=True)))
         again, more, _ = self._train_ours(trees, per_step, steps)  # the machine may have changed meanwhile
         assert again == losses
@@ -163,7 +186,8 @@ class Contest:
             "pairs_per_second": per_step / own, "tokens": tokens, "trl_tokens": padded[best],
             "ratio_defaults": statistics.median(found["defaults"]) / own,
             "ratio_best": statistics.median(found[best]) / own, "best_batch": best,
-            "loss_difference": max(differences), "seconds": own,
+            "loss_difference": max(differences), "seconds": own, "peak_mb": round(peak[0]),
+            "trl_peak_mb": round(peaks[best][0]), "trl_defaults_peak_mb": round(peaks["defaults"][0]),
         }  # fmt: skip
 
     def _train_ours(
@@ -218,6 +242,79 @@ class Contest:
         self.theirs.gradient_checkpointing_disable()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return losses, clock.seconds[1:], sum(tokens)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Anonymous memory of the process at its highest, above that at the start, in MB; known at the end."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the turn before has freed
+
+    def anonymous() -> float:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+
+    before, found, done = anonymous(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            found[0] = max(found[0], anonymous() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def growth(layers: int | None) -> list[dict[str, Any]]:
+    """Milliseconds a token of a forward and a backward pass, as rows and as conversations grow."""
+    rows = []
+    with Contest("nf4", layers) as contest:
+        generator = random.Random(0)
+
+        def pair(length: int) -> TokenTree:
+            prompt, answer = [
+                [generator.randrange(1000, 40000) for _ in range(n)] for n in (2 * length // 3, length // 3)
+            ]
+            return TokenTree(prompt, (answer, answer[::-1]))
+
+        work = [("tokens of a row", n * 256, [pair(192) for _ in range(n)]) for n in (1, 2, 4, 8, 16)]
+        work += [
+            ("tokens of a conversation", n, [pair(n) for _ in range(3072 // n)])
+            for n in (96, 192, 384, 768, 1536, 3072)
+        ]
+        for what, size, trees in work:
+            taken = []
+            for _ in range(3):
+                contest.ours.zero_grad()
+                started = time.perf_counter()
+                batch = contest.ours.batch(trees)
+                contest.ours.rewards(batch).sum().backward()
+                taken.append(time.perf_counter() - started)
+            tokens = batch.input_ids.numel()
+            rows.append(
+                {"over": what, "size": size, "tokens": tokens, "ms_per_token": 1e3 * min(taken) / tokens}
+            )
+            say(f"{what}: {size} ({tokens} in the row): {rows[-1]['ms_per_token']:.2f} ms a token")
+    return rows
+
+
+def plot_growth(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draws both curves."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
+    for axis, over in zip(axes, ("tokens of a row", "tokens of a conversation"), strict=True):
+        points = [(row["size"], row["ms_per_token"]) for row in rows if row["over"] == over]
+        axis.plot(*zip(*points, strict=True), "o-")
+        axis.set(xlabel=over, xscale="log", ylim=0)
+        axis.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
+        axis.minorticks_off()
+    axes[0].set_ylabel("ms a token")
+    figure.tight_layout()
+    figure.savefig(file)
 
 
 class Clock(TrainerCallback):
