@@ -23,7 +23,7 @@ from lora_rm.checkpoint import (
 )
 from lora_rm.config import Settings
 from lora_rm.console import say
-from lora_rm.data.batches import TreeBatch, microbatches, prefetched, share_of_rows, training_order
+from lora_rm.data.batches import TreeBatch, microbatches, num_passes, prefetched, share_of_rows, training_order
 from lora_rm.data.split import Data
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
@@ -108,7 +108,7 @@ def train(
         torch.manual_seed(settings.seed * 10_007 + processes.RANK)  # dropout differs from process to process
     model.train()
     with metrics.display(), _stop_signals() as stop:
-        for step, num_preferences, batches in prefetched(
+        for step, num_preferences, batches, idle in prefetched(
             _steps(model, data, settings, progress.step, num_steps)
         ):
             started = time.monotonic()
@@ -117,6 +117,7 @@ def train(
             for batch in batches:
                 losses = _losses(model, batch, settings, sums)
                 accelerator.backward(losses.sum() / num_preferences)
+            model.idle(idle)
             processes.sum_gradients(parameters)
             everyone = processes.gather((sums, stop.requested))
             sums = sum_steps([own for own, _ in everyone])
@@ -215,8 +216,8 @@ def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optim
 
 def _steps(
     model: RewardModel, data: Data, settings: Settings, done: int, num_steps: int
-) -> Iterator[tuple[int, int, list[TreeBatch]]]:
-    """Every step left: its number, how many preferences it has, and this process' share of its rows."""
+) -> Iterator[tuple[int, int, list[TreeBatch], int]]:
+    """Every step left: its number, its number of preferences, this process' rows, and how many more others have."""
     wanted, trees = settings.train, data.train.trees
     groups = [tree.group for tree in trees]
     order = training_order(len(trees), num_steps, wanted.preferences_per_step, settings.seed, groups)
@@ -226,7 +227,8 @@ def _steps(
         preferences = [trees[number] for number in numbers]
         rows = microbatches(preferences, wanted.row, model.batching, processes.COUNT)
         own = share_of_rows(rows, model.batching, processes.RANK, processes.COUNT)
-        yield step, len(preferences), [model.batch(row) for row in own]
+        idle = num_passes(rows, model.batching, processes.COUNT) - len(own)
+        yield step, len(preferences), [model.batch(row) for row in own], idle
 
 
 def _losses(model: RewardModel, batch: TreeBatch, settings: Settings, sums: StepSums) -> torch.Tensor:
