@@ -23,7 +23,14 @@ from lora_rm.checkpoint import (
 )
 from lora_rm.config import Settings
 from lora_rm.console import say
-from lora_rm.data.batches import TreeBatch, microbatches, num_passes, prefetched, share_of_rows, training_order
+from lora_rm.data.batches import (
+    TreeBatch,
+    microbatches,
+    num_passes,
+    prefetched,
+    share_of_rows,
+    training_order,
+)
 from lora_rm.data.split import Data
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate

@@ -24,7 +24,15 @@ from transformers.utils import logging as transformers_logging
 from lora_rm import processes
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.console import console, progress, say
-from lora_rm.data.batches import Batching, Core, TreeBatch, build_batch, microbatches, num_passes, share_of_rows
+from lora_rm.data.batches import (
+    Batching,
+    Core,
+    TreeBatch,
+    build_batch,
+    microbatches,
+    num_passes,
+    share_of_rows,
+)
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.model import tree_attention
@@ -383,6 +391,8 @@ class RewardModel(nn.Module):
             with torch.no_grad():
                 rewards = self.eval().rewards(batch).cpu()
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            if self.is_sharded:
+                self.backbone.reset_iter_state()  # what was gathered for the pass that failed goes
             return str(error).splitlines()[0][:120]
         layers, calls = self.classifier.config.get_text_config().num_hidden_layers, len(batch.plan.calls)
         if calls != layers:

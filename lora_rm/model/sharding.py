@@ -68,7 +68,9 @@ class Shell:
                 parts[place]._buffers.update(module._buffers)
                 if isinstance(module, bnb.nn.Linear4bit):
                     parts[place].quant_state = module.weight.quant_state
-            del loaded, module
+                    module.weight.module = None
+                # a model refers to itself: without this its weights would stay until Python looks for such circles
+                module._parameters.clear()
             _share_out(layer, mesh, held)
         # the root gathers nothing itself; it lets the layers fetch the next one's weights ahead
         fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()))
@@ -128,7 +130,9 @@ def _without_memory(parameter: Any, device: torch.device) -> nn.Parameter:
     """A parameter of the same kind, type and shape that takes no memory, for PEFT to look at."""
     if isinstance(parameter, bnb.nn.Params4bit):
         codes = torch.empty(1, dtype=torch.uint8, device=device).expand(parameter.shape)
-        return bnb.nn.Params4bit(codes, **{**parameter.__dict__, "requires_grad": False, "bnb_quantized": True})
+        return bnb.nn.Params4bit(
+            codes, **{**parameter.__dict__, "requires_grad": False, "bnb_quantized": True}
+        )
     return nn.Parameter(torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape), False)
 
 
