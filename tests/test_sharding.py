@@ -17,25 +17,24 @@ from torch.distributed.tensor import DTensor
 from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import AdapterSettings, ConfigError, LossSettings, ModelSettings, check_settings
-from lora_rm.data.batches import microbatches, num_passes, share_of_rows
+from lora_rm.data.batches import Batching, microbatches, num_passes, share_of_rows
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import tokenize
 from lora_rm.losses import preference_losses
 from lora_rm.model.base import BaseModel
+from lora_rm.model.checkpointing import Mode
 from lora_rm.model.memory import LiveBytes
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.workflow import merge_run, train_run
 
-CASES = [
-    ("nf4", "none", "shared", "float32"),
-    ("nf4", "selective", "shared", "bfloat16"),
-    ("nf4", "full", "padded", "float32"),
-    ("none", "none", "packed", "float32"),
-    ("none", "selective", "shared", "float32"),
-    ("none", "full", "shared", "bfloat16"),
-]
-"""Quantisation, checkpointing, batching, type of products."""
+CASES = {
+    ("nf4", "float32"): [("none", "shared"), ("selective", "shared"), ("full", "padded")],
+    ("nf4", "bfloat16"): [("selective", "shared")],
+    ("none", "float32"): [("none", "packed"), ("full", "shared")],
+    ("none", "bfloat16"): [("selective", "shared")],
+}
+"""Quantisation and type of products of a model: ways of checkpointing and batching it is run with."""
 
 
 def build(base: str, quantization: str, dtype: str, *, sharded: bool) -> RewardModel:
@@ -124,43 +123,50 @@ class Gathered:
         return sum(self.bytes(own) for own in self.storages.values())
 
 
+def compare(
+    whole: RewardModel, sharded: RewardModel, trees, mode: Mode, batching: Batching
+) -> dict[str, Any]:
+    """A step and a scoring by both models."""
+    for model in (whole, sharded):
+        model.choose_batching(batching)
+        model.set_checkpointing([mode] * len(model.layers))
+    expected, expected_gradients = step(whole, trees, alone=True)
+    loss, gradients = step(sharded, trees, alone=False)
+    gathered = Gathered(sharded)
+    again, _ = step(sharded, trees, alone=False)
+    gathered.remove()
+    with whole.precise(), sharded.precise():
+        scores = whole.score(trees, 300), sharded.score(trees, 300, together=True)
+    count = processes.COUNT
+    rows = [microbatches(trees, budget, batching, count) for budget in (400, 300)]
+    return {
+        "loads": [[len(share_of_rows(own, batching, rank, count)) for rank in range(count)] for own in rows],
+        "loss": [expected, loss, again],
+        "gradients": max(float((gradients[n] - g).norm() / g.norm()) for n, g in expected_gradients.items()),
+        "score": max(abs(a - b) for x, y in zip(*scores, strict=True) for a, b in zip(x, y, strict=True)),
+        "bytes": processes.gather([held_bytes(whole), held_bytes(sharded)]),
+        "gathered": [len(gathered.storages), gathered.most, gathered.left],
+        "total": [whole.trainable().total, sharded.trainable().total],
+        "codes": code_hashes(whole.classifier) == code_hashes(sharded.classifier),
+    }
+
+
 def main(base: str, out: str) -> None:
     """What every process runs: each case whole and sharded, one after another."""
     processes.join("cpu")
-    found = []
-    for quantization, mode, batching, dtype in CASES:
+    found = {}
+    for (quantization, dtype), ways in CASES.items():
         models = []
         for flag in (False, True):
             with RealBytes() as loading:
                 models.append(build(base, quantization, dtype, sharded=flag))
-            models[-1].choose_batching(batching)
-            models[-1].set_checkpointing([mode] * len(models[-1].layers))
-        whole, sharded = models
-        trees = tokenize(checkable_preferences(23, 2)[0], whole.chat, max_length=512)[0]
-        expected, expected_gradients = step(whole, trees, alone=True)
-        loss, gradients = step(sharded, trees, alone=False)
-        gathered = Gathered(sharded)
-        again, _ = step(sharded, trees, alone=False)
-        gathered.remove()
-        with whole.precise(), sharded.precise():
-            scores = [model.score(trees, 300, together=model is sharded) for model in models]
-        rows = [microbatches(trees, budget, batching, processes.COUNT) for budget in (400, 300)]
-        loads = [
-            [len(share_of_rows(own, batching, rank, processes.COUNT)) for rank in range(processes.COUNT)]
-            for own in rows
-        ]
-        found.append({
-            "case": f"{quantization} {mode} {batching} {dtype}",
-            "loads": loads,
-            "loss": [expected, loss, again],
-            "gradients": max(float((gradients[n] - g).norm() / g.norm()) for n, g in expected_gradients.items()),
-            "score": max(abs(a - b) for x, y in zip(*scores, strict=True) for a, b in zip(x, y, strict=True)),
-            "bytes": processes.gather([held_bytes(model) for model in models]),
-            "loading": loading.peak - loading.now,
-            "gathered": [len(gathered.storages), gathered.most, gathered.left],
-            "total": [model.trainable().total for model in models],
-            "codes": code_hashes(whole.classifier) == code_hashes(sharded.classifier),
-        })  # fmt: skip
+        trees = tokenize(checkable_preferences(15, 2)[0], models[0].chat, max_length=512)[0]
+        for mode, batching in ways:
+            case = compare(*models, trees, mode, batching)
+            found[f"{quantization} {dtype} {mode} {batching}"] = {
+                **case,
+                "loading": loading.peak - loading.now,
+            }
     if processes.IS_FIRST:
         Path(out).write_text(json.dumps(found))
     processes.wait()
@@ -170,17 +176,19 @@ def main(base: str, out: str) -> None:
 def found(tmp_path_factory):
     """What two processes found, by case."""
     folder = tmp_path_factory.mktemp("sharding")
-    base = make_base(folder / "base", num_hidden_layers=6)
+    base = make_base(folder / "base", num_hidden_layers=4)
     words = ["--standalone", "--nproc-per-node=2", str(Path(__file__)), str(base), str(folder / "found.json")]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return {case["case"]: case for case in json.loads((folder / "found.json").read_text())}
+    return json.loads((folder / "found.json").read_text())
 
 
-each_case = pytest.mark.parametrize("case", [" ".join(case) for case in CASES])
+each_case = pytest.mark.parametrize(
+    "case", [" ".join((*model, *way)) for model, ways in CASES.items() for way in ways]
+)
 
 
 @each_case
@@ -206,40 +214,33 @@ def test_every_process_holds_its_part_and_at_most_one_layer_more(found, case):
     for whole, part in found[case]["bytes"]:
         assert 0.49 * whole < part < 0.51 * whole
     layers, most, left = found[case]["gathered"]
-    assert (layers, most, left) == (6, 1, 0)
-    # a layer is a seventh to an eighth of this base; its largest weight is there for a moment before it is quantised
-    assert found[case]["loading"] < 0.3 * found[case]["bytes"][0][0]
+    assert (layers, most, left) == (4, 1, 0)
+    # a layer is a fifth of this base; its largest weight is there for a moment before it is quantised
+    assert found[case]["loading"] < 0.35 * found[case]["bytes"][0][0]
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_run_of_one_process_and_resumes_in_one(settings, tmp_path):
-    """Two processes train, evaluate, save and write the adapter; one goes on; the merge finds the same codes."""
-    more = {"max_steps": 4, "eval_every_steps": 2, "save_every_steps": 2, "tokens_per_microbatch": 300}
-    alone = with_values(settings, tmp_path / "alone", **more)
-    together = with_values(settings, tmp_path / "together", **more, sharding="full")
-    train_run(alone)
-    done = launched(together, tmp_path, 2)
+def test_a_sharded_run_goes_on_in_one_process_and_merges(settings, tmp_path):
+    """Steps 3 and 4 in two processes, then again in one; the merge checks the codes and the canaries."""
+    more = {"max_steps": 4, "eval_every_steps": 4, "save_every_steps": 2, "tokens_per_microbatch": 300}
+    wanted = with_values(settings, tmp_path / "run", **more, sharding="full")
+    done = launched(wanted, tmp_path, 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, one_evaluations = numbers(tmp_path / "alone")
-    other, other_evaluations = numbers(tmp_path / "together")
-    for expected, line in zip(one, other, strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    for expected, line in zip(one_evaluations, other_evaluations, strict=True):
-        assert line["eval"]["loss"] == pytest.approx(expected["eval"]["loss"], rel=1e-5)
-    records = [
-        json.loads((tmp_path / name / "adapter" / "lora_rm.json").read_text())
-        for name in ("alone", "together")
-    ]
-    assert records[0]["quantization"] == records[1]["quantization"]
-    for expected, canary in zip(records[0]["canaries"], records[1]["canaries"], strict=True):
-        assert canary["reward"] == pytest.approx(expected["reward"], abs=1e-4)
-    resumed = RunFolder.open(tmp_path / "together")
-    train_run(resumed.settings(), resume=True)
-    again, _ = numbers(tmp_path / "together")
-    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in one], rel=1e-5)
-    merge_run(resumed.path, resumed.settings())
-    assert json.loads(resumed.parity.read_text())["changes"]["library"]["pair_flips"] == 0
+    run = RunFolder.open(tmp_path / "run")
+    lines, evaluations = numbers(run.path)
+    record = json.loads((run.adapter / "lora_rm.json").read_text())
+    train_run(run.settings(), resume=True)
+    again, evaluations_again = numbers(run.path)
+    assert [line["step"] for line in again] == [1, 2, 3, 4]
+    for name, tolerance in {"loss": 1e-5, "grad_norm": 1e-4}.items():
+        assert [line[name] for line in again] == pytest.approx([line[name] for line in lines], rel=tolerance)
+    assert evaluations_again[-1]["eval"] == pytest.approx(evaluations[-1]["eval"], rel=1e-4)
+    record_again = json.loads((run.adapter / "lora_rm.json").read_text())
+    assert record_again["quantization"] == record["quantization"]
+    rewards = [[canary["reward"] for canary in known["canaries"]] for known in (record, record_again)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    merge_run(run.path, wanted)
+    assert json.loads(run.parity.read_text())["changes"]["library"]["pair_flips"] == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import bitsandbytes as bnb
 import torch
 import transformers.modeling_utils
 from torch import nn
-from torch.distributed import init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lora_rm import processes
@@ -80,7 +80,7 @@ def set_gathered_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Sets the type in which layers see their sharded weights that are not quantised; the parts stay as they are."""
     for module in model.modules():
         if hasattr(module, "gathered_dtype"):
-            module.gathered_dtype = dtype
+            module.gathered_dtype = dtype  # type: ignore[assignment]
 
 
 def _share_out(module: nn.Module, mesh: Any, held: torch.dtype) -> None:
