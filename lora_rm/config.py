@@ -229,6 +229,10 @@ class TrainSettings(_Section):
     """How rows are computed: prompt shared by its answers, answers packed, or padded; auto: the first
     of these that a check at the start finds exact for this model."""
 
+    sharding: Literal["none", "full"] = "none"
+    """With several processes, what each holds of the frozen base: all of it, or a part (full: FSDP2, for a base
+    too large for one card; a layer's weights are gathered when they are needed, so a step takes longer)."""
+
     log_every_steps: Count = 1
     """Steps between lines of metrics."""
 
@@ -544,6 +548,18 @@ def _contradictions(settings: Settings) -> list[str]:
         mistakes.append(f"adapter.rank is {ranks[0]}; adapter.init orthogonal needs even ranks everywhere.")
     if settings.model.quantization == "none" and settings.merge.base == "dequantized":
         mistakes.append("merge.base is dequantized, but model.quantization is none. Use merge.base original.")
+    if settings.train.sharding == "full":
+        refused = {
+            "model.quantization int8": quantization == "int8",
+            "adapter.use_dora": settings.adapter.use_dora,
+            f"adapter.init {init}": init in ("pissa", "olora", "loftq"),
+        }
+        mistakes += [
+            f"train.sharding is full, which cannot be joined with {name}: it needs whole weights in one process. "
+            "Use train.sharding none, or change the other."
+            for name, is_set in refused.items()
+            if is_set
+        ]
     if settings.train.early_stopping and not settings.train.eval_every_steps:
         mistakes.append("train.early_stopping needs train.eval_every_steps above 0.")
     return mistakes

@@ -25,7 +25,14 @@ from lora_rm.checkpoint import (
 )
 from lora_rm.config import Settings
 from lora_rm.console import say
-from lora_rm.data.batches import TreeBatch, microbatches, prefetched, share_of_rows, training_order
+from lora_rm.data.batches import (
+    TreeBatch,
+    microbatches,
+    num_passes,
+    prefetched,
+    share_of_rows,
+    training_order,
+)
 from lora_rm.data.split import Data
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
@@ -116,17 +123,15 @@ def train(
 
     model.train()
     with metrics.display(), _stop_signals() as stop:
-        for step, num_preferences, batches, _ in _steps(model, data, settings, progress, num_steps):
+        for step, num_preferences, batches, num_idle, _ in _steps(model, data, settings, progress, num_steps):
             started = time.monotonic()
             if processes.count() > 1:
                 # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
                 torch.manual_seed(_seed(settings.seed, step, processes.rank()))
             rate = scheduler.get_last_lr()[0]
-            parts = [
-                part
-                for part in processes.gather(_gradients(model, batches, num_preferences, settings))
-                if part is not None
-            ]
+            own = _gradients(model, batches, num_preferences, settings)
+            model.idle(num_idle)
+            parts = [part for part in processes.gather(own) if part is not None]
             if len(parts) < processes.count():  # a device had too little memory: the step comes again
                 optimizer.zero_grad(set_to_none=True)
                 continue
@@ -230,6 +235,8 @@ class _Step(NamedTuple):
     num_preferences: int
     batches: list[TreeBatch]
     """This process' share of the rows."""
+    num_idle: int
+    """Rows by which another process has more."""
     can_be_cut: bool
     """Whether a row of any process holds more than one preference."""
 
@@ -274,8 +281,9 @@ def _rows(
         preferences = [trees[number] for number in numbers]
         rows = microbatches(preferences, budget, model.batching, processes.count())
         own = share_of_rows(rows, model.batching, processes.rank(), processes.count())
+        num_idle = num_passes(rows, model.batching, processes.count()) - len(own)
         can_be_cut = any(len(row) > 1 for row in rows)
-        yield _Step(step, len(preferences), [model.batch(row) for row in own], can_be_cut)
+        yield _Step(step, len(preferences), [model.batch(row) for row in own], num_idle, can_be_cut)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
@@ -300,6 +308,8 @@ def _gradients(
             (losses.sum() / num_preferences).backward()
         return sums
     except torch.OutOfMemoryError:
+        if model.is_sharded:  # the other processes wait for this one's part of the weights
+            raise
         torch.set_rng_state(before[0])
         if before[1] is not None:
             torch.cuda.set_rng_state(before[1], model.device)

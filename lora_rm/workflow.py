@@ -48,7 +48,7 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run, resume=resume)
     evaluate_after(model, data, settings, run)
-    if processes.IS_FIRST:
+    if processes.IS_FIRST or model.is_sharded:
         save_adapter(model, data, settings, run)
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
@@ -68,6 +68,7 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         adapter=settings.adapter,
         chat_template=settings.data.chat_template,
         seed=settings.seed,
+        sharded=settings.train.sharding == "full" and processes.count() > 1,
     )
     wanted = settings.train.checkpointing
     # unplanned: the way that is nearly as fast as keeping all, for half of the memory
@@ -149,7 +150,8 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     ]
     record["settings"] = run.config.read_text(encoding="utf-8")
     record["length_policy"] = {"max_length": settings.data.max_length, "policy": settings.data.length_policy}
-    model.save(run.adapter, record)
+    if processes.IS_FIRST:
+        model.save(run.adapter, record)
     run.write_json(HELD_OUT, answers[NUM_CANARIES:][: max(settings.verify.num_answers, 64)])
 
 

@@ -315,6 +315,11 @@ def share_of_rows(
     return own
 
 
+def num_passes(rows: Sequence[list[TokenTree]], batching: Batching, count: int) -> int:
+    """The most rows that any of `count` processes computes."""
+    return max(len(share_of_rows(rows, batching, rank, count)) for rank in range(count))
+
+
 T = TypeVar("T")
 
 

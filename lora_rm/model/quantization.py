@@ -102,8 +102,15 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
+def quant_state(layer: Any) -> Any:
+    """Constants of a 4-bit layer; a weight that was sharded over processes has lost its own."""
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
 def code_hashes(model: torch.nn.Module) -> dict[str, str]:
     """A hash of the codes and constants of every quantised layer, by layer name.
+
+    If the base is sharded over processes, every one of them must call this.
 
     The merge rebuilds the codes from the checkpoint and compares: a base that has changed since training, or
     a machine that quantises differently, is found before anything is written.
@@ -112,7 +119,7 @@ def code_hashes(model: torch.nn.Module) -> dict[str, str]:
     for name, module in quantized_layers(model).items():
         weight: Any = module.weight
         if isinstance(module, bnb.nn.Linear4bit):
-            hashes[name] = _hash_4bit(weight.data, weight.quant_state)
+            hashes[name] = _hash_4bit(_whole(weight), quant_state(module))
         else:
             hashes[name] = _hash_tensors(*codes_8bit(module))
     return hashes
@@ -128,25 +135,32 @@ class ExactLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes h
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X W^T + bias."""
-        if self.compute_dtype != torch.float32:
-            return super().forward(x)
-        y = _ExactProduct.apply(x.float(), self.weight)
+        weight, state, dtype = self.weight, quant_state(self), self.compute_dtype
+        if dtype != torch.float32:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return bnb.matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state).to(x.dtype)
+        y = _ExactProduct.apply(x.float(), weight, state)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class _ExactProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        ctx.weight = weight
-        return x @ _dequantized(weight).T
+    def forward(ctx: Any, x: torch.Tensor, weight: Any, state: Any) -> torch.Tensor:
+        ctx.weight, ctx.state = weight, state
+        return x @ _dequantized(weight, state).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ _dequantized(ctx.weight), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient @ _dequantized(ctx.weight, ctx.state), None, None
 
 
-def _dequantized(weight: Any) -> torch.Tensor:
-    return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).float()
+def _whole(weight: Any) -> torch.Tensor:
+    """The codes; those of a sharded weight are gathered, for which every process must call this."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+
+
+def _dequantized(weight: Any, state: Any) -> torch.Tensor:
+    return bnb_functional.dequantize_4bit(weight.data, state).float()
 
 
 def make_exact(model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,22 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_rm import processes
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.console import console, progress, say
-from lora_rm.data.batches import Batching, Core, TreeBatch, build_batch, microbatches, share_of_rows
+from lora_rm.data.batches import (
+    Batching,
+    Core,
+    TreeBatch,
+    build_batch,
+    microbatches,
+    num_passes,
+    share_of_rows,
+)
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.model import tree_attention
@@ -36,7 +46,15 @@ from lora_rm.model.adapter import (
 )
 from lora_rm.model.base import BaseModel, find_base, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
-from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, make_exact, quantized_layers
+from lora_rm.model.quantization import (
+    DTYPES,
+    Quantization,
+    code_hashes,
+    make_exact,
+    quant_state,
+    quantized_layers,
+)
+from lora_rm.model.sharding import Shell, set_gathered_dtype
 from lora_rm.model.tensor_files import load_tensors
 from lora_rm.model.tree_attention import LastLayer, time_cores
 
@@ -83,6 +101,7 @@ class RewardModel(nn.Module):
         self.record = record or {}
         self.batching: Batching = "padded"
         self.changed_base: ChangedBase | None = None
+        self.is_sharded = False
         self._last_layer: LastLayer | None = None
         self._cores: dict[torch.dtype, Core] = {}
         self._plain_attention: str = self.classifier.config._attn_implementation
@@ -100,6 +119,7 @@ class RewardModel(nn.Module):
         chat_template: str = "tokenizer",
         checkpointing: Mode = "none",
         seed: int = 0,
+        sharded: bool = False,
     ) -> "RewardModel":
         """Makes a new reward model on a base model.
 
@@ -110,6 +130,8 @@ class RewardModel(nn.Module):
             chat_template: As in `data.chat_template`.
             checkpointing: Which activations every layer keeps for the backward pass.
             seed: Of head and adapter.
+            sharded: Share the frozen weights out over the processes, which must all call this and whatever computes
+                rewards after it.
 
         Raises:
             ModelError: If the base cannot be used, or the head is not what it must be.
@@ -120,7 +142,9 @@ class RewardModel(nn.Module):
         quantization = wanted_quantization(settings)
         device = pick_device(settings.device)
         compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
-        model = _load_classifier(found, quantization, device, compute_dtype, chat)
+        load = partial(_load_classifier, found, quantization, device, compute_dtype, chat)
+        shell = Shell(load, device) if sharded else None
+        model = shell.model if shell else load()
         generator = torch.Generator().manual_seed(seed)
         head = model.score.weight
         earlier = _stored_head(found)
@@ -145,8 +169,11 @@ class RewardModel(nn.Module):
                 start_from_residual(model, found)
             elif adapter.init in ("pissa", "olora"):
                 changed_base = ChangedBase(model)
+        if shell:
+            shell.fill(torch.float32 if compute_dtype == torch.float32 else quantization.load_dtype)
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
+        made.is_sharded = sharded
         made.set_checkpointing([checkpointing] * len(made.layers))
         return made._ready()
 
@@ -257,15 +284,29 @@ class RewardModel(nn.Module):
         with progress("scoring", len(once)) as advance:
             for start in range(0, len(once), 512):
                 rows = microbatches(once[start : start + 512], tokens_per_microbatch, self.batching, count)
-                for group in share_of_rows(rows, self.batching, rank, count):
+                own = share_of_rows(rows, self.batching, rank, count)
+                for group in own:
                     rewards = iter(self.rewards(self.batch(group)).tolist())
                     for tree in group:
                         found[numbers[id(tree)]] = [next(rewards) for _ in tree.answer_ids]
                     advance(len(group))
+                self.idle(num_passes(rows, self.batching, count) - len(own))
         self.train(was_training)
         if count > 1:
             found = {number: rewards for own in processes.gather(found) for number, rewards in own.items()}
         return [found[numbers[id(tree)]] for tree in trees]
+
+    def idle(self, passes: int) -> None:
+        """Takes part in passes of other processes that have more rows; adds nothing to the gradients.
+
+        Needed where the base is sharded, since every process gives its part of the weights to every pass.
+        """
+        if not self.is_sharded:
+            return
+        for _ in range(passes):
+            rewards = self.rewards(self.batch([TokenTree([0], ([0],))]))
+            if torch.is_grad_enabled():
+                (rewards.sum() * 0.0).backward()
 
     def start_from_data(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> None:
         """Starts the adapter from what its layers see of the data, as `adapter.init` eva wants it."""
@@ -367,6 +408,8 @@ class RewardModel(nn.Module):
             with torch.no_grad():
                 rewards = self.eval().rewards(batch).cpu()
         except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            if self.is_sharded:
+                self.backbone.reset_iter_state()  # what was gathered for the pass that failed goes
             return str(error).splitlines()[0][:120]
         layers, calls = self.classifier.config.get_text_config().num_hidden_layers, len(batch.plan.calls)
         if calls != layers:
@@ -410,8 +453,12 @@ class RewardModel(nn.Module):
         quantized = {id(module.weight) for module in quantized_layers(self.classifier).values()}
         for name, parameter in self.classifier.named_parameters():
             is_own = "lora_" in name or name.startswith("score")  # float32 always
+            if isinstance(parameter, DTensor):
+                continue  # its type is set where it is gathered
             if parameter.is_floating_point() and id(parameter) not in quantized and not is_own:
                 parameter.data = parameter.data.to(held)
+        if self.is_sharded:
+            set_gathered_dtype(self.classifier, held)
 
     @contextlib.contextmanager
     def precise(self) -> Iterator[None]:
@@ -457,10 +504,12 @@ class RewardModel(nn.Module):
         """How many parameters are trained, and how many there are."""
         head = self.head.numel()
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        base = 0
-        for parameter in self.parameters():
-            state = getattr(parameter, "quant_state", None)
-            base += state.shape.numel() if state is not None else parameter.numel()
+        packed = {
+            id(layer.weight): quant_state(layer).shape.numel()
+            for layer in self.modules()
+            if isinstance(layer, bnb.nn.Linear4bit)
+        }
+        base = sum(packed.get(id(parameter), parameter.numel()) for parameter in self.parameters())
         return Trainable(adapter=trained - head, head=head, total=base)
 
     # -- saving -------------------------------------------------------------------------------------------
@@ -722,6 +771,7 @@ def _load_classifier(
     device: torch.device,
     compute_dtype: torch.dtype,
     chat: ChatTokenizer,
+    device_map: dict[str, Any] | None = None,
 ) -> Any:
     config = read_config(base)
     _stored_head(base)  # raises if there is one of more than one logit
@@ -734,7 +784,7 @@ def _load_classifier(
             config=config,
             dtype=quantization.load_dtype,
             quantization_config=quantization.config(compute_dtype),
-            device_map={"": device},
+            device_map=device_map or {"": device},
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=_plain_attention(config),
