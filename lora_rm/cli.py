@@ -23,6 +23,7 @@ commands
   eval   MODEL           accuracy of a run, adapter or export on preferences (--data.eval FILE)
   score  MODEL [FILE]    rewards of conversations, one JSON object a line
   plan   [PRESET|MODEL]  memory and time of a run, out of config.json alone (--gpu 24GiB)
+  doctor [PATH]          what is wrong with this machine, a data file, a model or a run, and what to do
   config [PRESET]        the settings as they would be used, as YAML
 
 settings
@@ -38,9 +39,10 @@ examples
   lora-rm export runs/mine --to huggingface --out my-reward-model
   lora-rm eval my-reward-model --data.eval held_out.jsonl
   lora-rm score my-reward-model conversations.jsonl
+  lora-rm doctor pairs.jsonl --model.base Qwen/Qwen3-8B
 
 exit status
-  0 done; 1 a mistake that the message explains; 130 stopped, and resumable.
+  0 done; 1 a mistake that the message explains, or a fault that the doctor found; 130 stopped, and resumable.
 """
 
 
@@ -190,6 +192,29 @@ def plan(words: Sequence[str]) -> None:
     show_plan(plan_run(settings, memory, gpu=memory is not None))
 
 
+def doctor(words: Sequence[str]) -> None:
+    """`lora-rm doctor [DATA FILE|MODEL|RUN] [--json FILE] [settings]`."""
+    parser = _parser(
+        "doctor",
+        "[DATA FILE|MODEL|RUN]",
+        "Says what is wrong and what to do; ends with exit status 1 if there is a fault.",
+    )
+    parser.add_argument(
+        "source",
+        nargs="?",
+        metavar="DATA FILE|MODEL|RUN",
+        help="preferences; a base, adapter, merged model or export; or a run folder. None: this machine",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the findings there too")
+    options, flags = _parse(parser, words, only=("model", "data"))
+    settings = load_settings(None, flags) if options.source is None else _settings_of(options.source, flags)
+    from lora_rm.doctor import doctor as examine_and_show
+
+    findings = examine_and_show(options.source, settings, Path(options.json) if options.json else None)
+    if any(finding.status == "fault" for finding in findings):
+        raise SystemExit(1)
+
+
 def config(words: Sequence[str]) -> None:
     """`lora-rm config [PRESET] [settings]`."""
     parser = _parser(
@@ -209,6 +234,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": evaluate,
     "score": score,
     "plan": plan,
+    "doctor": doctor,
     "config": config,
 }
 

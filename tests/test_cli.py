@@ -54,6 +54,7 @@ def test_the_first_page_names_every_command(run, words):
         ("eval", ["MODEL", "--json FILE", "--data.eval"], ["--train.learning-rate", "--seed"]),
         ("score", ["MODEL", "FILE", '{"messages": [...]}'], ["--train.", "--data."]),
         ("plan", ["PRESET|MODEL", "--gpu SIZE", "--calibrate", "--data.max-length", "--model.base"], []),
+        ("doctor", ["DATA FILE|MODEL|RUN", "--json FILE", "--model.base", "--data.eval"], ["--train."]),
         ("config", ["PRESET", "--train.learning-rate", "--seed"], []),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ LAYERS = [
     {"checkpoint", "metrics", "evaluate"},
     {"train", "merge", "verify"},
     {"export", "score", "plan"},
-    {"workflow"},
+    {"workflow", "doctor"},
     {"cli"},
 ]
 """From the ground up; an import goes to a lower layer, or stays within one."""
