@@ -70,6 +70,9 @@ from lora_rm.errors import DataError
 __all__ = ["BadRow", "Row", "RowError", "parse_row", "read_preferences", "read_rows"]
 
 TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
+MAX_ANSWERS = 1000
+"""Answers to one prompt; a ranking is compared by pairs, so its cost grows with the square."""
+
 ACCEPTED = (
     "prompt + chosen + rejected; chosen + rejected (whole conversations or HH text); "
     "conversations + chosen + rejected; prompt + response1 + response2 + overall_preference or probability; "
@@ -147,6 +150,9 @@ def _parse(row: Fields, source: str) -> Preference:
     else:
         raise RowError("unknown format", f"no format has the columns {listed(row)}. Accepted: {ACCEPTED}.")
     fields["prompt"] = with_system(fields["prompt"], row)
+    if len(fields["answers"]) > MAX_ANSWERS:
+        message = f"{len(fields['answers'])} answers. Allowed: {MAX_ANSWERS} to one prompt; split the row."
+        raise RowError("too many answers", message)
     if any(first == second for first, second in combinations(fields["answers"], 2)):
         message = "two answers are identical. Answers that are compared must differ; remove the row."
         raise RowError("identical answers", message)

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_rm import processes
@@ -35,7 +35,7 @@ from lora_rm.model.adapter import (
     start_from_residual,
     start_orthogonal,
 )
-from lora_rm.model.base import BaseModel, find_base, read_json
+from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.quantization import DTYPES, Quantization, code_hashes, make_exact, quantized_layers
 from lora_rm.model.tree_attention import LastLayer, fastest_core
@@ -644,7 +644,7 @@ def read_config(base: BaseModel) -> Any:
     Raises:
         ModelError: If transformers has no sequence classifier of its kind.
     """
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    config = read_auto_config(base)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ModelError(
             f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
