@@ -396,7 +396,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`.")
+        raise ConfigError(
+            f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`; write it so."
+        )
     return {
         key: ({} if section is None and key in _sections() else section) for key, section in values.items()
     }

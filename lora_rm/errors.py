@@ -29,11 +29,12 @@ def redacted(text: str) -> str:
 class LoraRmError(Exception):
     """Anything that the user can mend; the command line prints it without a traceback.
 
-    The message never shows a secret: see `redacted`.
+    The message never shows a secret (see `redacted`), and of a huge one, which quotes a huge name, the middle goes.
     """
 
     def __str__(self) -> str:
-        return redacted(super().__str__())
+        text = redacted(super().__str__())
+        return text if len(text) <= 4000 else f"{text[:2500]} ... {text[-1000:]}"
 
 
 class ConfigError(LoraRmError, ValueError):

@@ -149,6 +149,8 @@ def _lines(source: str, path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path) if is_packed else path.open("rb") as file:
             unpacked = _Unpacked(source, path) if is_packed else None
+            if unpacked is not None:
+                unpacked.check_claim(path)
             number = 0
             while line := file.readline(MAX_ROW_BYTES + 1):
                 number += 1
@@ -199,6 +201,12 @@ class _Unpacked:
         self.total += num_bytes
         self.check(self.total)
 
+    def check_claim(self, path: Path) -> None:
+        """Stops at a gzip file whose last four bytes, the size it unpacks to, say as much."""
+        with path.open("rb") as file:
+            file.seek(-min(4, self.size), 2)
+            self.check(int.from_bytes(file.read(4), "little") if self.size > 18 else 0)
+
     def check(self, total: int) -> None:
         if total > max(ALWAYS_UNPACKED, MAX_RATIO * self.size):
             raise DataError(
@@ -239,7 +247,9 @@ def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
-        raise DataError(f'{source} is not a list of rows. A .json file holds [...] or {{"data": [...]}}.')
+        raise DataError(
+            f'{source} is not a list of rows. A .json file holds [...] or {{"data": [...]}}; convert it, or write .jsonl.'
+        )
     for number, item in enumerate(value, 1):
         yield _object_row(item, f"{source} row {number}")
 

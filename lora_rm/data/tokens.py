@@ -153,13 +153,11 @@ class ChatTokenizer:
         Raises:
             DataError: If the template refuses the conversation.
         """
-        import jinja2
-
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) or None, tokenize=False
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program: 1/0, a missing key, range(10**9)
             raise DataError(
                 f"the chat template refuses a conversation of roles {[m['role'] for m in messages]}: {error}. "
                 "Change the conversation, or choose another data.chat_template."
@@ -173,6 +171,11 @@ class ChatTokenizer:
         """
         rendered = [self._render_as_text(messages, tools) for messages, tools in conversations]
         rows = self.text_ids([text for text, _ in rendered])
+        if not all(rows):
+            raise DataError(
+                "the chat template makes no tokens of a conversation, so there is none to read a reward at. "
+                "Choose another data.chat_template."
+            )
         return [
             self._ids_as_text(text, spans) if spans else row
             for (text, spans), row in zip(rendered, rows, strict=True)

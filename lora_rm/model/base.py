@@ -69,7 +69,9 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     if name == BUILTIN:
         return BaseModel(name=name, path=_converted(_builtin_gguf()))
     if name.startswith("builtin:"):
-        raise ModelError(f"model.base is {name}. The only built-in model is {BUILTIN}.")
+        raise ModelError(
+            f"model.base is {name}. The only built-in model is {BUILTIN}; use that, or another base."
+        )
     path = _path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -278,7 +280,7 @@ def read_json(path: Path) -> dict[str, object]:
             raise ValueError(f"larger than {MAX_JSON_BYTES // 2**20} MiB")
         values = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}).") from None
+        raise ModelError(f"{path}: cannot be read as JSON ({error}). Fetch or write it again.") from None
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds no JSON object.")
+        raise ModelError(f"{path}: holds no JSON object. Fetch or write it again.")
     return values

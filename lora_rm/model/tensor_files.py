@@ -110,7 +110,7 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         IndexError,
         RecursionError,
     ) as error:
-        raise ModelError(f"{file}: is not a safetensors file ({error}).") from None
+        raise ModelError(f"{file}: is not a safetensors file ({error}). Fetch it again.") from None
     return sorted(found, key=lambda tensor: tensor.start)
 
 
