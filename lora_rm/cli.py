@@ -302,9 +302,11 @@ def _refuse(flags: Sequence[str]) -> None:
 
 def _open(path: str) -> TextIO:
     try:
-        return Path(path).open(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give a file of JSON lines.") from None
+        # bytes that are not UTF-8 come out as halves of characters, which are refused with their line
+        return Path(path).open(encoding="utf-8", errors="surrogateescape")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read ({reason}). Give a file of JSON lines.") from None
 
 
 def _write(text: str) -> None:

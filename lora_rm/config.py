@@ -6,9 +6,11 @@ only. Precedence: default < preset file < flag. This module imports no torch, so
 
 import dataclasses
 import difflib
+import re
+import reprlib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,26 +18,44 @@ import yaml
 from annotated_types import Ge, Gt, Interval
 from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
 
-from lora_rm.errors import ConfigError
+from lora_rm.errors import ConfigError, redacted
 
-Count = Annotated[int, Ge(1)]
-CountOrNone = Annotated[int, Ge(0)]
+Count = Annotated[int, Interval(ge=1, lt=2**31)]
+CountOrNone = Annotated[int, Interval(ge=0, lt=2**31)]
 Share = Annotated[float, Interval(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Ge(0.0)]
+NonNegative = Annotated[float, Ge(0.0), AllowInfNan(False)]
 Positive = Annotated[float, Gt(0.0), AllowInfNan(False)]
 
 
+MAX_YAML = 2**17
+"""Longest YAML text, in characters; a preset has a few thousand, and PyYAML reads about 50,000 a second."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads YAML as PyYAML does, but a key given twice is an error: PyYAML would forget the first."""
+    """Reads YAML as PyYAML does, but for two things.
+
+    A key given twice is an error: PyYAML would forget the first. So is an alias (`*name`): nine lines of aliases to
+    aliases stand for a billion values.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses aliases."""
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not read; write the value out", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuses doubled keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        found: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in found:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
+                    None, None, f"the key {_short(key)} stands twice", node.start_mark
                 )
+            found |= {key} if isinstance(key, Hashable) else set()  # PyYAML refuses the others
         return super().construct_mapping(node, deep)
 
 
@@ -78,7 +98,7 @@ class ModelSettings(_Section):
 class AdapterSettings(_Section):
     """The LoRA adapter; names and meanings are those of peft.LoraConfig."""
 
-    rank: Count = 16
+    rank: Annotated[int, Interval(ge=1, le=2**16)] = 16
     """Rank r of every pair of LoRA matrices."""
 
     alpha: Positive = 32.0
@@ -141,7 +161,7 @@ class DataSettings(_Section):
     max_eval: CountOrNone = 0
     """Evaluate on at most so many preferences, taken at random; 0: on all."""
 
-    max_length: Annotated[int, Ge(8)] = 1024
+    max_length: Annotated[int, Interval(ge=8, lt=2**31)] = 1024
     """Longest conversation, prompt and one answer, in tokens."""
 
     length_policy: Literal["drop", "truncate_prompt"] = "drop"
@@ -156,7 +176,11 @@ class DataSettings(_Section):
     chat_template: str = "tokenizer"
     """The tokenizer's own template, plain (Human/Assistant lines), or the path of a .jinja file."""
 
-    num_workers: CountOrNone = 0
+    allow_special_tokens: bool = False
+    """Whether a special token of the chat template that is written inside a message, such as <|im_end|>, becomes
+    a control token; False: it stays the text that it is. Kept with the adapter: scoring does the same."""
+
+    num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
     """Processes that turn text into tokens; 0: as many as there are cores."""
 
 
@@ -184,7 +208,7 @@ class LossSettings(_Section):
 class TrainSettings(_Section):
     """The optimisation."""
 
-    num_epochs: Positive = 1.0
+    num_epochs: Annotated[float, Interval(gt=0.0, le=1e6)] = 1.0
     """Passes over the training preferences; may be a fraction."""
 
     max_steps: CountOrNone = 0
@@ -193,7 +217,7 @@ class TrainSettings(_Section):
     preferences_per_step: Count = 32
     """Preferences whose gradients make one optimizer step."""
 
-    tokens_per_microbatch: Annotated[int, Ge(16)] | Literal["auto"] = 4096
+    tokens_per_microbatch: Annotated[int, Interval(ge=16, lt=2**31)] | Literal["auto"] = 4096
     """Tokens computed at once; sets the memory needed, never the result. auto: as many as fit, up to 16384."""
 
     learning_rate: Positive = 1e-4
@@ -297,7 +321,7 @@ class Settings(_Section):
     output_dir: str = "runs/reward-model"
     """Run folder; everything that the run makes lies in it."""
 
-    seed: int = 0
+    seed: Annotated[int, Interval(gt=-(2**32), lt=2**32)] = 0
     """Seed of the head, the adapter, the order of the data and dropout."""
 
     overwrite: bool = False
@@ -353,20 +377,50 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: cannot be read (it is no file). Give the path of a .yaml file.")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}. Write one `key: value` a line.") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read ({reason}). Give the path of a .yaml file.") from None
+    if len(text) > MAX_YAML:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}). Give the path of a .yaml file."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+            f"{path}: is longer than {MAX_YAML:,} characters, which no preset is. Give the path of a preset."
+        )
+    try:
+        values = _parse_yaml(text)
+    except ConfigError as error:
         raise ConfigError(f"{path}: is not YAML: {error}. Write one `key: value` a line.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`.")
+        raise ConfigError(
+            f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`; write it so."
+        )
     return {
         key: ({} if section is None and key in _sections() else section) for key, section in values.items()
     }
+
+
+def _parse_yaml(text: str) -> Any:
+    """The values of a YAML text.
+
+    Raises:
+        ConfigError: If it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError("nested too deep") from None
+    except (
+        Exception
+    ) as error:  # PyYAML lets out what `int`, `datetime` and its own tables raise at odd values
+        raise ConfigError(" ".join(str(error).split())[:500] or type(error).__name__) from None
 
 
 def check_settings(values: Mapping[str, Any], mistakes: Sequence[str] = ()) -> Settings:
@@ -386,7 +440,7 @@ def check_settings(values: Mapping[str, Any], mistakes: Sequence[str] = ()) -> S
     except ValidationError as error:
         mistakes += [_sentence(item) for item in error.errors()]
     if settings is not None:
-        mistakes += _contradictions(settings)
+        mistakes += _unsafe_texts(settings) + _contradictions(settings)
     if settings is None or mistakes:
         unique = list(dict.fromkeys(mistakes))
         if len(unique) == 1:
@@ -405,7 +459,7 @@ def save_settings(settings: Settings, path: Path) -> None:
 def dump_settings(settings: Settings) -> str:
     """The settings as YAML text, every value resolved."""
     plain = _plain(dataclasses.asdict(settings))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return redacted(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
 
 
 def help_text(command: str, preset: Settings | None = None, only: Sequence[str] = ()) -> str:
@@ -490,8 +544,8 @@ def _flag_value(key: str, annotation: Any, given: list[str]) -> tuple[Any, str]:
     origin = typing.get_origin(annotation)
     if origin in (tuple, dict):
         try:
-            parsed = yaml.safe_load(given[0]) if len(given) == 1 else given
-        except yaml.YAMLError:
+            parsed = _parse_yaml(given[0]) if len(given) == 1 and len(given[0]) <= MAX_YAML else given
+        except ConfigError:
             parsed = given[0]
         return (given if origin is tuple and not isinstance(parsed, list) else parsed), ""
     if len(given) > 1:
@@ -508,7 +562,7 @@ def _unknown_key(key: str) -> str:
     near = [name for name in names if name.rpartition(".")[2] == last]  # the right name in the wrong section
     near = near or difflib.get_close_matches(key, [*names, *_sections()], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else " `lora-rm train --help` lists every setting."
-    return f"{key} is not a setting.{hint}"
+    return f"{_short(key)[1:-1]} is not a setting.{hint}"
 
 
 def _sentence(item: Any) -> str:
@@ -521,7 +575,50 @@ def _sentence(item: Any) -> str:
     found = item["input"]
     if dataclasses.is_dataclass(found) or (isinstance(found, dict) and "dataclass" in item["type"]):
         found = type(found).__name__
-    return f"{key} is {found!r}; allowed: {allowed}."
+    return f"{key[:200]} is {_short(found)}; allowed: {allowed}."
+
+
+def _short(value: Any) -> str:
+    """A value, for a message: on one line, and short whatever it is."""
+    if isinstance(value, int) and abs(value) > 10**18:
+        return "a huge number"
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 120
+    return shortener.repr(value)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in the settings with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            inner = f"{key}.{name}" if key else str(name)
+            yield inner, str(name)
+            yield from _texts(item, inner)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, key)
+
+
+def _unsafe_texts(settings: Settings) -> list[str]:
+    """Texts that no file name, log or card may hold: settings are written to all of them."""
+    mistakes = []
+    for key, text in _texts(dataclasses.asdict(settings)):
+        if "\0" in text or (not text.isascii() and text != text.encode(errors="ignore").decode()):
+            mistakes.append(
+                f"{_short(key)[1:-1]} is {_short(text)}; allowed: text without NUL and half characters."
+            )
+        elif "://" in text:
+            mistakes.append(
+                f"{key} is {_short(redacted(text))}; an address is not read. Download it, and give the file or folder."
+            )
+        elif redacted(text) != text:
+            mistakes.append(
+                f"{key} holds the value of a secret environment variable ({_short(redacted(text))}), and settings are "
+                "saved and published. Leave it in the environment, where the hub's and trackers' clients find it."
+            )
+    return mistakes
 
 
 def _contradictions(settings: Settings) -> list[str]:
@@ -560,6 +657,14 @@ def _contradictions(settings: Settings) -> list[str]:
             for name, is_set in refused.items()
             if is_set
         ]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings.adapter, key):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                mistakes.append(
+                    f"adapter.{key} has {_short(pattern)}, which is no regular expression ({error})."
+                )
     if settings.train.early_stopping and not settings.train.eval_every_steps:
         mistakes.append("train.early_stopping needs train.eval_every_steps above 0.")
     return mistakes

@@ -12,7 +12,7 @@ from rich.table import Table
 from lora_rm.errors import Interrupted, LoraRmError
 from lora_rm.processes import IS_FIRST
 
-console = Console(highlight=False, soft_wrap=True, quiet=not IS_FIRST)
+console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not IS_FIRST)
 """Everything printed goes through it; `console.quiet = True` silences the library."""
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -5,13 +5,39 @@ also a `ValueError`, so code that knows nothing of this package can still catch 
 programmer are `assert`s instead.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What stands before the last @ of an address, and what comes after its ?: signatures and tokens.
+_CREDENTIALS = re.compile(r"(?<=://)[^\s'\"]*(?=@)")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
+_SECRET_NAME = re.compile(r"(TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
+
+
+def redacted(text: str) -> str:
+    """A text without credentials in addresses and without the values of secret environment variables.
+
+    Secret are variables whose names end like HF_TOKEN, WANDB_API_KEY or DB_PASSWORD, from 8 characters on.
+    """
+    text = _QUERY.sub(r"\1?***", _CREDENTIALS.sub("***", text)) if "://" in text else text
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
+            text = text.replace(value, f"[{name}]")
+    return text
+
 
 class LoraRmError(Exception):
-    """Anything that the user can mend; the command line prints it without a traceback."""
+    """Anything that the user can mend; the command line prints it without a traceback.
+
+    The message never shows a secret (see `redacted`), and of a huge one, which quotes a huge name, the middle goes.
+    """
+
+    def __str__(self) -> str:
+        text = redacted(super().__str__())
+        return text if len(text) <= 4000 else f"{text[:2500]} ... {text[-1000:]}"
 
 
 class ConfigError(LoraRmError, ValueError):

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +29,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError
-from lora_rm.model.base import BaseModel, find_base
+from lora_rm.model.base import BaseModel, find_base, read_auto_config
 from lora_rm.model.quantization import Quantization
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
 from lora_rm.model.tensor_files import BLOCK, StoredTensor, TensorWriter, stored_tensors
@@ -376,7 +376,7 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]
         Its configuration; its parameters but the head, name -> stored transposed; and how transformers renames
         tensors when it loads such a checkpoint (Gemma 3 with images, for one).
     """
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    config = read_auto_config(base)
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
             f"{base.name}: is stored quantised. Merging needs 16- or 32-bit weights; give the original model."

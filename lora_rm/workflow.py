@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         seed=settings.seed,
         sharded=settings.train.sharding == "full" and processes.count() > 1,
     )
+    model.chat.allow_special_tokens = settings.data.allow_special_tokens
     wanted = settings.train.checkpointing
     # unplanned: the way that is nearly as fast as keeping all, for half of the memory
     mode: Mode = "selective" if wanted == "auto" else wanted
@@ -135,11 +137,19 @@ def evaluate_after(model: RewardModel, data: Data, settings: Settings, run: RunF
 
 def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> None:
     """Writes the adapter with its canaries, and the held-out answers that `verify` scores beside them."""
-    answers: list[dict[str, Any]] = [
+    held_out: Iterator[dict[str, Any]] = (
         {"ids": ids, "prompt": number}
         for number, tree in enumerate(data.eval.trees)
         for ids in tree.conversations()
-    ]
+    )
+    # other programs are given texts, and cannot tell a control token's name in a message from the token
+    plain = (answer for answer in held_out if model.chat.is_plain(answer["ids"]))
+    answers = list(islice(plain, NUM_CANARIES + max(settings.verify.num_answers, 64)))
+    if not answers:
+        raise DataError(
+            "Every held-out answer holds the name of a special token, so no merged model could be compared by texts. "
+            "Give a data.eval without such names, or set data.allow_special_tokens True."
+        )
     canaries = answers[:NUM_CANARIES]
     model.eval()
     with model.precise():
@@ -152,7 +162,7 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     record["length_policy"] = {"max_length": settings.data.max_length, "policy": settings.data.length_policy}
     if processes.IS_FIRST:
         model.save(run.adapter, record)
-    run.write_json(HELD_OUT, answers[NUM_CANARIES:][: max(settings.verify.num_answers, 64)])
+    run.write_json(HELD_OUT, answers[NUM_CANARIES:])
 
 
 def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
@@ -257,13 +267,14 @@ def score_lines(path: str, lines: Iterable[str], name: str, done: Sequence[str] 
             continue
         try:
             values = json.loads(line)
+            json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
             if "messages" in values:
                 values["reward"] = scorer.score_conversations([values["messages"]])[0]
             elif "responses" in values:
                 values["rewards"] = scorer.score(values["prompt"], values["responses"])
             else:
                 values["reward"] = scorer.score(values["prompt"], [values["response"]])[0]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{name} line {number}: is no conversation ({error}). Write "
                 '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'

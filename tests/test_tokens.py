@@ -149,6 +149,7 @@ def test_the_padding_token_ends_no_conversation(special, expected):
 
 def test_a_conversation_that_ends_with_the_padding_token_is_refused():
     chat = make_chat(CHAT.replace("{{ eos_token }}", ""), pad_token="<fill>")
+    chat.allow_special_tokens = True
     with pytest.raises(DataError, match=r"pairs line 3: .*padding token '<fill>'"):
         tokenize([make_preference("a", "b", "c<fill>", source="pairs line 3")], chat, max_length=512)
 

@@ -3,11 +3,15 @@
 import json
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, TypeAlias
 
-from lora_rm.errors import DataError
+from lora_rm.errors import DataError, redacted
 
 Fields: TypeAlias = Mapping[str, Any]
+
+MAX_DEPTH = 100
+"""Levels of lists and objects in a tool definition or call: templates and `json` walk them by recursion."""
 
 
 class RowError(DataError):
@@ -19,7 +23,7 @@ class RowError(DataError):
         self.message = message
 
     def __str__(self) -> str:
-        return self.message
+        return redacted(self.message)
 
 
 def check_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
@@ -87,6 +91,11 @@ def check_objects(value: Any, field: str) -> list[dict[str, Any]]:
     """Returns a list of JSON objects, such as tool calls."""
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise wrong_type(field, value, "a list of objects")
+    if _depth_exceeds(value, MAX_DEPTH):
+        message = (
+            f"field '{field}' is no JSON for a template: nested deeper than {MAX_DEPTH} levels. Flatten it."
+        )
+        raise RowError("wrong type", message)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -136,8 +145,10 @@ def wrong_type(field: str, value: Any, allowed: str) -> RowError:
 
 
 def listed(found: Mapping[str, Any]) -> str:
-    """The names of columns, for a message."""
-    return ", ".join(name if name.isprintable() else repr(name) for name in map(str, found)) or "nothing"
+    """The names of columns, for a message: the first twenty, each printable and short."""
+    names = [name if name.isprintable() else repr(name) for name in map(str, islice(found, 20))]
+    more = ["..."] if len(found) > 20 else []
+    return ", ".join([name if len(name) <= 60 else name[:57] + "..." for name in names] + more) or "nothing"
 
 
 def shown(value: Any) -> str:
@@ -146,5 +157,20 @@ def shown(value: Any) -> str:
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and abs(value) > 10**18:
         return "a huge number"
-    words = "null" if value is None else repr(value)
+    words = "null" if value is None else repr(value[:80] if isinstance(value, str | bytes) else value)
     return words if len(words) <= 60 else words[:57] + "..."
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested deeper than `limit`; without recursion, which has a limit of its own."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list | tuple)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True

@@ -15,9 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_rm.data.fields import shown
 from lora_rm.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+MAX_ROW_BYTES = 32 * 2**20
+"""Longest row, as JSON or CSV: ten times a pair of a million tokens; unpacked it takes up to 25 times as much."""
+
+MAX_JSON_BYTES = 2**30
+"""Largest .json file, which is read as a whole; .jsonl has no limit."""
+
+MAX_RATIO = 100
+"""Text packs to a third or a tenth. What unpacks to more than this many times its size was made to fill memory."""
+
+ALWAYS_UNPACKED = 8 * 2**20
+"""Bytes that any archive may unpack to."""
+
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # A CSV cell is text; the name of its column says what else it can be.
@@ -98,10 +111,20 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
 
 def _open(source: str, split: str) -> Iterator[Row | BadRow]:
     """Chooses the reader by what the source is."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, NUL, ~nobody
+        raise DataError(f"{shown(source)} cannot be looked up: {error}. Check the path.") from error
     suffix = next((known for known in SUFFIXES if path.name.lower().endswith(known)), "")
     if path.is_dir():
         return _saved_rows(source, path, split)
+    if path.exists() and not path.is_file():
+        raise DataError(
+            f"{source} is no regular file. Allowed: a file or a folder; save what it gives first."
+        )
     if path.exists() and not suffix:
         raise DataError(f"{source} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
     if not path.exists() and (suffix or not HUB_ID.fullmatch(source)):
@@ -122,12 +145,74 @@ def _lines(source: str, path: Path) -> Iterator[bytes]:
 
     Lines end at `\n` only: a text may hold U+2028 and the others that `str.splitlines` splits at.
     """
+    is_packed = path.name.lower().endswith(".gz")
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(file):
-                yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+        with gzip.open(path) if is_packed else path.open("rb") as file:
+            unpacked = _Unpacked(source, path) if is_packed else None
+            if unpacked is not None:
+                unpacked.check_claim(path)
+            number = 0
+            while line := file.readline(MAX_ROW_BYTES + 1):
+                number += 1
+                if unpacked is not None:
+                    unpacked.add(len(line))
+                if len(line) > MAX_ROW_BYTES:
+                    raise DataError(
+                        f"{source} line {number}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
+                        "Each line holds one row; see what wrote the file."
+                    )
+                yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
+
+
+def _content(source: str, path: Path) -> bytes:
+    """A plain or gzipped file as a whole, without a byte order mark."""
+    parts: list[bytes] = []
+    size = 0
+    is_packed = path.name.lower().endswith(".gz")
+    unpacked = _Unpacked(source, path)
+    try:
+        with gzip.open(path) if is_packed else path.open("rb") as file:
+            while part := file.read(ALWAYS_UNPACKED):
+                parts.append(part)
+                size += len(part)
+                if is_packed:
+                    unpacked.add(len(part))
+                if size > MAX_JSON_BYTES:
+                    raise DataError(
+                        f"{source}: is larger than {MAX_JSON_BYTES // 2**20} MiB, and a .json file is read as a whole. "
+                        "Write it as .jsonl, one row a line, which has no limit."
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
+    return b"".join(parts).removeprefix(codecs.BOM_UTF8)
+
+
+class _Unpacked:
+    """Counts what an archive unpacks to, and stops at what was made to fill memory."""
+
+    def __init__(self, source: str, path: Path) -> None:
+        self.source = source
+        self.size = path.stat().st_size
+        self.total = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.total += num_bytes
+        self.check(self.total)
+
+    def check_claim(self, path: Path) -> None:
+        """Stops at a gzip file whose last four bytes, the size it unpacks to, say as much."""
+        with path.open("rb") as file:
+            file.seek(-min(4, self.size), 2)
+            self.check(int.from_bytes(file.read(4), "little") if self.size > 18 else 0)
+
+    def check(self, total: int) -> None:
+        if total > max(ALWAYS_UNPACKED, MAX_RATIO * self.size):
+            raise DataError(
+                f"{self.source}: its {self.size:,} bytes unpack to more than {MAX_RATIO} times as many, which "
+                "preferences do not. If it is meant so, unpack it and give the plain .jsonl file."
+            )
 
 
 def _json_line_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
@@ -147,7 +232,7 @@ def _json_line_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
 
 
 def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
-    content = b"".join(_lines(source, path))
+    content = _content(source, path)
     if not content.strip():
         return
     try:
@@ -162,7 +247,9 @@ def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
-        raise DataError(f'{source} is not a list of rows. A .json file holds [...] or {{"data": [...]}}.')
+        raise DataError(
+            f'{source} is not a list of rows. A .json file holds [...] or {{"data": [...]}}; convert it, or write .jsonl.'
+        )
     for number, item in enumerate(value, 1):
         yield _object_row(item, f"{source} row {number}")
 
@@ -178,8 +265,8 @@ def _object_row(value: Any, where: str) -> Row | BadRow:
 
 
 def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
-    # Conversations outgrow the default of 131,072 characters a cell; 2**31 - 1 fits a C long everywhere.
-    csv.field_size_limit(2**31 - 1)
+    # Conversations outgrow the default of 131,072 characters a cell.
+    csv.field_size_limit(MAX_ROW_BYTES)
     # Bytes that are not UTF-8 pass as lone surrogates, which UTF-8 cannot hold, and are found in their row.
     reader = csv.reader((line.decode(errors="surrogateescape") for line in _lines(source, path)), strict=True)
     columns: list[str] = []
@@ -269,8 +356,14 @@ def _parquet_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     number = 0
+    unpacked = _Unpacked(source, path)
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        unpacked.check(max((group.total_byte_size for group in groups), default=0))
+        # few rows at once: a page holds a long text once and every row repeats it
+        for batch in file.iter_batches(batch_size=32):
+            unpacked.add(batch.nbytes)
             for offset in range(batch.num_rows):
                 number += 1
                 where = f"{source} row {number}"
@@ -280,8 +373,14 @@ def _parquet_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
                     yield BadRow(source=where, reason="not UTF-8", message=_not_utf8(error))
                 else:
                     yield Row(values=_without_nulls(values), source=where)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as error:  # pyarrow lets out what its decoders meet: OSError, KeyError, RecursionError ...
+        raise DataError(
+            f"{source} cannot be read to its end: {_first_line(error)}. Fetch or write it again."
+        ) from error
 
 
 def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
@@ -289,7 +388,7 @@ def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
 
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind: datasets checks neither types nor names in what it reads
         message = "is not a folder written by `datasets.save_to_disk`. Name a file in it, or save it that way"
         raise DataError(f"{source} {message} ({_first_line(error)}).") from error
     if isinstance(dataset, datasets.DatasetDict):
@@ -313,8 +412,19 @@ def _hub_rows(source: str, split: str) -> Iterator[Row | BadRow]:
 
 
 def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
-    for number, values in enumerate(dataset, 1):
-        yield Row(values=_without_nulls(values), source=f"{source} row {number}")
+    number = 0
+    rows = iter(dataset)
+    while True:
+        number += 1
+        try:
+            values = _without_nulls(next(rows))
+        except StopIteration:
+            return
+        except Exception as error:  # of any kind, out of pyarrow
+            raise DataError(
+                f"{source} row {number}: cannot be read: {_first_line(error)}. Save the dataset again."
+            ) from error
+        yield Row(values=values, source=f"{source} row {number}")
 
 
 def _without_nulls(value: Any) -> Any:

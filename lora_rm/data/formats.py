@@ -70,6 +70,12 @@ from lora_rm.errors import DataError
 __all__ = ["BadRow", "Row", "RowError", "parse_row", "read_preferences", "read_rows"]
 
 TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
+MAX_BAD_START = 10_000
+"""A source whose first rows are all bad is given up after so many: it is another kind of file."""
+
+MAX_ANSWERS = 1000
+"""Answers to one prompt; a ranking is compared by pairs, so its cost grows with the square."""
+
 ACCEPTED = (
     "prompt + chosen + rejected; chosen + rejected (whole conversations or HH text); "
     "conversations + chosen + rejected; prompt + response1 + response2 + overall_preference or probability; "
@@ -112,11 +118,16 @@ def read_preferences(
                 advice = "Mend the row, or leave such rows out with on_bad_row='skip'."
                 raise RowError(error.reason, f"{error} {advice}") from None
             dropped[error.reason] += 1
+            if not preferences and dropped.total() == MAX_BAD_START:
+                break
         if len(preferences) == limit:
             break
     if not preferences:
         counts = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-        raise DataError(f"{source} has no row that can be used ({counts}). Read it with on_bad_row='raise'.")
+        where = f" among its first {MAX_BAD_START:,}" if dropped.total() == MAX_BAD_START else ""
+        raise DataError(
+            f"{source} has no row that can be used{where} ({counts}). Read it with on_bad_row='raise'."
+        )
     return preferences, dropped
 
 
@@ -145,8 +156,14 @@ def _parse(row: Fields, source: str) -> Preference:
     elif "response" in row or "completion" in row:
         fields = _parse_rating(row)
     else:
-        raise RowError("unknown format", f"no format has the columns {listed(row)}. Accepted: {ACCEPTED}.")
+        raise RowError(
+            "unknown format",
+            f"no format has the columns {listed(row)}. Accepted: {ACCEPTED}; rename the columns.",
+        )
     fields["prompt"] = with_system(fields["prompt"], row)
+    if len(fields["answers"]) > MAX_ANSWERS:
+        message = f"{len(fields['answers'])} answers. Allowed: {MAX_ANSWERS} to one prompt; split the row."
+        raise RowError("too many answers", message)
     if any(first == second for first, second in combinations(fields["answers"], 2)):
         message = "two answers are identical. Answers that are compared must differ; remove the row."
         raise RowError("identical answers", message)

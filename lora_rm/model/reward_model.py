@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_rm import processes
@@ -44,7 +44,7 @@ from lora_rm.model.adapter import (
     start_from_residual,
     start_orthogonal,
 )
-from lora_rm.model.base import BaseModel, find_base, read_json
+from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.quantization import (
     DTYPES,
@@ -717,7 +717,7 @@ def read_config(base: BaseModel) -> Any:
     Raises:
         ModelError: If transformers has no sequence classifier of its kind.
     """
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    config = read_auto_config(base)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ModelError(
             f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "

@@ -82,7 +82,8 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100 * 2**20:  # the limit that safetensors sets itself
+            size = os.fstat(stream.fileno()).st_size
+            if length > min(100 * 2**20, size - 8):  # the limit that safetensors sets itself
                 raise ValueError("header too long")
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
@@ -96,13 +97,32 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             )
             for name, entry in header.items()
         ]
+        for tensor in found:
+            _check_place(tensor, header[tensor.name]["data_offsets"], 8 + length, size)
     except KeyError as error:
         raise ModelError(
             f"{file}: holds tensors of type {error}. Merging needs 16- or 32-bit weights; give the model that was not quantised."
         ) from None
-    except (OSError, ValueError, struct.error, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: is not a safetensors file ({error}).") from None
+    except (
+        OSError,
+        ValueError,
+        struct.error,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
+        raise ModelError(f"{file}: is not a safetensors file ({error}). Fetch it again.") from None
     return sorted(found, key=lambda tensor: tensor.start)
+
+
+def _check_place(tensor: StoredTensor, offsets: Any, data: int, size: int) -> None:
+    """Raises ValueError if a tensor's offsets are not those of its shape, or leave the file of `size` bytes."""
+    numbers = [*tensor.shape, *offsets]
+    if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{tensor.name[:80]} has an impossible shape or place")
+    if offsets[1] - offsets[0] != tensor.num_bytes or data + offsets[1] > size:
+        raise ValueError(f"the bytes of {tensor.name[:80]} are not all there")
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
