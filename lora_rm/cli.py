@@ -107,7 +107,9 @@ def export(words: Sequence[str]) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/export/TARGET")
     parser.add_argument(
-        "--dtype", metavar="TYPE", help="weights of onnx (float32, int8), torch-export (float32, float16, bfloat16), gguf"
+        "--dtype",
+        metavar="TYPE",
+        help="weights of onnx (float32, int8), torch-export (float32, float16, bfloat16), gguf",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")

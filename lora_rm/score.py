@@ -65,7 +65,10 @@ def reward_function(
         """Rewards of completions, each of its own prompt."""
         pairs = zip(prompts, completions, strict=True)
         return scorer.score_conversations(
-            [(*_messages(prompt, "user"), *_messages(completion, "assistant")) for prompt, completion in pairs]
+            [
+                (*_messages(prompt, "user"), *_messages(completion, "assistant"))
+                for prompt, completion in pairs
+            ]
         )
 
     return reward

@@ -98,10 +98,17 @@ def run_snippet(folder, texts, *blocked):
 def tells_a_path(file):
     """Whether a file names a folder of this machine."""
     content = file.read_bytes()
-    return any(str(Path(module.__file__).parent).encode() in content for module in (graph, torch, transformers))
+    return any(
+        str(Path(module.__file__).parent).encode() in content for module in (graph, torch, transformers)
+    )
 
 
-WAYS = ["one by one", "padded right, 8 together", "padded left, 8 together", "padded on both sides, 3 together"]
+WAYS = [
+    "one by one",
+    "padded right, 8 together",
+    "padded left, 8 together",
+    "padded on both sides, 3 together",
+]
 
 
 def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merged, tmp_path):
@@ -220,9 +227,7 @@ PARITY = {
 
 def proved(tmp_path, shift, *, noise=1e-6, rounded=()):
     found = {"alone": [a["merged"] + shift for a in PARITY["answers"]]}
-    return prove(
-        tmp_path, PARITY, found, target="x", runtime="X", dtype="int8", noise=noise, rounded=rounded
-    )
+    return prove(tmp_path, PARITY, found, target="x", runtime="X", dtype="int8", noise=noise, rounded=rounded)
 
 
 def test_an_exact_export_may_differ_by_the_noise_of_this_machine(tmp_path):
@@ -256,7 +261,9 @@ def test_a_merge_without_proof_is_not_exported(merged, tmp_path):
         ("passed", False, "changed by more than was allowed"),
         ("without_adapter", None, "of an earlier version"),
     ):
-        own = {name: v for name, v in parity.items() if name != key} | ({key: value} if value is False else {})
+        own = {name: v for name, v in parity.items() if name != key} | (
+            {key: value} if value is False else {}
+        )
         (tmp_path / "parity.json").write_text(json.dumps(own))
         with pytest.raises(MergeError, match=message):
             read_parity(tmp_path)
@@ -264,8 +271,12 @@ def test_a_merge_without_proof_is_not_exported(merged, tmp_path):
 
 def test_a_missing_extra_is_named_with_its_command(merged, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
-    with pytest.raises(ConfigError, match=r"needs onnx and onnxscript and onnxruntime.*pip install 'lora_rm\[onnx\]'"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name)
+    )
+    with pytest.raises(
+        ConfigError, match=r"needs onnx and onnxscript and onnxruntime.*pip install 'lora_rm\[onnx\]'"
+    ):
         export_onnx(merged, tmp_path / "out")
     need("torch-export", "torch")
 
@@ -283,9 +294,14 @@ def test_a_target_says_what_it_can_write(merged, tmp_path):
 
 def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), whole_folder(out, False) as folder:
-        (folder / "a").write_text("half")
-        raise RuntimeError
+
+    def stopped(overwrite):
+        with whole_folder(out, overwrite) as folder:
+            (folder / "a").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped(overwrite=False)
     assert list(tmp_path.iterdir()) == []
     for text in ("one", "two"):
         with whole_folder(out, text == "two") as folder:
@@ -293,8 +309,8 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
             assert folder != out
     assert [file.name for file in out.iterdir()] == ["two"]
     assert (out / "two").stat().st_mode & 0o777 == 0o644
-    with pytest.raises(RuntimeError), whole_folder(out, True):
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        stopped(overwrite=True)
     assert (out / "two").is_file()  # what was there stays when its successor fails
 
 
@@ -329,7 +345,11 @@ def test_a_base_has_a_hub_id_or_none(tmp_path):
 
 def test_the_card_reads_back_as_the_hubs_metadata(merged, tmp_path):
     evaluation = {
-        "after": {"pairs": {"num_pairs": 8, "accuracy": 0.875}, "interval": [0.5, 0.97], "length_baseline": 0.5},
+        "after": {
+            "pairs": {"num_pairs": 8, "accuracy": 0.875},
+            "interval": [0.5, 0.97],
+            "length_baseline": 0.5,
+        },
         "before": {"pairs": {"accuracy": 0.5}},
     }
     settings = check_settings({"data": {"train": "org/preferences"}})
@@ -340,7 +360,11 @@ def test_the_card_reads_back_as_the_hubs_metadata(merged, tmp_path):
     assert (data.pipeline_tag, data.library_name) == ("text-classification", "transformers")
     (result,) = data.eval_results
     assert (result.dataset_type, result.dataset_split) == ("org/preferences", "train")
-    assert (result.task_type, result.metric_type, result.metric_value) == ("text-classification", "accuracy", 0.875)
+    assert (result.task_type, result.metric_type, result.metric_value) == (
+        "text-classification",
+        "accuracy",
+        0.875,
+    )
     assert data.model_name == "mine"
     settings = check_settings({"data": {"train": "builtin:checkable", "eval": "/home/me/secret.jsonl"}})
     card = model_card(parity, run, "mine")

@@ -66,7 +66,9 @@ def trace(graph: RewardGraph) -> Any:
         ) from None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # would tell the folders of this machine to whoever gets the file
+            node.meta.pop(
+                "stack_trace", None
+            )  # would tell the folders of this machine to whoever gets the file
     return program
 
 

@@ -136,9 +136,7 @@ def _quantize(file: Path) -> None:
             old.unlink()
         model = quantizer.model.model
         size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-        onnx.save(
-            model, file, save_as_external_data=size > ONE_FILE_BYTES, location=f"{file.name}.data"
-        )
+        onnx.save(model, file, save_as_external_data=size > ONE_FILE_BYTES, location=f"{file.name}.data")
 
 
 @contextmanager

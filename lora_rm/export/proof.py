@@ -104,7 +104,13 @@ def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def copy_tokenizer(merged: Path, folder: Path) -> None:
     """Puts tokenizer, chat template and the record of the merge beside an export."""
-    for pattern in ("tokenizer*", "chat_template*", "special_tokens_map.json", "*.model", "lora_rm_merge.json"):
+    for pattern in (
+        "tokenizer*",
+        "chat_template*",
+        "special_tokens_map.json",
+        "*.model",
+        "lora_rm_merge.json",
+    ):
         for file in merged.glob(pattern):
             shutil.copy(file, folder)
 
@@ -180,9 +186,9 @@ def prove(
     for way, rewards in found.items():
         first = answers[: len(rewards)]
         # shares of the spread of all answers, also where a way scored only the first of them
-        change = measure_change([a["reward"] for a in first], rewards, [a["prompt"] for a in first], spread)
+        measured = measure_change([a["reward"] for a in first], rewards, [a["prompt"] for a in first], spread)
         error = largest_difference([a["merged"] for a in first], rewards) / spread
-        changes[way] = asdict(change) | {"num_answers": len(first), "against_merged": error}
+        changes[way] = asdict(measured) | {"num_answers": len(first), "against_merged": error}
     rows = [
         [
             way,
