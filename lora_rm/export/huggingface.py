@@ -34,8 +34,8 @@ def export_huggingface(
     Raises:
         MergeError: If the model was not verified, `out` exists, or the pipeline gives other rewards.
     """
-    parity = read_parity(merged)
     with whole_folder(out, overwrite) as folder:
+        parity = read_parity(merged)
         for file in merged.iterdir():
             _link_or_copy(file, folder / file.name)
         proved = check_pipeline(folder, parity)

@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import ConfigError, MergeError
+from lora_rm.export.graph import batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
     copy_tokenizer,
     need,
     prove,
     read_parity,
     score_in_fresh_process,
+    text_note,
     whole_folder,
     write_parity,
 )
@@ -56,10 +60,8 @@ def export_onnx(
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; --to onnx can write {', '.join(DTYPES)}.")
     need("onnx", "onnx", "onnxscript", "onnxruntime")
-    parity = read_parity(merged)
     with whole_folder(out, overwrite) as folder:
-        from lora_rm.export.graph import batches, load_graph, noise_floor, trace
-
+        parity = read_parity(merged)
         graph = load_graph(merged)
         noise = noise_floor(graph, parity)
         _write(trace(graph), folder / FILE, num_bytes=sum(p.nbytes for p in graph.parameters()))
@@ -67,7 +69,7 @@ def export_onnx(
         if dtype == "int8":
             _quantize(folder / FILE)
         copy_tokenizer(merged, folder)
-        (folder / "README.md").write_text(USAGE, encoding="utf-8")
+        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
         answers = parity["answers"]
         kinds = batches([answer["ids"] for answer in answers])
         request = {
@@ -99,8 +101,6 @@ def export_onnx(
 
 def _write(program: Any, file: Path, num_bytes: int) -> None:
     """A traced graph as an ONNX file."""
-    import torch
-
     axes = {0: "batch", 1: "length"}
     with _quiet():
         torch.onnx.export(
@@ -184,7 +184,7 @@ batch and length, padded on either side. Output: the raw rewards, float32. Measu
 import numpy, onnxruntime, tokenizers
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 session = onnxruntime.InferenceSession("model.onnx")
-batch = tokenizer.encode_batch(texts)  # conversations as chat_template.jinja writes them, without its BOS
+batch = tokenizer.encode_batch(texts)  # {note}
 inputs = {"input_ids": [one.ids for one in batch], "attention_mask": [one.attention_mask for one in batch]}
 rewards = session.run(["rewards"], {name: numpy.array(rows, "int64") for name, rows in inputs.items()})[0]
 ```

@@ -115,6 +115,12 @@ def copy_tokenizer(merged: Path, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
+def text_note(parity: Mapping[str, Any]) -> str:
+    """What texts a plain tokenizer call of an export takes, in a line."""
+    bos = ", less the BOS, which the tokenizer adds" if parity["merge"]["adds_bos"] else ""
+    return f"conversations as chat_template.jinja writes them{bos}; parity.json has some"
+
+
 def score_in_fresh_process(what: str, program: str, request: dict[str, Any]) -> Any:
     """Runs a program that opens an export from the disk; returns the JSON of its last line.
 

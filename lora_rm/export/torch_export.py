@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import torch
+
 from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import ConfigError
+from lora_rm.export.graph import batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
     copy_tokenizer,
     prove,
     read_parity,
     score_in_fresh_process,
+    text_note,
     whole_folder,
     write_parity,
 )
@@ -42,19 +46,15 @@ def export_torch_export(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; --to torch-export can write {', '.join(DTYPES)}.")
-    parity = read_parity(merged)
     with whole_folder(out, overwrite) as folder:
-        import torch
-
-        from lora_rm.export.graph import batches, load_graph, noise_floor, trace
-
+        parity = read_parity(merged)
         graph = load_graph(merged)
         noise = noise_floor(graph, parity)
         graph.backbone.to(getattr(torch, dtype))
         torch.export.save(trace(graph), folder / FILE)
         del graph
         copy_tokenizer(merged, folder)
-        (folder / "README.md").write_text(USAGE, encoding="utf-8")
+        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
         kinds = batches([answer["ids"] for answer in parity["answers"]])
         request = {"file": str((folder / FILE).resolve()), "batches": kinds}
         found = score_in_fresh_process(f"{out / FILE}", PROGRAM, request)
@@ -100,7 +100,7 @@ either side. Output: the raw rewards, float32. Measured against the trained adap
 import tokenizers, torch
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 reward = torch.export.load("model.pt2").module()
-batch = tokenizer.encode_batch(texts)  # conversations as chat_template.jinja writes them, without its BOS
+batch = tokenizer.encode_batch(texts)  # {note}
 rewards = reward(torch.tensor([one.ids for one in batch]), torch.tensor([one.attention_mask for one in batch]))
 ```
 """
