@@ -22,7 +22,7 @@ from lora_rm.config import check_settings
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, MergeError
 from lora_rm.export import TARGETS, graph, onnx
-from lora_rm.export.huggingface import export_huggingface, hub_id, inherited_license, model_card
+from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import need, prove, read_parity, whole_folder
 from lora_rm.export.torch_export import export_torch_export
@@ -370,10 +370,3 @@ def test_the_card_reads_back_as_the_hubs_metadata(merged, tmp_path):
     card = model_card(parity, run, "mine")
     assert "secret" not in card
     assert ModelCard(card).data.eval_results[0].dataset_type == "private"
-
-
-def test_the_pipeline_of_a_float32_merge_is_checked_in_float32_alone(merged, tmp_path):
-    out = export_huggingface(merged, tmp_path / "mine")
-    parity = parity_of(out)
-    assert set(parity["changes"]) == {"pipeline in float32", "pipeline in float32, padded"}
-    assert ModelCard.load(out / "README.md").data.tags == ["reward-model", "lora_rm"]

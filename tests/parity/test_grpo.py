@@ -31,8 +31,7 @@ def adapter(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("form", ["conversations", "texts"])
-def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, form, tmp_path):
+def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, tmp_path):
     reward, calls = reward_function(adapter, compute_dtype="float32"), []
 
     def recorded(prompts, completions, **columns):
@@ -41,7 +40,7 @@ def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, form, tmp_path)
         return found
 
     questions = ["What is 2 + 2?", "Name a colour."] * 2
-    prompts = [[{"role": "user", "content": q}] for q in questions] if form == "conversations" else questions
+    prompts = [[{"role": "user", "content": question}] for question in questions]
     settings = trl.GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
         max_steps=2, logging_steps=1, per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
@@ -63,8 +62,7 @@ def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, form, tmp_path)
     for (prompts, completions, columns, found), mean in zip(calls, logged, strict=True):
         assert {"completion_ids", "source", "trainer_state"} <= columns.keys()
         assert all(type(value) is float for value in found)
-        texts = [c if form == "texts" else c[0]["content"] for c in completions]
-        own = [scorer.score(prompt, [text])[0] for prompt, text in zip(prompts, texts, strict=True)]
+        own = [scorer.score(*pair)[0] for pair in zip(prompts, [[c] for c in completions], strict=True)]
         assert found == pytest.approx(own, abs=1e-5)
         assert mean == pytest.approx(sum(found) / 4, abs=1e-5)
         assert max(found) - min(found) > 1e-3
