@@ -20,10 +20,13 @@ _HOMES = {
     "Settings": "lora_rm.config",
     "evaluate": "lora_rm.evaluate",
     "export_huggingface": "lora_rm.export.huggingface",
+    "export_onnx": "lora_rm.export.onnx",
+    "export_torch_export": "lora_rm.export.torch_export",
     "load_data": "lora_rm.data.split",
     "load_reward_model": "lora_rm.score",
     "load_settings": "lora_rm.config",
     "merge": "lora_rm.merge",
+    "reward_function": "lora_rm.score",
     "train": "lora_rm.train",
     "verify": "lora_rm.verify",
 }

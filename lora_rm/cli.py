@@ -9,6 +9,7 @@ from typing import NoReturn, TextIO
 from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings
 from lora_rm.console import plain_errors
 from lora_rm.errors import ConfigError
+from lora_rm.export import TARGETS
 
 MANUAL = """\
 lora-rm: train a reward model with QLoRA on one consumer GPU, merge it, prove it, take it with you.
@@ -19,7 +20,7 @@ usage
 commands
   train  [PRESET]        preferences in, trained and evaluated adapter out (--resume goes on)
   merge  RUN             adapter + base -> merged model, and the proof that rewards stayed the same
-  export RUN             merged model -> a folder that other programs open (--to huggingface)
+  export RUN             merged model -> a folder that other programs open (--to huggingface, onnx, ...)
   eval   MODEL           accuracy of a run, adapter or export on preferences (--data.eval FILE)
   score  MODEL [FILE]    rewards of conversations, one JSON object a line
   plan   [PRESET|MODEL]  memory and time of a run, out of config.json alone (--gpu 24GiB)
@@ -37,6 +38,7 @@ examples
   lora-rm train runs/mine/config.yaml --resume
   lora-rm merge runs/mine
   lora-rm export runs/mine --to huggingface --out my-reward-model
+  lora-rm export runs/mine --to onnx --dtype int8
   lora-rm eval my-reward-model --data.eval held_out.jsonl
   lora-rm score my-reward-model conversations.jsonl
   lora-rm doctor pairs.jsonl --model.base Qwen/Qwen3-8B
@@ -99,21 +101,38 @@ def merge(words: Sequence[str]) -> None:
 
 
 def export(words: Sequence[str]) -> None:
-    """`lora-rm export RUN --to TARGET [--out DIR] [--push REPOSITORY]`."""
-    parser = _parser("export", "RUN", "Writes a merged model in the form that other programs open.")
+    """`lora-rm export RUN --to TARGET [--out DIR] [--dtype TYPE] [--push REPOSITORY]`."""
+    parser = _parser(
+        "export", "RUN", "Writes a merged model in the form that other programs open, and checks its rewards."
+    )
     parser.add_argument("run", metavar="RUN", help="run folder with a merged model, or the merged folder")
     parser.add_argument(
-        "--to", default="huggingface", choices=["huggingface"], help="target (default: huggingface)"
+        "--to",
+        default=TARGETS[0],
+        choices=TARGETS,
+        metavar="TARGET",
+        help=f"{', '.join(TARGETS)} (default: {TARGETS[0]})",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/export/TARGET")
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="weights of onnx (float32, int8), torch-export (float32, float16, bfloat16), gguf",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")
     options, flags = _parse(parser, words, only=None)
     _refuse(flags)
     from lora_rm.workflow import export_run
 
-    out = Path(options.out) if options.out else None
-    export_run(Path(options.run), out=out, overwrite=options.overwrite, push_to=options.push)
+    export_run(
+        Path(options.run),
+        to=options.to,
+        out=Path(options.out) if options.out else None,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        push_to=options.push,
+    )
 
 
 def evaluate(words: Sequence[str]) -> None:

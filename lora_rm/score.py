@@ -1,7 +1,8 @@
 """Rewards for users: open any run, adapter or export in one call; score, rank, pick the best of n."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.data.preference import Message, Messages
@@ -34,6 +35,43 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
         )
     model.choose_batching()
     return Scorer(model.eval())
+
+
+def reward_function(
+    path: str | Path, *, device: str = "auto", compute_dtype: str = "auto"
+) -> Callable[..., list[float]]:
+    """A function that TRL's GRPOTrainer and RLOOTrainer take in `reward_funcs`.
+
+    >>> trainer = GRPOTrainer(model, reward_funcs=reward_function("runs/quickstart"), ...)  # doctest: +SKIP
+
+    Args:
+        path: As in `load_reward_model`.
+        device: As in `load_reward_model`.
+        compute_dtype: As in `load_reward_model`.
+
+    Returns:
+        `reward(prompts, completions, **columns) -> list[float]`. Prompts and completions are lists of messages, or
+        texts: a text is taken as one user message, or one assistant message. Columns of the data and TRL's own
+        (`completion_ids` are of the policy's tokenizer) are not used.
+
+    Raises:
+        ModelError: As `load_reward_model` does.
+    """
+    scorer = load_reward_model(path, device=device, compute_dtype=compute_dtype)
+
+    def reward(
+        prompts: Sequence[str | Sequence[Message]], completions: Sequence[str | Sequence[Message]], **_: Any
+    ) -> list[float]:
+        """Rewards of completions, each of its own prompt."""
+        pairs = zip(prompts, completions, strict=True)
+        return scorer.score_conversations(
+            [
+                (*_messages(prompt, "user"), *_messages(completion, "assistant"))
+                for prompt, completion in pairs
+            ]
+        )
+
+    return reward
 
 
 class Scorer:

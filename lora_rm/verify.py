@@ -2,7 +2,8 @@
 
 The contract are the canaries of `lora_rm.json` and held-out answers, as token ids. The same ids go through
 the adapter on the quantised base and through the merged model, in float32 on both sides: through this library
-and through plain transformers padded on the right, padded on the left and one by one.
+and through plain transformers padded on the right, padded on the left and one by one. The trained head on the
+base without adapter shows how far a model is that lost its adapter.
 """
 
 import json
@@ -48,7 +49,10 @@ class Change:
 
 
 def measure_change(
-    expected: Sequence[float], found: Sequence[float], prompts: Sequence[object] | None = None
+    expected: Sequence[float],
+    found: Sequence[float],
+    prompts: Sequence[object] | None = None,
+    spread: float | None = None,
 ) -> Change:
     """Compares two lists of rewards of the same answers.
 
@@ -56,9 +60,10 @@ def measure_change(
         expected: Rewards before.
         found: Rewards after, in the same order.
         prompts: Which prompt each answers; None: all the same one.
+        spread: What changes are shares of; None: the standard deviation of `expected`.
     """
     count = len(expected)
-    spread = standard_deviation(expected) or 1.0
+    spread = spread or standard_deviation(expected) or 1.0
     changes = [abs(a - b) for a, b in zip(expected, found, strict=True)]
     flips = agreeing = own_flips = own_pairs = 0
     ties = [0, 0]
@@ -117,7 +122,8 @@ def verify(
     rows = [answer["ids"] for answer in answers]
     prompts = [answer["prompt"] for answer in answers]
     say(f"Scoring {len(rows)} answers with the adapter and with the merged model, in fresh processes ...")
-    before = score_in_fresh_process(adapter, rows, "adapter")["library"]
+    scored = score_in_fresh_process(adapter, rows, "adapter")
+    before, untrained = scored["library"], scored["without adapter"]
     after = score_in_fresh_process(merged, rows, "merged")
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
@@ -131,10 +137,20 @@ def verify(
         "num_answers": len(rows),
         "canaries_against_training": asdict(remembered),
         "changes": {way: asdict(change) for way, change in changes.items()},
+        "without_adapter": asdict(measure_change(before, untrained, prompts)),
         "allowed": asdict(settings),
         "answers": [
-            {"text": _text(chat, ids), "ids": ids, "reward": reward, "merged": merged_reward}
-            for ids, reward, merged_reward in zip(rows, before, after["library"], strict=True)
+            {
+                "text": _text(chat, ids),
+                "ids": ids,
+                "prompt": prompt,
+                "reward": reward,
+                "merged": merged_reward,
+                "without_adapter": bare,
+            }
+            for ids, prompt, reward, merged_reward, bare in zip(
+                rows, prompts, before, after["library"], untrained, strict=True
+            )
         ],
     }
     (merged / "parity.json").write_text(json.dumps(parity, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -185,7 +201,8 @@ def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: st
     Args:
         folder: Of an adapter or a merged model.
         rows: Whole conversations.
-        kind: `adapter`, or `merged`, which also scores through plain transformers.
+        kind: `adapter`, which also scores the trained head on the base without adapter, or `merged`, which also
+            scores through plain transformers.
 
     Raises:
         MergeError: If the process fails; with what it said.
@@ -221,6 +238,8 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
     trees = [TokenTree(ids[:-1], (ids[-1:],), kind="rating", scores=(0.0,)) for ids in rows]
     ways = {"library": [rewards[0] for rewards in model.score(trees)]}
     if kind == "adapter":
+        with model.model.disable_adapter():  # not the head: `rewards` reads the trained one itself
+            ways["without adapter"] = [rewards[0] for rewards in model.score(trees)]
         return ways
     del model
     from transformers import AutoModelForSequenceClassification

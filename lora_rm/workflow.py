@@ -1,5 +1,7 @@
 """What the commands and the recipes do, each step one function."""
 
+import importlib
+import inspect
 import json
 import os
 import time
@@ -15,7 +17,7 @@ from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, load_data, read_side
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
-from lora_rm.export.huggingface import export_huggingface, push
+from lora_rm.export import TARGETS
 from lora_rm.merge import merge
 from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
@@ -194,13 +196,31 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
 
 
 def export_run(
-    path: Path, *, out: Path | None = None, overwrite: bool = False, push_to: str | None = None
+    path: Path,
+    *,
+    to: str = "huggingface",
+    out: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    push_to: str | None = None,
 ) -> Path:
-    """Exports a run's merged model, or a merged folder, for transformers.
+    """Exports a run's merged model, or a merged folder.
+
+    Args:
+        path: Run folder, or a merged folder.
+        to: One of `lora_rm.export.TARGETS`.
+        out: Folder to make; None: `RUN/export/TARGET`.
+        dtype: How weights are stored, where the target lets one choose; None: its default.
+        overwrite: Replace an earlier export.
+        push_to: Hub repository to upload to.
 
     Raises:
+        ConfigError: If there is no such target, it does not let one choose the type, or a package of its extra is
+            missing.
         MergeError: If there is no merged and verified model, or the export gives other rewards.
     """
+    if to not in TARGETS:
+        raise ConfigError(f"--to is {to!r}; allowed: {', '.join(TARGETS)}.")
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     merged = run.merged if run else path
     if run:
@@ -208,10 +228,21 @@ def export_run(
     if not (merged / "config.json").is_file():
         raise MergeError(f"{path}: holds no merged model. Run `lora-rm merge {path}` first.")
     if out is None:
-        out = run.exports / "huggingface" if run else path.with_name(path.name + "-huggingface")
-    export_huggingface(merged, out, run=run, overwrite=overwrite)
+        out = run.exports / to if run else path.with_name(f"{path.name}-{to}")
+    name = to.replace("-", "_")
+    # imported here: torch.onnx, gguf and vLLM's checks cost seconds, and none of them need be installed
+    export = getattr(importlib.import_module(f"lora_rm.export.{name}"), f"export_{name}")
+    more = {} if dtype is None else {"dtype": dtype}
+    if more.keys() - inspect.signature(export).parameters.keys():
+        raise ConfigError(
+            f"--dtype is {dtype!r}, but --to {to} writes weights as the merge stored them. Merge again with "
+            "--merge.dtype."
+        )
+    export(merged, out, run=run, overwrite=overwrite, **more)
     say(f"The export lies in {out}.")
     if push_to:
+        from lora_rm.export.huggingface import push
+
         say(f"Uploaded to {push(out, push_to)}.")
     return out
 

@@ -50,7 +50,7 @@ def test_the_first_page_names_every_command(run, words):
     [
         ("train", ["PRESET", "--resume", "--train.learning-rate", "--model.base", "--seed"], []),
         ("merge", ["RUN", "--out DIR", "--merge.dtype", "--verify.max-change"], ["--train.", "--seed"]),
-        ("export", ["RUN", "--to", "--out DIR", "--overwrite", "--push REPOSITORY"], ["--train.", "--merge."]),
+        ("export", ["RUN", "--to TARGET", "torch-export", "--out DIR", "--dtype TYPE", "--overwrite", "--push REPOSITORY"], ["--train.", "--merge."]),
         ("eval", ["MODEL", "--json FILE", "--data.eval"], ["--train.learning-rate", "--seed"]),
         ("score", ["MODEL", "FILE", '{"messages": [...]}'], ["--train.", "--data."]),
         ("plan", ["PRESET|MODEL", "--gpu SIZE", "--calibrate", "--data.max-length", "--model.base"], []),

@@ -99,6 +99,27 @@ def test_the_merged_rewards_are_the_adapters_in_every_way_of_scoring(job):
         assert change["kendall_tau"] > 0.99, way
 
 
+def test_the_proof_tells_how_far_the_model_without_adapter_is(job):
+    from peft import PeftModel
+
+    parity = json.loads((job.merged / "parity.json").read_text())
+    model = load_reward_model(job.adapter, compute_dtype="float32")
+    rows = [answer["ids"] for answer in parity["answers"][:6]]
+    expected = model.score_ids(rows)
+    head = model.model.head.detach().clone()
+    assert isinstance(model.model.model, PeftModel)
+    for name, parameter in model.model.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert torch.equal(model.model.head, head)  # the trained head stays: what is lost is the adapter
+    bare = model.score_ids(rows)
+    assert [answer["reward"] for answer in parity["answers"][:6]] == pytest.approx(expected, abs=1e-4)
+    assert [answer["without_adapter"] for answer in parity["answers"][:6]] == pytest.approx(bare, abs=1e-4)
+    distances = [abs(a["reward"] - a["without_adapter"]) for a in parity["answers"]]
+    assert parity["without_adapter"]["mean"] == pytest.approx(sum(distances) / 96 / parity["spread"])
+    assert parity["without_adapter"]["mean"] > 0.1
+
+
 def test_the_pipeline_of_the_export_gives_the_rewards_of_parity_json(job):
     from transformers import pipeline
 
@@ -128,6 +149,7 @@ def test_the_model_card_tells_the_numbers_of_the_run(job):
     assert f"{evaluation['after']['pairs']['accuracy']:.3f}" in card
     assert f"{parity['changes']['library']['mean']:.3%}" in card
     assert "license" not in card  # never guessed
+    assert "| pipeline in float16 |" in card
     assert str(job.path) not in card
 
 
@@ -256,7 +278,9 @@ def test_an_export_with_other_rewards_is_refused(job, tmp_path):
     with pytest.raises(MergeError, match="pipeline's rewards differ"):
         export_huggingface(merged, tmp_path / "export")
     assert not (tmp_path / "export").exists()
-    assert check_pipeline(job.merged, parity) < 0.02
+    changes = check_pipeline(job.merged, parity)["changes"]
+    assert set(changes) == {"pipeline in float32", "pipeline in float32, padded", "pipeline in float16"}
+    assert all(change["largest"] < 0.02 for change in changes.values())
 
 
 def test_an_export_needs_a_verified_merge(job, tmp_path):

@@ -1,23 +1,23 @@
 """A folder that `AutoModelForSequenceClassification` and `pipeline("text-classification")` open as it is."""
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora_rm.checkpoint import RunFolder
-from lora_rm.console import say
 from lora_rm.errors import MergeError
-
-TOLERANCE = 0.02
-"""Largest difference of a reward through the pipeline, as a share of the spread."""
+from lora_rm.export.proof import (
+    NUM_PADDED,
+    largest_difference,
+    prove,
+    read_parity,
+    score_in_fresh_process,
+    whole_folder,
+    write_parity,
+)
 
 
 def export_huggingface(
@@ -34,75 +34,59 @@ def export_huggingface(
     Raises:
         MergeError: If the model was not verified, `out` exists, or the pipeline gives other rewards.
     """
-    if not (merged / "parity.json").is_file():
-        raise MergeError(
-            f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first."
-        )
-    if out.exists() and not overwrite:
-        raise MergeError(f"{out}: exists already. Remove it, choose another --out, or use --overwrite.")
-    parity = json.loads((merged / "parity.json").read_text(encoding="utf-8"))
-    if not parity["passed"]:
-        raise MergeError(
-            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
+    with whole_folder(out, overwrite) as folder:
+        parity = read_parity(merged)
         for file in merged.iterdir():
-            _link_or_copy(file, partial / file.name)
-        (partial / "README.md").write_text(model_card(parity, run), encoding="utf-8")
-        check_pipeline(partial, parity)
-        partial.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _link_or_copy(file, folder / file.name)
+        proved = check_pipeline(folder, parity)
+        write_parity(folder, proved)
+        card = model_card(parity | {"changes": parity["changes"] | proved["changes"]}, run, out.name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
-def check_pipeline(folder: Path, parity: dict[str, Any], num_answers: int = 16) -> float:
-    """Scores texts through the transformers pipeline in a fresh process; returns the largest difference.
+def check_pipeline(folder: Path, parity: dict[str, Any], num_answers: int = NUM_PADDED) -> dict[str, Any]:
+    """Scores texts through the transformers pipeline in a fresh process, in float32 and as it opens by itself.
+
+    Returns:
+        What the export's `parity.json` is to hold.
 
     Raises:
-        MergeError: If a reward differs by more than `TOLERANCE` of the spread, or a warning is printed.
+        MergeError: If a reward differs by more than allowed, or weights are drawn anew.
     """
-    answers = parity["answers"][:num_answers]
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as texts:
-        json.dump([answer["text"] for answer in answers], texts)
-        texts.flush()
-        done = subprocess.run(
-            [sys.executable, "-c", PIPELINE, str(folder.resolve()), texts.name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-    if done.returncode:
-        raise MergeError(f"{folder}: the transformers pipeline cannot open it: {done.stderr[-1500:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "newly initialized" in done.stderr:
-        raise MergeError(
-            f"{folder}: transformers drew new weights when it opened the export: {done.stderr[-1500:]}"
-        )
-    largest = max(abs(a["merged"] - b) for a, b in zip(answers, found, strict=True)) / (
-        parity["spread"] or 1.0
+    stored = parity["merge"]["dtype"]
+    request = {
+        "folder": str(folder.resolve()),
+        "texts": [answer["text"] for answer in parity["answers"][:num_answers]],
+        # of 16 bits only some: float16 products take a CPU seven times as long as float32
+        "stored": {} if stored == "float32" else {stored: num_answers // 2},
+    }
+    found = score_in_fresh_process(f"{folder} and the transformers pipeline", PIPELINE, request)
+    alone, together = found["float32"], found["float32, padded"]
+    return prove(
+        folder,
+        parity,
+        {f"pipeline in {way}": rewards for way, rewards in found.items()},
+        target="huggingface",
+        runtime="transformers pipeline",
+        dtype=stored,
+        noise=largest_difference(alone, together) / (parity["spread"] or 1.0),
+        rounded=[f"pipeline in {stored}"] if stored != "float32" else [],
     )
-    if not largest <= TOLERANCE:
-        raise MergeError(
-            f"{folder}: the pipeline's rewards differ by {largest:.2%} of the spread (allowed: {TOLERANCE:.0%})."
-        )
-    say(f"The transformers pipeline gives the same rewards (largest difference {largest:.3%} of the spread).")
-    return largest
 
 
 PIPELINE = """\
-import json, sys, torch
+import json, sys
 from transformers import pipeline
-reward = pipeline("text-classification", model=sys.argv[1], dtype=torch.float32, device="cpu")
-texts = json.load(open(sys.argv[2], encoding="utf-8"))
-print(json.dumps([found["score"] for found in reward(texts)]))
+request, found = json.load(open(sys.argv[1], encoding="utf-8")), {}
+for dtype, count in {"float32": None, **request["stored"]}.items():
+    reward = pipeline("text-classification", model=request["folder"], dtype=dtype, device="cpu")
+    found[dtype] = [one["score"] for one in reward(request["texts"][:count])]
+    if dtype == "float32":
+        found["float32, padded"] = [one["score"] for one in reward(request["texts"], batch_size=8)]
+print(json.dumps(found))
 """
+"""A user's own call, for the texts of `parity.json`."""
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -124,21 +108,32 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         ) from None
 
 
-def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
-    """The README of an export; every number in it is read from the run's files."""
+def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "reward-model") -> str:
+    """The README of an export; every number in it is read from the run's files.
+
+    Args:
+        parity: Rewards before and after, as `verify` wrote them.
+        run: Whose evaluation the card tells.
+        name: Of the model, in the hub's table of evaluation results.
+    """
     merge = parity["merge"]
+    evaluation = run.read_json("eval.json") if run else None
     header: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "lora_rm"],
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", merge["base"]) and not Path(merge["base"]).exists():
-        header |= {"base_model": merge["base"], "base_model_relation": "finetune"}
+    base = hub_id(merge["base"])
+    if base is not None:
+        header |= {"base_model": base, "base_model_relation": "finetune"}
+    header |= inherited_license(merge["base"], run.settings().model.revision if run else None)
+    if run is not None and evaluation and "after" in evaluation:
+        header["model-index"] = evaluation_results(run, evaluation["after"], name)
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Reward model", ""]
     # the pipeline's tokenizer adds a BOS; one that the template wrote would be the second
     bos = ["text = text.removeprefix(reward.tokenizer.bos_token)"] if merge["adds_bos"] else []
     lines += [
-        f"Trained with LoRA on `{Path(merge['base']).name if '/' in merge['base'] and 'base_model' not in header else merge['base']}`, "
+        f"Trained with LoRA on `{base or Path(merge['base']).name}`, "
         f"merged into its {merge['base_weights']} weights and stored as {merge['dtype']}. One logit: the raw reward.",
         "",
         "```python",
@@ -150,8 +145,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
         "```",
         "",
     ]
-    evaluation = run.read_json("eval.json") if run else None
-    if evaluation:
+    if evaluation and "after" in evaluation:
         after, before = evaluation["after"], evaluation["before"]
         low, high = after["interval"]
         lines += [
@@ -172,6 +166,63 @@ def model_card(parity: dict[str, Any], run: RunFolder | None) -> str:
         flips = f"{change['pair_flips']} of {change['num_pairs']}"
         lines.append(f"| {way} | {change['mean']:.3%} | {change['largest']:.3%} | {flips} |")
     return "\n".join(lines) + "\n"
+
+
+def hub_id(base: str) -> str | None:
+    """The hub id of a base model, where its name is one or its folder lies in the hub's cache."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
+    if cached:
+        return "/".join(cached.groups())
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).exists()
+    return base if is_id else None
+
+
+def inherited_license(base: str, revision: str | None = None) -> dict[str, str]:
+    """Licence fields of a base model's own card; nothing where it has none, for a licence is never guessed.
+
+    Args:
+        base: Its name, as the merge recorded it. The README.md in its folder is read, or that in the hub's cache.
+        revision: Of a hub model.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.repocard import metadata_load
+
+    card, name = Path(base).expanduser() / "README.md", hub_id(base)
+    if not card.is_file() and name:
+        found = try_to_load_from_cache(name, "README.md", revision=revision)
+        card = Path(found) if isinstance(found, str) else card
+    try:
+        header = metadata_load(card) if card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    fields = ("license", "license_name", "license_link")
+    return {field: header[field] for field in fields if header and isinstance(header.get(field), str)}
+
+
+def evaluation_results(run: RunFolder, after: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Held-out accuracy in the form that the hub's model pages read (model-index).
+
+    The hub's newer `.eval_results/` files can name only data sets that are registered there as benchmarks.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    data = run.settings().data
+    source, split = (data.eval, data.eval_split) if data.eval else (data.train, data.train_split)
+    # of a file not even the name is told: the path is private
+    known = hub_id(source) or source.startswith("builtin:")
+    result = EvalResult(
+        task_type="text-classification",
+        task_name="Reward modelling: the preferred answer of a pair gets the higher reward",
+        dataset_type=source if known else "private",
+        dataset_name=f"{source if known else 'preferences'}, {'evaluation' if data.eval else 'held-out'} pairs",
+        dataset_split=split if hub_id(source) else None,
+        metric_type="accuracy",
+        metric_name=f"Pair accuracy, {after['pairs']['num_pairs']} pairs",
+        metric_value=round(after["pairs"]["accuracy"], 4),
+    )
+    index: list[dict[str, Any]] = eval_results_to_model_index(name, [result])
+    return index
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

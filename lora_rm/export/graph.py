@@ -1,0 +1,117 @@
+"""A merged reward model as one graph: token ids and attention mask in, rewards out, any batch and any length.
+
+The reward is read at the last token that the mask keeps, and positions are counted from the first one, so that
+padding on either side changes nothing and no id need be known as padding.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lora_rm.errors import MergeError
+from lora_rm.export.proof import NUM_PADDED, largest_difference
+from lora_rm.model.reward_model import RewardModel
+
+Batch: TypeAlias = dict[str, list[list[int]]]
+"""`input_ids` and `attention_mask`, as a runtime without torch takes them."""
+
+
+class RewardGraph(nn.Module):
+    """Backbone and float32 head; inputs (B, T) int64, rewards (B,) float32."""
+
+    def __init__(self, backbone: Any, head: Tensor) -> None:
+        """Args: a transformers decoder, and the head's weight (1, H)."""
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Parameter(head, requires_grad=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Rewards (B,) of a batch (B, T), padded on any side."""
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        number = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (attention_mask * number).argmax(-1)
+        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        return (pooled.float() * self.head).sum(-1)  # no matrix product: those may be quantised later
+
+
+def load_graph(merged: Path) -> RewardGraph:
+    """Opens a merged model in float32 on the CPU."""
+    model = RewardModel.load_merged(merged, device="cpu", compute_dtype="float32").eval()
+    return RewardGraph(model.backbone, model.head.detach().clone()).eval()
+
+
+def trace(graph: RewardGraph) -> Any:
+    """The graph as a `torch.export.ExportedProgram` with free batch and length.
+
+    Raises:
+        MergeError: If the model's code cannot be traced, say because its position encoding looks at the length.
+    """
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shape = {0: batch, 1: length}
+    ids = torch.ones(2, 7, dtype=torch.long)  # neither 1, which would be taken for fixed
+    try:
+        with torch.no_grad():
+            program = torch.export.export(graph, (ids, torch.ones_like(ids)), dynamic_shapes=(shape, shape))
+    except Exception as error:  # torch raises many kinds, its own and Python's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MergeError(
+            f"{type(graph.backbone).__name__} cannot be written as one graph ({reason[:300]}). "
+            "Use --to huggingface, vllm or gguf."
+        ) from None
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop(
+                "stack_trace", None
+            )  # would tell the folders of this machine to whoever gets the file
+    return program
+
+
+def batches(rows: Sequence[Sequence[int]]) -> dict[str, list[Batch]]:
+    """The same answers in four kinds of shapes: alone, and the first of them padded right, left, and on both sides.
+
+    Padded places hold each row's first token: any id will do, and one with a meaning shows a forgotten mask.
+    """
+    some = rows[:NUM_PADDED]
+
+    def groups(size: int) -> list[Sequence[Sequence[int]]]:
+        return [some[start : start + size] for start in range(0, len(some), size)]
+
+    return {
+        "one by one": [_pad([row], 0.0) for row in rows],
+        "padded right, 8 together": [_pad(group, 0.0) for group in groups(8)],
+        "padded left, 8 together": [_pad(group, 1.0) for group in groups(8)],
+        "padded on both sides, 3 together": [_pad(group, 0.5, more=5) for group in groups(3)],
+    }
+
+
+def _pad(rows: Sequence[Sequence[int]], on_the_left: float, more: int = 0) -> Batch:
+    """A batch as long as its longest row and `more`, with that share of a row's padding before it."""
+    length = max(map(len, rows)) + more
+    batch: Batch = {"input_ids": [], "attention_mask": []}
+    for row in rows:
+        blank = length - len(row)
+        before = round(blank * on_the_left)
+        batch["input_ids"].append([row[0]] * before + list(row) + [row[0]] * (blank - before))
+        batch["attention_mask"].append([0] * before + [1] * len(row) + [0] * (blank - before))
+    return batch
+
+
+@torch.inference_mode()
+def noise_floor(graph: RewardGraph, parity: Mapping[str, Any]) -> float:
+    """Largest difference of rewards in float32 between alone and padded, as a share of the spread."""
+    kinds = batches([answer["ids"] for answer in parity["answers"][:NUM_PADDED]])
+    alone, *others = (
+        [
+            reward
+            for batch in kind
+            for reward in graph(*(torch.tensor(batch[name]) for name in batch)).tolist()
+        ]
+        for kind in kinds.values()
+    )
+    return max(largest_difference(alone, other) for other in others) / (parity["spread"] or 1.0)

@@ -1,0 +1,254 @@
+"""What every export owes: a verified merge to start from, a folder that is whole, and rewards that came back.
+
+The contract is the merge's `parity.json`: token ids in, rewards out. An export that only rewrites the merged
+weights must give the merged model's rewards but for the noise of float32 sums, which is measured on the
+machine that exports. One that rounds them once more may cost what it costs, which is printed and written down,
+until the adapter is lost in it.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_rm.console import say, show_table
+from lora_rm.errors import ConfigError, MergeError
+from lora_rm.verify import measure_change
+
+TOLERANCE = 0.02
+"""Largest difference of a reward by an exact export, as a share of the spread, whatever the noise is."""
+
+NOISE_FACTOR = 10.0
+"""An exact export may differ by so many times the noise floor: ONNX Runtime was seen at twice the floor
+(SmolLM2-135M, 1.8e-5 against 9.7e-6 of the spread)."""
+
+LEAST_ALLOWED = 1e-4
+"""Smallest bound, as a share of the spread: two sums can agree by luck, and a floor of 0 would forbid all."""
+
+LOST = 0.25
+"""An export whose mean error is above this share of the distance to the model without adapter has lost it."""
+
+NUM_PADDED = 16
+"""Answers that are also scored in padded batches; all of them are scored one by one."""
+
+
+def need(target: str, *packages: str) -> None:
+    """Asks for the packages of an extra before any work is done.
+
+    Raises:
+        ConfigError: If one is not installed; with the command that installs it.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"--to {target} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            f"Run: pip install 'lora_rm[{target}]'"
+        )
+
+
+def read_parity(merged: Path) -> dict[str, Any]:
+    """The expected rewards of a merged model.
+
+    Raises:
+        MergeError: If its rewards were not compared with the adapter's, or changed by too much.
+    """
+    file = merged / "parity.json"
+    if not file.is_file():
+        raise MergeError(
+            f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first."
+        )
+    parity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if not parity["passed"]:
+        raise MergeError(
+            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
+        )
+    if "without_adapter" not in parity:
+        raise MergeError(
+            f"{merged}: its parity.json is of an earlier version and does not tell how far the model without "
+            "adapter is. Merge again: lora-rm merge RUN --merge.overwrite true."
+        )
+    return parity
+
+
+@contextmanager
+def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` to write into, which gets that name when the block ends without an error.
+
+    Raises:
+        MergeError: If `out` exists and is not to be replaced.
+    """
+    if out.exists() and not overwrite:
+        raise MergeError(f"{out}: exists already. Remove it, choose another --out, or use --overwrite.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial
+        for file in partial.iterdir():
+            file.chmod(0o644)
+        partial.chmod(0o755)
+        if out.is_dir():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(merged: Path, folder: Path) -> None:
+    """Puts tokenizer, chat template and the record of the merge beside an export."""
+    for pattern in (
+        "tokenizer*",
+        "chat_template*",
+        "special_tokens_map.json",
+        "*.model",
+        "lora_rm_merge.json",
+    ):
+        for file in merged.glob(pattern):
+            shutil.copy(file, folder)
+
+
+def text_note(parity: Mapping[str, Any]) -> str:
+    """What texts a plain tokenizer call of an export takes, in a line."""
+    bos = ", less the BOS, which the tokenizer adds" if parity["merge"]["adds_bos"] else ""
+    return f"conversations as chat_template.jinja writes them{bos}; parity.json has some"
+
+
+def score_in_fresh_process(what: str, program: str, request: dict[str, Any]) -> Any:
+    """Runs a program that opens an export from the disk; returns the JSON of its last line.
+
+    Args:
+        what: Names the export and its runtime, for the message.
+        program: Python; reads the request from the file `sys.argv[1]`.
+        request: To be written as JSON.
+
+    Raises:
+        MergeError: If it fails; with what it said.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "request.json")
+        file.write_text(json.dumps(request), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(file)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=scratch,  # nothing of a checkout is found by accident
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+    if done.returncode:
+        raise MergeError(f"{what} cannot be opened and scored in a fresh process: {done.stderr[-1500:]}")
+    if "newly initialized" in done.stderr:
+        raise MergeError(f"{what}: new weights were drawn when it was opened: {done.stderr[-1500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def largest_difference(some: Sequence[float], others: Sequence[float]) -> float:
+    """Largest absolute difference of two lists of rewards; infinite if one is not a number."""
+    differences = [abs(a - b) for a, b in zip(some, others, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def prove(
+    folder: Path,
+    parity: Mapping[str, Any],
+    found: Mapping[str, Sequence[float]],
+    *,
+    target: str,
+    runtime: str,
+    dtype: str,
+    noise: float,
+    rounded: Collection[str] = (),
+) -> dict[str, Any]:
+    """Compares the rewards that an export gave with those expected.
+
+    Args:
+        folder: Of the export, for messages.
+        parity: Of the merged model (`read_parity`).
+        found: By way of scoring the rewards of all answers of `parity`, or of the first ones.
+        target: As the command names it.
+        runtime: What scored, by the name that a user knows.
+        dtype: How weights are stored.
+        noise: Largest difference between two ways of summing the merged model's float32 rewards on this machine,
+            as a share of the spread.
+        rounded: Ways that compute with other weights or products than the merged model's in float32.
+
+    Returns:
+        What the export's own `parity.json` is to hold; `write_parity` puts it there.
+
+    Raises:
+        MergeError: If rewards differ by more than allowed, or by so much that the adapter was lost.
+    """
+    answers, distance, spread = parity["answers"], parity["without_adapter"]["mean"], parity["spread"] or 1.0
+    allowed = min(TOLERANCE, max(NOISE_FACTOR * noise, LEAST_ALLOWED))
+    changes: dict[str, dict[str, Any]] = {}
+    for way, rewards in found.items():
+        first = answers[: len(rewards)]
+        # shares of the spread of all answers, also where a way scored only the first of them
+        measured = measure_change([a["reward"] for a in first], rewards, [a["prompt"] for a in first], spread)
+        error = largest_difference([a["merged"] for a in first], rewards) / spread
+        changes[way] = asdict(measured) | {"num_answers": len(first), "against_merged": error}
+    rows = [
+        [
+            way,
+            change["num_answers"],
+            f"{change['mean']:.3%}",
+            f"{change['largest']:.3%}",
+            f"{change['pair_flips']} of {change['num_pairs']}",
+            f"{change['against_merged']:.1e}",
+        ]
+        for way, change in changes.items()
+    ]
+    columns = ["scored", "answers", "mean", "largest", "flipped", "to merged"]
+    show_table(
+        f"{runtime}, {dtype}: change of the trained adapter's rewards, in shares of their spread ({spread:.3f})",
+        columns,
+        rows,
+    )
+    for way, change in changes.items():
+        # written so that NaN fails too
+        is_lost = not change["mean"] <= LOST * distance
+        if not is_lost and (way in rounded or change["against_merged"] <= allowed):
+            continue
+        bound = "" if way in rounded else f" (allowed: {allowed:.3%}; noise of float32 here: {noise:.1e})"
+        lost = (
+            f" The adapter was lost: the mean change is {change['mean']:.2%}, that of the model without adapter "
+            f"{distance:.2%}. Choose a type with more bits."
+        )
+        raise MergeError(
+            f"{folder}: the {runtime}'s rewards differ by up to {change['against_merged']:.2%} of the spread from the "
+            f"merged model's ({dtype}, {way}){bound}.{lost if is_lost else ''}"
+        )
+    say(f"The model without adapter changes them by {distance:.1%}; noise of float32 here: {noise:.1e}.")
+    exported = next(iter(found.values()))
+    return {
+        "passed": True,
+        "target": target,
+        "runtime": runtime,
+        "dtype": dtype,
+        "merge": parity["merge"],
+        "spread": parity["spread"],
+        "num_answers": len(answers),
+        "noise": noise,
+        "allowed": {"against_merged": allowed, "mean": LOST * distance},
+        "without_adapter": parity["without_adapter"],
+        "changes": changes,
+        "answers": [
+            {key: answer[key] for key in ("text", "ids", "prompt", "reward")}
+            | ({"exported": exported[number]} if number < len(exported) else {})
+            for number, answer in enumerate(answers)
+        ],
+    }
+
+
+def write_parity(folder: Path, proved: Mapping[str, Any]) -> None:
+    """Puts what `prove` returned beside the export."""
+    text = json.dumps(proved, indent=1, ensure_ascii=False)
+    (folder / "parity.json").write_text(text, encoding="utf-8")

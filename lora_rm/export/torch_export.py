@@ -1,0 +1,107 @@
+"""A `.pt2` file that torch alone opens, without transformers and without this library."""
+
+from pathlib import Path
+
+import torch
+
+from lora_rm.checkpoint import RunFolder
+from lora_rm.errors import ConfigError
+from lora_rm.export.graph import batches, load_graph, noise_floor, trace
+from lora_rm.export.proof import (
+    copy_tokenizer,
+    prove,
+    read_parity,
+    score_in_fresh_process,
+    text_note,
+    whole_folder,
+    write_parity,
+)
+
+FILE = "model.pt2"
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export_torch_export(
+    merged: Path,
+    out: Path,
+    *,
+    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
+    overwrite: bool = False,
+    dtype: str = "float32",
+) -> Path:
+    """Traces a merged and verified model with `torch.export` and checks the file in a process of its own.
+
+    Args:
+        merged: Folder with `parity.json`, as `verify` leaves it.
+        out: Folder to make: `model.pt2`, the tokenizer's files, `parity.json`, and a README with the call.
+        run: Not used.
+        overwrite: Replace an earlier export.
+        dtype: Of weights and products; the head stays float32.
+
+    Raises:
+        ConfigError: If there is no such type.
+        MergeError: If the model was not verified, `out` exists, the model cannot be traced, or the file gives
+            other rewards.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}; --to torch-export can write {', '.join(DTYPES)}.")
+    with whole_folder(out, overwrite) as folder:
+        parity = read_parity(merged)
+        graph = load_graph(merged)
+        noise = noise_floor(graph, parity)
+        graph.backbone.to(getattr(torch, dtype))
+        torch.export.save(trace(graph), folder / FILE)
+        del graph
+        copy_tokenizer(merged, folder)
+        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
+        kinds = batches([answer["ids"] for answer in parity["answers"]])
+        request = {"file": str((folder / FILE).resolve()), "batches": kinds}
+        found = score_in_fresh_process(f"{out / FILE}", PROGRAM, request)
+        proved = prove(
+            out,
+            parity,
+            found,
+            target="torch-export",
+            runtime="torch.export file",
+            dtype=dtype,
+            noise=noise,
+            rounded=[] if dtype == "float32" else list(kinds),
+        )
+        write_parity(folder, proved)
+    return out
+
+
+PROGRAM = """\
+import json, sys
+sys.modules["transformers"] = sys.modules["lora_rm"] = None  # the file needs torch alone
+import torch
+request = json.load(open(sys.argv[1], encoding="utf-8"))
+rewards = torch.export.load(request["file"]).module()
+with torch.inference_mode():
+    print(json.dumps({
+        way: [
+            reward
+            for batch in kind
+            for reward in rewards(*(torch.tensor(batch[name]) for name in ("input_ids", "attention_mask"))).tolist()
+        ]
+        for way, kind in request["batches"].items()
+    }))
+"""
+"""Scores batches with nothing but torch."""
+
+USAGE = """\
+# Reward model, as a torch.export program
+
+`model.pt2` needs torch alone. Inputs: `input_ids` and `attention_mask`, int64, any batch and length, padded on
+either side. Output: the raw rewards, float32. Measured against the trained adapter: `parity.json`.
+
+```python
+import tokenizers, torch
+tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
+reward = torch.export.load("model.pt2").module()
+batch = tokenizer.encode_batch(texts)  # {note}
+rewards = reward(torch.tensor([one.ids for one in batch]), torch.tensor([one.attention_mask for one in batch]))
+```
+"""
+"""README of an export."""

@@ -1,0 +1,85 @@
+"""TRL's GRPOTrainer with a reward model of this library as its reward function."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_model, shake
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_rm import load_reward_model, reward_function
+from lora_rm.errors import DataError
+from lora_rm.model.quantization import code_hashes
+
+trl = pytest.importorskip("trl")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward") / "adapter"
+    model = shake(make_model(base), size=0.1)
+    model.save(folder, model.describe(code_hashes(model.classifier)))
+    return folder
+
+
+def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, tmp_path):
+    reward, calls = reward_function(adapter, compute_dtype="float32"), []
+
+    def recorded(prompts, completions, **columns):
+        found = reward(prompts=prompts, completions=completions, **columns)
+        calls.append((prompts, completions, columns, found))
+        return found
+
+    questions = ["What is 2 + 2?", "Name a colour."] * 2
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    settings = trl.GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        max_steps=2, logging_steps=1, per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
+        learning_rate=1e-2, gradient_checkpointing=False, seed=3,
+    )  # fmt: skip
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = policy.model.layers[0].mlp.up_proj.weight.detach().clone()
+    trainer = trl.GRPOTrainer(
+        model=policy,
+        reward_funcs=recorded,
+        args=settings,
+        train_dataset=Dataset.from_dict({"prompt": prompts, "source": ["a", "b", "c", "d"]}),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    assert len(calls) == 2
+    logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    scorer = load_reward_model(adapter, compute_dtype="float32")
+    for (prompts, completions, columns, found), mean in zip(calls, logged, strict=True):
+        assert {"completion_ids", "source", "trainer_state"} <= columns.keys()
+        assert all(type(value) is float for value in found)
+        own = [scorer.score(*pair)[0] for pair in zip(prompts, [[c] for c in completions], strict=True)]
+        assert found == pytest.approx(own, abs=1e-5)
+        assert mean == pytest.approx(sum(found) / 4, abs=1e-5)
+        assert max(found) - min(found) > 1e-3
+    assert not torch.equal(policy.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_both_forms_of_a_prompt_are_the_same_conversation(adapter):
+    reward = reward_function(adapter, compute_dtype="float32")
+    texts = reward(["Hi", "Hi"], ["Hello", "Go away"])
+    messages = reward(
+        [[{"role": "user", "content": "Hi"}]] * 2,
+        [[{"role": "assistant", "content": text}] for text in ("Hello", "Go away")],
+        completion_ids=[[1], [2]],
+    )
+    assert texts == pytest.approx(messages, abs=1e-6)
+    assert texts[0] != pytest.approx(texts[1], abs=1e-3)
+    with pytest.raises(DataError, match="does not end with an assistant message"):
+        reward(["Hi"], [[{"role": "tool", "content": "42"}]])
+    with pytest.raises(ValueError, match="zip"):
+        reward(["Hi"], [])

@@ -1,0 +1,372 @@
+"""Exports: each is opened again by what its users open it with, and gives the rewards it promised or is refused."""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, make_base
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from lora_rm.cli import main
+from lora_rm.config import check_settings
+from lora_rm.data.tokens import ChatTokenizer
+from lora_rm.errors import ConfigError, MergeError
+from lora_rm.export import TARGETS, graph, onnx
+from lora_rm.export.huggingface import hub_id, inherited_license, model_card
+from lora_rm.export.onnx import export_onnx
+from lora_rm.export.proof import need, prove, read_parity, whole_folder
+from lora_rm.export.torch_export import export_torch_export
+from lora_rm.score import load_reward_model
+from lora_rm.verify import standard_deviation
+from lora_rm.workflow import export_run
+
+
+def classifier(base):
+    """A reward model with a random head on a tiny base, as transformers opens it."""
+    config = AutoConfig.from_pretrained(base)
+    config.num_labels, config.problem_type = 1, "regression"
+    config.pad_token_id = ChatTokenizer.load(base).pad_id
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def merged(base, held_out, tmp_path_factory):
+    """A folder as merge and verify leave it, with 24 answers to 12 prompts."""
+    folder = tmp_path_factory.mktemp("export") / "merged"
+    classifier(base).save_pretrained(folder)
+    chat = ChatTokenizer.load(base)
+    chat.save(folder)
+    record = {"base": str(base), "base_weights": "dequantized", "dtype": "float32", "adds_bos": True}
+    (folder / "lora_rm_merge.json").write_text(json.dumps(record))
+    answers = [
+        {"text": chat.tokenizer.decode(ids[1:]), "ids": ids, "prompt": number}
+        for number, tree in enumerate(held_out[:12])
+        for ids in tree.conversations()
+    ]
+    rewards = load_reward_model(folder, compute_dtype="float32").score_ids([a["ids"] for a in answers])
+    for answer, reward in zip(answers, rewards, strict=True):
+        answer |= {"reward": reward, "merged": reward}
+    parity = {
+        "passed": True,
+        "merge": record,
+        "spread": standard_deviation(rewards),
+        "num_answers": len(answers),
+        "changes": {},
+        "without_adapter": {"mean": 0.8},
+        "answers": answers,
+    }
+    (folder / "parity.json").write_text(json.dumps(parity))
+    return folder
+
+
+def parity_of(folder):
+    return json.loads((folder / "parity.json").read_text())
+
+
+def run_snippet(folder, texts, *blocked):
+    """Runs the call that an export's README shows, in its folder, where some packages cannot be imported."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    lines = code.splitlines()
+    assert len(lines) <= 6
+    program = [
+        "import json, sys",
+        *(f"sys.modules[{name!r}] = None" for name in blocked),
+        f"texts = {texts!r}",
+        *lines,
+        "print(json.dumps(rewards.tolist()))",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tells_a_path(file):
+    """Whether a file names a folder of this machine."""
+    content = file.read_bytes()
+    return any(
+        str(Path(module.__file__).parent).encode() in content for module in (graph, torch, transformers)
+    )
+
+
+WAYS = [
+    "one by one",
+    "padded right, 8 together",
+    "padded left, 8 together",
+    "padded on both sides, 3 together",
+]
+
+
+def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merged, tmp_path):
+    import onnxruntime
+
+    out = export_onnx(merged, tmp_path / "onnx")
+    assert {file.name for file in out.iterdir()} == {
+        "model.onnx", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "lora_rm_merge.json",
+        "parity.json", "README.md",
+    }  # fmt: skip
+    parity, expected = parity_of(out), parity_of(merged)
+    assert parity["passed"]
+    assert list(parity["changes"]) == WAYS
+    assert parity["changes"]["one by one"]["num_answers"] == 24
+    assert all(change["against_merged"] < 1e-4 for change in parity["changes"].values())
+    assert 0 < parity["noise"] < 1e-5
+    assert [a["exported"] for a in parity["answers"]] == pytest.approx(
+        [a["reward"] for a in expected["answers"]], abs=1e-4
+    )
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    kinds = [(i.name, i.shape, i.type) for i in session.get_inputs()]
+    assert kinds == [(name, ["batch", "length"], "tensor(int64)") for name in ("input_ids", "attention_mask")]
+    (reward,) = session.get_outputs()
+    assert (reward.name, reward.shape, reward.type) == ("rewards", ["batch"], "tensor(float)")
+    assert not tells_a_path(out / "model.onnx")
+    found = run_snippet(out, [a["text"] for a in expected["answers"][:5]], "torch", "transformers", "lora_rm")
+    assert found == pytest.approx([a["reward"] for a in expected["answers"][:5]], abs=1e-4)
+
+
+def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path, monkeypatch):
+    import onnx as library
+
+    monkeypatch.setattr(onnx, "ONE_FILE_BYTES", 0)
+    out = export_onnx(merged, tmp_path / "int8", dtype="int8")
+    parity = parity_of(out)
+    assert parity["dtype"] == "int8"
+    for change in parity["changes"].values():
+        assert 1e-4 < change["mean"] < 0.2  # it costs, and not the adapter
+    model = library.load(out / "model.onnx", load_external_data=False)
+    layers = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    assert len(layers) == 3 * 7  # every linear layer, and the head is none of them
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert stored["backbone.embed_tokens.weight"].data_type == library.TensorProto.FLOAT
+    assert stored["head"].data_type == library.TensorProto.FLOAT
+    weights = sum(math.prod(tensor.dims) for tensor in stored.values() if "MatMul" not in tensor.name)
+    assert (out / "model.onnx.data").stat().st_size > weights
+    assert len(list(out.glob("model*"))) == 2
+    with pytest.raises(ConfigError, match="--dtype is 'int3'; --to onnx can write float32, int8"):
+        export_onnx(merged, tmp_path / "int3", dtype="int3")
+
+
+def test_torch_export_needs_torch_alone(merged, tmp_path):
+    out = tmp_path / "pt2"
+    assert main(["export", str(merged), "--to", "torch-export", "--out", str(out)]) == 0
+    parity, expected = parity_of(out), parity_of(merged)
+    assert parity["target"] == "torch-export"
+    assert list(parity["changes"]) == WAYS
+    assert all(change["against_merged"] < 1e-4 for change in parity["changes"].values())
+    with zipfile.ZipFile(out / "model.pt2") as archive:
+        archive.extractall(tmp_path / "parts")
+    parts = [file for file in (tmp_path / "parts").rglob("*") if file.is_file()]
+    assert len(parts) > 5
+    assert not [file.name for file in parts if tells_a_path(file)]
+    found = run_snippet(out, [a["text"] for a in expected["answers"][:3]], "transformers", "lora_rm")
+    assert found == pytest.approx([a["reward"] for a in expected["answers"][:3]], abs=1e-4)
+    with pytest.raises(MergeError, match="exists already"):
+        export_torch_export(merged, out)
+
+
+def test_torch_export_in_bfloat16_says_what_it_costs(merged, tmp_path):
+    parity = parity_of(export_torch_export(merged, tmp_path / "pt2", dtype="bfloat16"))
+    assert parity["dtype"] == "bfloat16"
+    assert 1e-4 < parity["changes"]["one by one"]["mean"] < 0.2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_pools_by_the_mask(family, tmp_path):
+    model = classifier(make_base(tmp_path, family, dtype=torch.float32))
+    if family == "gemma2":
+        model.set_attn_implementation("eager")
+    made = graph.RewardGraph(getattr(model, model.base_model_prefix), model.score.weight)
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (1, 9, 21, 13, 2)]
+    with torch.no_grad():
+        expected = [float(model(input_ids=torch.tensor([row])).logits) for row in rows]
+    assert max(expected) - min(expected) > 0.1
+    for way, batches in graph.batches(rows).items():
+        with torch.no_grad():
+            found = [
+                reward for batch in batches for reward in made(*map(torch.tensor, batch.values())).tolist()
+            ]
+        assert found == pytest.approx(expected, abs=1e-4), way
+
+
+def test_what_cannot_be_traced_is_said_plainly():
+    class Reading(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            if input_ids.sum() > 3:
+                return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
+            return None
+
+    with pytest.raises(MergeError, match="Reading cannot be written as one graph"):
+        graph.trace(graph.RewardGraph(Reading(), torch.ones(1, 1)))
+
+
+PARITY = {
+    "merge": {"dtype": "float16"},
+    "spread": 2.0,
+    "without_adapter": {"mean": 0.4},
+    "answers": [
+        {"text": "", "ids": [1], "prompt": 0, "reward": reward, "merged": reward + 0.01}
+        for reward in (-2.0, 0.0, 2.0, 4.0)
+    ],
+}
+
+
+def proved(tmp_path, shift, *, noise=1e-6, rounded=()):
+    found = {"alone": [a["merged"] + shift for a in PARITY["answers"]]}
+    return prove(tmp_path, PARITY, found, target="x", runtime="X", dtype="int8", noise=noise, rounded=rounded)
+
+
+def test_an_exact_export_may_differ_by_the_noise_of_this_machine(tmp_path):
+    change = proved(tmp_path, 1e-4)["changes"]["alone"]
+    assert change["against_merged"] == pytest.approx(5e-5)
+    assert change["mean"] == pytest.approx(0.0101 / 2)  # against the trained adapter, merge included
+    with pytest.raises(MergeError, match=r"the X's rewards differ by up to 0.05% .*allowed: 0.010%; noise"):
+        proved(tmp_path, 1e-3)
+    assert proved(tmp_path, 1e-3, noise=1e-4)["passed"]
+    with pytest.raises(MergeError, match="allowed: 2.000%"):  # a broken reference is no noise
+        proved(tmp_path, 0.05, noise=1.0)
+
+
+def test_a_rounded_export_may_cost_something_but_not_the_adapter(tmp_path):
+    assert proved(tmp_path, 0.18, rounded=["alone"])["changes"]["alone"]["mean"] == pytest.approx(0.095)
+    for shift in (0.22, math.nan, math.inf):
+        with pytest.raises(
+            MergeError, match=r"The adapter was lost: .*, that of the model without adapter 40.00%"
+        ):
+            proved(tmp_path, shift, rounded=["alone"])
+    with pytest.raises(MergeError, match="The adapter was lost"):
+        proved(tmp_path, math.nan)
+
+
+def test_a_merge_without_proof_is_not_exported(merged, tmp_path):
+    for target in ("onnx", "torch-export", "huggingface"):
+        with pytest.raises(MergeError, match="holds no merged model"):
+            export_run(tmp_path, to=target)
+    parity = parity_of(merged)
+    for key, value, message in (
+        ("passed", False, "changed by more than was allowed"),
+        ("without_adapter", None, "of an earlier version"),
+    ):
+        own = {name: v for name, v in parity.items() if name != key} | (
+            {key: value} if value is False else {}
+        )
+        (tmp_path / "parity.json").write_text(json.dumps(own))
+        with pytest.raises(MergeError, match=message):
+            read_parity(tmp_path)
+
+
+def test_a_missing_extra_is_named_with_its_command(merged, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name)
+    )
+    with pytest.raises(
+        ConfigError, match=r"needs onnx and onnxscript and onnxruntime.*pip install 'lora_rm\[onnx\]'"
+    ):
+        export_onnx(merged, tmp_path / "out")
+    need("torch-export", "torch")
+
+
+def test_a_target_says_what_it_can_write(merged, tmp_path):
+    assert TARGETS == ("huggingface", "vllm", "gguf", "onnx", "torch-export")
+    with pytest.raises(ConfigError, match="--to is 'floppy'; allowed: huggingface, vllm"):
+        export_run(merged, to="floppy")
+    with pytest.raises(ConfigError, match=r"--dtype is 'float16', but --to huggingface .*--merge.dtype"):
+        export_run(merged, out=tmp_path / "x", dtype="float16")
+    with pytest.raises(ConfigError, match="--to torch-export can write float32, float16, bfloat16"):
+        export_run(merged, to="torch-export", out=tmp_path / "x", dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
+    out = tmp_path / "out"
+
+    def stopped(overwrite):
+        with whole_folder(out, overwrite) as folder:
+            (folder / "a").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped(overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    for text in ("one", "two"):
+        with whole_folder(out, text == "two") as folder:
+            (folder / text).write_text(text)
+            assert folder != out
+    assert [file.name for file in out.iterdir()] == ["two"]
+    assert (out / "two").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(RuntimeError):
+        stopped(overwrite=True)
+    assert (out / "two").is_file()  # what was there stays when its successor fails
+
+
+# -- the card of a hub model ------------------------------------------------------------------------------
+
+
+def test_the_licence_is_the_bases_own_or_absent(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    assert inherited_license(str(base)) == {}
+    card = base / "README.md"
+    for text, expected in (
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\ntags: [a]\n---\n# A\n",
+         {"license": "other", "license_name": "own", "license_link": "LICENSE"}),
+        ("---\nlicense: mit\n---\n", {"license": "mit"}),
+        ("---\nlanguage: en\n---\nLicense: MIT\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("# No header\nlicense: mit\n", {}),
+    ):  # fmt: skip
+        card.write_text(text)
+        assert inherited_license(str(base)) == expected
+    assert inherited_license("builtin:smollm2-135m") == {}
+    assert inherited_license("nobody/has-this") == {}
+
+
+def test_a_base_has_a_hub_id_or_none(tmp_path):
+    assert hub_id("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert hub_id("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/1a2b") == "Qwen/Qwen3-0.6B"
+    for name in (str(tmp_path), "builtin:smollm2-135m", "models/mine.gguf/x", "./mine", "../a", "~/mine"):
+        assert hub_id(name) is None, name
+
+
+def test_the_card_reads_back_as_the_hubs_metadata(merged, tmp_path):
+    evaluation = {
+        "after": {
+            "pairs": {"num_pairs": 8, "accuracy": 0.875},
+            "interval": [0.5, 0.97],
+            "length_baseline": 0.5,
+        },
+        "before": {"pairs": {"accuracy": 0.5}},
+    }
+    settings = check_settings({"data": {"train": "org/preferences"}})
+    run = SimpleNamespace(read_json=lambda name: evaluation, settings=lambda: settings)
+    parity = parity_of(merged) | {"merge": parity_of(merged)["merge"] | {"base": "Qwen/Qwen3-8B"}}
+    data = ModelCard(model_card(parity, run, "mine")).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("Qwen/Qwen3-8B", "finetune", None)
+    assert (data.pipeline_tag, data.library_name) == ("text-classification", "transformers")
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.dataset_split) == ("org/preferences", "train")
+    assert (result.task_type, result.metric_type, result.metric_value) == (
+        "text-classification",
+        "accuracy",
+        0.875,
+    )
+    assert data.model_name == "mine"
+    settings = check_settings({"data": {"train": "builtin:checkable", "eval": "/home/me/secret.jsonl"}})
+    card = model_card(parity, run, "mine")
+    assert "secret" not in card
+    assert ModelCard(card).data.eval_results[0].dataset_type == "private"
