@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from lora_rm import processes
 from lora_rm.config import ModelSettings, Settings
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
@@ -237,6 +238,10 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
             slope = (at_long - at_short) / (long - short)
             lines.append((at_short - slope * short, slope))
         peaks[mode] = Peak(tuple(lines))
+    held_bytes = 4 if compute_dtype == torch.float32 else DTYPES[settings.model.load_dtype].itemsize
+    if settings.train.sharding == "full" and processes.COUNT > 1:
+        double = settings.model.double_quantization
+        held = held.sharded(processes.COUNT, num_layers, double=double, held_bytes=held_bytes)
     return Plan(
         settings=settings,
         machine=machine_here(device),
@@ -245,7 +250,7 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
         peaks=peaks,
         batching=batching,
         compute_bytes=compute_dtype.itemsize,
-        held_bytes=4 if compute_dtype == torch.float32 else DTYPES[settings.model.load_dtype].itemsize,
+        held_bytes=held_bytes,
         num_layers=num_layers,
     )
 
