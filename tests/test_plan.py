@@ -277,4 +277,6 @@ def test_a_sharded_base_is_planned_by_its_parts():
     part = whole.sharded(4, 80, double=True, held_bytes=2)
     constants = 36e9 * 0.127 / 4.127
     assert part.quantized == pytest.approx(constants + (36e9 - constants) / 4)
-    assert part.frozen == pytest.approx(2.1e9 / 4 + 2 * 2.1e9)  # embeddings are larger than three layers of 0.45 GB
+    assert part.frozen == pytest.approx(
+        2.1e9 / 4 + 2 * 2.1e9
+    )  # embeddings are larger than three layers of 0.45 GB
