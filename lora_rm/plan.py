@@ -236,6 +236,10 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
             slope = (at_long - at_short) / (long - short)
             lines.append((at_short - slope * short, slope))
         peaks[mode] = Peak(tuple(lines))
+    held_bytes = 4 if compute_dtype == torch.float32 else DTYPES[settings.model.load_dtype].itemsize
+    if settings.train.sharding == "full" and processes.COUNT > 1:
+        double = settings.model.double_quantization
+        held = held.sharded(processes.COUNT, num_layers, double=double, held_bytes=held_bytes)
     return Plan(
         settings=settings,
         machine=machine_here(device),
@@ -244,7 +248,7 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
         peaks=peaks,
         batching=batching,
         compute_bytes=compute_dtype.itemsize,
-        held_bytes=4 if compute_dtype == torch.float32 else DTYPES[settings.model.load_dtype].itemsize,
+        held_bytes=held_bytes,
         num_layers=num_layers,
     )
 

@@ -15,7 +15,7 @@ from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, ModelError
 from lora_rm.losses import preference_losses
 from lora_rm.model.base import BaseModel, find_config
-from lora_rm.model.memory import LiveBytes, one_pair, trace_without_data
+from lora_rm.model.memory import Held, LiveBytes, one_pair, trace_without_data
 from lora_rm.model.reward_model import RewardModel, read_config
 from lora_rm.plan import (
     GIB,
@@ -269,3 +269,14 @@ def test_a_model_without_config_is_named(tmp_path):
         plan(settings_for(tmp_path / "empty"))
     with pytest.raises(ModelError, match="config.json of no/model cannot be fetched"):
         plan(settings_for("no/model"))
+
+
+def test_a_sharded_base_is_planned_by_its_parts():
+    """Of 70B shapes in NF4: 36 GB of codes and constants, 2.1 GB of embeddings, 80 layers."""
+    whole = Held(quantized=36e9, frozen=2.1e9, largest_frozen=1.05e9)
+    part = whole.sharded(4, 80, double=True, held_bytes=2)
+    constants = 36e9 * 0.127 / 4.127
+    assert part.quantized == pytest.approx(constants + (36e9 - constants) / 4)
+    assert part.frozen == pytest.approx(
+        2.1e9 / 4 + 2 * 2.1e9
+    )  # embeddings are larger than three layers of 0.45 GB

@@ -65,6 +65,25 @@ class Held:
         ours, theirs = ({name: getattr(x, name) for name in Held.__slots__} for x in (self, other))
         return Held(**{name: ours[name] + share * (theirs[name] - ours[name]) for name in ours})
 
+    def sharded(self, count: int, num_layers: int, *, double: bool, held_bytes: int) -> "Held":
+        """What one of `count` processes holds of a base that `sharding` shares out, with what it gathers at once.
+
+        NF4's block constants stay whole. While a layer computes, the next one is fetched into a buffer and copied out of
+        it: three layers at most. The embeddings, gathered in the same way, are there twice.
+
+        Args:
+            count: Processes.
+            num_layers: Of the decoder.
+            double: Whether the block constants are quantised too.
+            held_bytes: Of a value that is not quantised.
+        """
+        constants = self.quantized * (0.127 / 4.127 if double else 0.5 / 4.5)
+        largest = self.largest_frozen * held_bytes
+        gathered = max(3 * (self.quantized + self.frozen - largest) / num_layers, 2 * largest)
+        shared = self.quantized - constants
+        own = {"quantized": constants + shared / count, "frozen": self.frozen / count + gathered}
+        return replace(self, **own)
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that live at once, each once, with or without data."""
