@@ -436,9 +436,7 @@ def _write(plan: Plan, folder: Path, done: dict[str, dict[str, float]]) -> Merge
     return report
 
 
-def _finish(
-    writer: TensorWriter, errors: dict[str, float], done: dict[str, dict[str, float]]
-) -> None:
+def _finish(writer: TensorWriter, errors: dict[str, float], done: dict[str, dict[str, float]]) -> None:
     """Brings a shard to the disk, then notes that it is there."""
     writer.close()
     done[writer.file.name] = errors
