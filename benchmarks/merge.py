@@ -1,27 +1,32 @@
-"""Time and memory of a merge, beside `cp` of the same files.
+"""Time and memory of a merge, beside `cp` of the same files and PEFT's way.
 
-    python benchmarks/merge.py [--gigabytes 2] [--quick] [--json FILE]
+    python benchmarks/merge.py [--gigabytes 4] [--shape 7B | 70B] [--quick] [--json FILE]
 
-Makes a random sharded checkpoint in the shapes of Llama-2-7B (fewer layers) with a rank-16 adapter on every
-linear layer, and merges it with and without the NF4 round trip, each in a process of its own. Memory is the
-peak of anonymous pages (RssAnon), read every 5 ms, less what the process holds after its imports.
+Makes a random sharded checkpoint in the shapes of Llama-2-7B or Llama-3-70B (fewer layers, whole embedding) with
+a rank-16 adapter on every linear layer, and merges it without and with the NF4 round trip, each in a process of
+its own and after a `cp` of the same files. All times include bringing the files to the disk; all files lie in
+the page cache when they are read. PEFT's way: load in bfloat16, `merge_and_unload`, save; it adds to the
+original base, so it stands beside the merge without the round trip. Memory is the peak of anonymous pages
+(RssAnon), read every 5 ms, less what the process holds after its imports.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from lora_rm.config import MergeSettings
 from lora_rm.console import plain_errors, show_table
@@ -31,23 +36,36 @@ from lora_rm.model.base import BUILTIN, BaseModel, find_base
 from lora_rm.model.quantization import Quantization
 from lora_rm.model.reward_model import HEAD_KEY, RECORD
 
-HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
-LINEAR = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-"""Shapes (out, in) of a decoder layer's linear layers: 405 MB a layer in bfloat16."""
+SHAPES = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256, "num_attention_heads": 64, "num_key_value_heads": 8},
+}  # fmt: skip
+"""A layer in bfloat16 is 0.40 GB and 1.71 GB, the embedding 0.26 GB and 2.10 GB."""
+
+SIZES = {"8B": 15.0, "32B": 64.0, "70B": 139.0}
+"""Gigabytes of bfloat16 backbones (Llama-3.1-8B, Qwen3-32B, Llama-3-70B) that the estimates are for."""
+
+
+def linear_layers(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of a decoder layer's linear layers."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (default: 2)")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint (default: 4)")
+    parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="of layers and embedding")
     parser.add_argument("--quick", action="store_true", help="0.7 GB")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -55,44 +73,69 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(*options.child)))
         return
-    num_layers = max(1, round(((0.7 if options.quick else options.gigabytes) - 0.27) / 0.405))
+    shape = SHAPES[options.shape]
+    linear = linear_layers(shape)
+    largest = max(rows * columns for rows, columns in linear.values()) * 2 / 1e6
+    layer = sum(rows * columns for rows, columns in linear.values()) * 2e-9
+    rest = (0.7 if options.quick else options.gigabytes) - shape["vocab_size"] * shape["hidden_size"] * 2e-9
+    num_layers = max(1, round(rest / layer))
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(scratch)
-        size = make_checkpoint(folder / "base", num_layers)
-        started = time.monotonic()
-        shutil.copytree(folder / "base", folder / "copy")
-        subprocess.run(["sync", "-f", folder], check=True)
-        rows: list[dict[str, Any]] = [{"what": "cp", "seconds": time.monotonic() - started, "peak MB": 0.0}]
-        shutil.rmtree(folder / "copy")
-        for kind, base, name in (
-            ("none", "original", "merge, no round trip"),
-            ("nf4", "dequantized", "merge, NF4 round trip"),
+        size = make_checkpoint(folder / "base", shape, num_layers)
+        rows: list[dict[str, Any]] = []
+        for what, kind, way in (
+            ("merge, no round trip", "none", "original"),
+            ("merge, NF4 round trip", "nf4", "dequantized"),
+            ("PEFT: load, merge_and_unload, save", "none", "peft"),
         ):
-            make_adapter(folder / kind, folder / "base", num_layers, kind)
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                str(folder / kind),
-                str(folder / "out"),
-                base,
-                str(folder / "base"),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append({"what": name, **json.loads(done.stdout.splitlines()[-1])})
+            if not (folder / kind).exists():
+                make_adapter(folder / kind, folder / "base", linear, num_layers, kind)
+            if way != "peft":
+                rows.append({"what": "cp", "seconds": copy(folder / "base", folder / "copy"), "peak MB": 0.0})
+            subprocess.run(["sync"], check=True)
+            command = [sys.executable, __file__, "--child", *map(str, (folder / kind, folder / "out", way, folder / "base"))]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            rows.append({"what": what, **json.loads(done.stdout.splitlines()[-1])})
             shutil.rmtree(folder / "out")
+    copying = statistics.mean(row["seconds"] for row in rows if row["what"] == "cp")
     for row in rows:
-        row |= {"GB": size / 1e9, "times cp": row["seconds"] / rows[0]["seconds"]}
+        row |= {"GB": size / 1e9, "times cp": row["seconds"] / copying, "largest adapted MB": largest}
+        row["estimated minutes"] = {
+            name: row["seconds"] / size * 1e9 * gigabytes / 60 for name, gigabytes in SIZES.items()
+        }
     show_table(
-        f"{size / 1e9:.2f} GB in 7B shapes, {num_layers} layers",
-        ["what", "seconds", "times cp", "peak MB above imports"],
-        [[r["what"], f"{r['seconds']:.1f}", f"{r['times cp']:.2f}", f"{r['peak MB']:.0f}"] for r in rows],
+        f"{size / 1e9:.2f} GB in {options.shape} shapes, {num_layers} layers, {torch.get_num_threads()} threads; "
+        f"largest adapted tensor {largest:.0f} MB",
+        ["what", "seconds", "times cp", "peak MB above imports", *(f"{name}, min" for name in SIZES)],
+        [
+            [
+                r["what"],
+                f"{r['seconds']:.1f}",
+                f"{r['times cp']:.2f}",
+                f"{r['peak MB']:.0f}",
+                *(f"{minutes:.1f}" for minutes in r["estimated minutes"].values()),
+            ]
+            for r in rows
+        ],
     )
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
-def measure(adapter: str, out: str, base: str, base_folder: str) -> dict[str, float]:
+def copy(source: Path, target: Path) -> float:
+    """Seconds of `cp -r` and of bringing the copy to the disk."""
+    subprocess.run(["sync"], check=True)
+    started = time.monotonic()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    subprocess.run(["sync", *target.iterdir()], check=True)
+    seconds = time.monotonic() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def measure(adapter: str, out: str, way: str, base_folder: str) -> dict[str, float]:
     """Merges in this process; seconds, and the peak of anonymous memory above that after the imports, in MB."""
     before = peak = anonymous_mb()
     done = threading.Event()
@@ -105,8 +148,11 @@ def measure(adapter: str, out: str, base: str, base_folder: str) -> dict[str, fl
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    settings = MergeSettings(base=base, dtype="float16")  # type: ignore[arg-type]
-    merge(Path(adapter), Path(out), settings, base=BaseModel(name="random", path=Path(base_folder)))
+    if way == "peft":
+        merge_with_peft(adapter, out, base_folder)
+    else:
+        settings = MergeSettings(base=way, dtype="float16")  # type: ignore[arg-type]
+        merge(Path(adapter), Path(out), settings, base=BaseModel(name="random", path=Path(base_folder)))
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
@@ -119,39 +165,58 @@ def anonymous_mb() -> float:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
 
 
-def make_checkpoint(folder: Path, num_layers: int) -> int:
+def merge_with_peft(adapter: str, out: str, base: str) -> None:
+    """The way of PEFT's documentation, brought to the disk."""
+    warnings.simplefilter("ignore")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.save_pretrained(out)
+    subprocess.run(["sync", *Path(out).iterdir()], check=True)
+
+
+def make_checkpoint(folder: Path, shape: dict[str, int], num_layers: int) -> int:
     """Writes a random bfloat16 checkpoint, a file a layer; returns its size in bytes."""
     folder.mkdir()
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, vocab_size=VOCABULARY, num_hidden_layers=num_layers,
-        num_attention_heads=32, num_key_value_heads=32, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    LlamaConfig(
+        num_hidden_layers=num_layers, architectures=["LlamaForCausalLM"], dtype="bfloat16", **shape
+    ).save_pretrained(folder)
+    # drawing every value anew takes longer than all merges
+    drawn = torch.empty(2**26 + 12345, dtype=torch.bfloat16).normal_(0, 0.02)
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    def random(*sizes: int) -> torch.Tensor:
+        count = torch.Size(sizes).numel()
+        return drawn.repeat(-(-count // len(drawn)))[:count].view(sizes)
 
-    rest = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "model.norm.weight": random(HIDDEN)}
+    hidden = shape["hidden_size"]
+    rest = {
+        "model.embed_tokens.weight": random(shape["vocab_size"], hidden),
+        "model.norm.weight": random(hidden),
+    }
     save_file(rest, folder / "model-00000.safetensors", {"format": "pt"})
+    del rest
     for layer in range(num_layers):
-        tensors = {f"model.layers.{layer}.{name}.weight": random(*shape) for name, shape in LINEAR.items()}
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": random(*sizes)
+            for name, sizes in linear_layers(shape).items()
+        }
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{name}.weight"] = random(HIDDEN)
+            tensors[f"model.layers.{layer}.{name}.weight"] = random(hidden)
         save_file(tensors, folder / f"model-{layer + 1:05d}.safetensors", {"format": "pt"})
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def make_adapter(folder: Path, base: Path, num_layers: int, kind: str) -> None:
+def make_adapter(
+    folder: Path, base: Path, linear: dict[str, tuple[int, int]], num_layers: int, kind: str
+) -> None:
     """Writes a random rank-16 adapter with the record that training would leave."""
     from safetensors import safe_open
 
-    tensors = {HEAD_KEY: torch.randn(1, HIDDEN)}
+    tensors = {HEAD_KEY: torch.randn(1, linear["self_attn.q_proj"][1])}
     codes = {}
     quantization = Quantization(kind=kind, double=True, load_dtype=torch.bfloat16)  # type: ignore[arg-type]
     for layer in range(num_layers):
         with safe_open(base / f"model-{layer + 1:05d}.safetensors", "pt") as stored:
-            for name, (rows, columns) in LINEAR.items():
+            for name, (rows, columns) in linear.items():
                 full = f"model.layers.{layer}.{name}"
                 tensors[f"base_model.model.{full}.lora_A.weight"] = torch.randn(16, columns) / 64
                 tensors[f"base_model.model.{full}.lora_B.weight"] = torch.randn(rows, 16) * 1e-3
@@ -160,7 +225,7 @@ def make_adapter(folder: Path, base: Path, num_layers: int, kind: str) -> None:
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     LoraConfig(
-        task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=sorted({n.split(".")[1] for n in LINEAR})
+        task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=sorted({n.split(".")[1] for n in linear})
     ).save_pretrained(str(folder))
     ChatTokenizer.load(find_base(BUILTIN).path).save(folder)
     record = {

@@ -4,9 +4,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lora_rm.errors import Interrupted, LoraRmError
@@ -61,25 +69,30 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """Shows how far a job is; yields a function to call with the amount done since the last call.
 
-    On a terminal it is a bar that goes when the job is done, elsewhere a line every ten seconds. A job of a
-    few parts shows nothing.
+    On a terminal it is a bar that goes when the job is done, elsewhere a line every ten seconds, both with the
+    time left. A job of a few parts shows nothing.
     """
     if console.is_terminal and total > 8:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        amount_column = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
+        columns = (TextColumn("{task.description}"), BarColumn(), amount_column, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(description, total=total)
             yield lambda amount: bar.advance(task, amount)
         return
-    done, last_line = 0, time.monotonic()
+    done, started = 0, time.monotonic()
+    last_line = started
 
     def advance(amount: int) -> None:
         nonlocal done, last_line
         done += amount
-        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            say(f"{description} {done}/{total}")
+        now = time.monotonic()
+        if now - last_line >= SECONDS_BETWEEN_LINES and done:
+            last_line = now
+            left = timedelta(seconds=round((now - started) * max(total - done, 0) / done))
+            parts = f"{done / 2**30:.2f}/{total / 2**30:.2f} GiB" if in_bytes else f"{done}/{total}"
+            say(f"{description} {parts}, {left} left")
 
     yield advance

@@ -11,15 +11,17 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -30,9 +32,9 @@ from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
-from lora_rm.model.quantization import Quantization
+from lora_rm.model.quantization import PIECE, Quantization
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
-from lora_rm.model.tensor_files import BLOCK, StoredTensor, TensorWriter, stored_tensors
+from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 """Families whose activations are known to overflow in float16 (vLLM refuses float16 for gemma2, gemma3, glm4)."""
@@ -41,6 +43,9 @@ RECORD = "lora_rm_merge.json"
 """File in the merged folder that says what was merged into what, and how."""
 
 Rounding = Literal["float16", "bfloat16", "float32", "bfloat16_nearest"]
+T = TypeVar("T")
+Visitor = Callable[[int, torch.Tensor, torch.Tensor | None], T]
+
 STORED = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -51,19 +56,19 @@ STORED = {
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an adapter does to one weight."""
+    """What an adapter does to one weight; its matrices stay on the disk until they are used."""
 
-    a: torch.Tensor
-    """LoRA A, (rank, in) float32."""
+    a: StoredTensor
+    """LoRA A, (rank, in)."""
 
-    b: torch.Tensor
-    """LoRA B, (out, rank) float32."""
+    b: StoredTensor
+    """LoRA B, (out, rank)."""
 
     scale: float
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
 
-    magnitude: torch.Tensor | None
-    """DoRA's magnitude of each output row, (out,) float32."""
+    magnitude: StoredTensor | None
+    """DoRA's magnitude of each output row, (out,)."""
 
     transposed: bool
     """Whether the checkpoint stores the weight as (in, out), as GPT-2's Conv1D does."""
@@ -126,40 +131,130 @@ class Plan:
         """Bytes to read."""
         return sum(tensor.num_bytes for shard in self.shards.values() for tensor in shard.values())
 
-    def exact(self, name: str, tensor: StoredTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The exact merged values of a tensor, in flat pieces of float32, each with the update in it or None.
+    def keeps(self, name: str, tensor: StoredTensor) -> bool:
+        """Whether what is written are the bytes of the base."""
+        keeps_values = self.load_dtype is None or self.load_dtype in (tensor.dtype, torch.float32)
+        return (
+            name not in self.updates
+            and not self.is_quantized(name)
+            and keeps_values
+            and tensor.dtype == self.dtype
+        )
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the values to merge into are those of a weight's codes."""
+        codes = self.record["quantization"]["codes"]
+        return self.mode == "dequantized" and name.removesuffix(".weight") in codes
+
+    @property
+    def load_dtype(self) -> torch.dtype | None:
+        """The type that the base's values are rounded to, as they were in training; None: they are not."""
+        seen_in_training = self.mode == "dequantized" or self.quantization.kind == "none"
+        return self.quantization.load_dtype if seen_in_training else None
+
+    def visit(self, name: str, tensor: StoredTensor, use: Visitor[T], threads: Executor) -> list[T]:
+        """Calls `use` with the exact merged values of a tensor, piece by piece, in several threads.
+
+        Args:
+            name: Of the tensor in the model.
+            tensor: Where the base has it.
+            use: Called with the number of a piece's first value, the piece in flat float32, and the update in it
+                or None. Both tensors are the callee's.
+            threads: Where the calls are made.
+
+        Returns:
+            What `use` returned, in the order of the values.
 
         Raises:
             MergeError: If the base's codes are not those of training.
         """
-        seen_in_training = self.mode == "dequantized" or self.quantization.kind == "none"
+        values, finished = self._values(name, tensor, threads)
         update = self.updates.get(name)
-        is_quantized = name.removesuffix(".weight") in self.record["quantization"]["codes"]
-        if update is None and not (is_quantized and self.mode == "dequantized"):
-            for piece in tensor.blocks():
-                yield (piece.to(self.quantization.load_dtype) if seen_in_training else piece).float(), None
-            return
-        weight = tensor.read()
-        is_transposed = self.transposed[name]
-        if is_quantized and self.mode == "dequantized":
-            weight = self._round_trip(name, weight.T.contiguous() if is_transposed else weight)
-            weight = weight.T.contiguous() if is_transposed else weight
-        elif seen_in_training:
-            weight = weight.to(self.quantization.load_dtype)
-        if update is None:
-            yield from ((part.float(), None) for part in weight.flatten().split(BLOCK // 4))
-            return
-        yield from _summed(weight, update)
+        columns = 1 if update is None and not self.is_quantized(name) else tensor.shape[1]
+        rows = max(1, PIECE // columns)
+        change = None if update is None else self._change(update, values, tensor.shape)
 
-    def _round_trip(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        values, found = self.quantization.round_trip(weight)
+        def piece(row: int) -> T:
+            stop = min(row + rows, num_rows)
+            part = values(row * columns, stop * columns).float()
+            if change is None:
+                return use(row * columns, part, None)
+            delta = change(row, part.view(-1, columns))
+            return use(row * columns, part.add_(delta.view(-1)), delta.view(-1))
+
+        num_rows = math.prod(tensor.shape) // columns
+        found = list(threads.map(piece, range(0, num_rows, rows)))
+        finished()
+        return found
+
+    def _values(
+        self, name: str, tensor: StoredTensor, threads: Executor
+    ) -> tuple[Callable[[int, int], torch.Tensor], Callable[[], None]]:
+        """What a tensor is before the update: a function of the first and last value, and one to call at the end."""
+        dtype = self.load_dtype or tensor.dtype
+        if not self.is_quantized(name):
+            return (lambda start, stop: tensor.values(start, stop).to(dtype)), lambda: None
+        if self.transposed[name] or not self.quantization.by_rows(tensor.shape):
+            weight = tensor.read()
+            weight = weight.T.contiguous() if self.transposed[name] else weight
+            weight, found = self.quantization.round_trip(weight)
+            self._check_codes(name, found)
+            flat = (weight.T.contiguous() if self.transposed[name] else weight).view(-1)
+            return (lambda start, stop: flat[start:stop].clone()), lambda: None
+        num_rows, columns = tensor.shape
+        rows = max(1, PIECE // columns)
+        codes = self.quantization.codes(tensor.shape)
+
+        def quantize(row: int) -> None:
+            stop = min(row + rows, num_rows)
+            values = tensor.values(row * columns, stop * columns).to(dtype)
+            codes.quantize(row, values.view(-1, columns))
+
+        deque(threads.map(quantize, range(0, num_rows, rows)), maxlen=0)
+        codes.finish()
+        hashing = threads.submit(codes.sha256)
+        return (
+            lambda start, stop: codes.dequantize(start // columns, (stop - start) // columns, dtype).view(-1),
+            lambda: self._check_codes(name, hashing.result()),
+        )
+
+    def _change(
+        self, update: Update, values: Callable[[int, int], torch.Tensor], shape: tuple[int, ...]
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """The update as a function of the first stored row of a part of the weight, and that part.
+
+        Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; DoRA, Liu et al. 2024 (arXiv 2402.09353), eq. 5.
+        """
+        a, b = update.a.read().float(), update.b.read().float()
+        magnitude = None if update.magnitude is None else update.magnitude.read().float()
+        if magnitude is not None and update.transposed:
+            # a column of the stored weight is an output row: its norm is known only when all rows have been read
+            square = torch.zeros(shape[1], dtype=torch.float64)
+            for row in range(shape[0]):
+                part = values(row * shape[1], (row + 1) * shape[1]).float()
+                square += (part + update.scale * (b @ a[:, row])).double().square()
+            magnitude = (magnitude / square.sqrt()).float()
+
+        def change(row: int, part: torch.Tensor) -> torch.Tensor:
+            rows = slice(row, row + len(part))
+            if update.transposed:
+                delta = (b @ a[:, rows]).T.contiguous().mul_(update.scale)
+                return delta if magnitude is None else (part + delta).mul_(magnitude[None, :]).sub_(part)
+            delta = (b[rows] @ a).mul_(update.scale)
+            if magnitude is None:
+                return delta
+            total = delta.add_(part)
+            return total.mul_((magnitude[rows] / torch.linalg.norm(total, dim=1))[:, None]).sub_(part)
+
+        return change
+
+    def _check_codes(self, name: str, found: str) -> None:
         if found != self.record["quantization"]["codes"][name.removesuffix(".weight")]:
             raise MergeError(
                 f"{name}: its {self.quantization.kind} codes are not those the adapter was trained on. The base has "
                 f"changed since, or this machine quantises differently. Find the base of {self.record['base']}, or "
                 "use --merge.base original, which makes another model."
             )
-        return values
 
     def _check_base(self) -> None:
         shapes = {name: t.shape for shard in self.shards.values() for name, t in shard.items()}
@@ -198,7 +293,7 @@ def merge(
         shutil.rmtree(stale)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        report = _write(plan, partial)
+        report = _write(plan, partial, {})
         for file in partial.iterdir():
             file.chmod(0o644)
         partial.chmod(0o755)
@@ -242,60 +337,95 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
     if not torch.equal(written["score.weight"].read(), plan.head):
         raise MergeError(f"{merged}: its score head is not the trained one.")
     errors = {}
-    with progress("checking weights (MiB)", plan.num_bytes // 2**20) as advance:
+    with _threads() as threads, progress("checking weights", plan.num_bytes, in_bytes=True) as advance:
         for name, tensor in expected.items():
-            errors[name] = _distance(plan, name, tensor, written[plan.stored_as[name]])
-            advance(tensor.num_bytes // 2**20)
+            errors[name] = _distance(plan, name, tensor, written[plan.stored_as[name]], threads)
+            advance(tensor.num_bytes)
     return {name: errors[name] for name in plan.updates}
 
 
-def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor) -> float:
+def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor, threads: Executor) -> float:
     """Of an updated tensor, the error's share of the update; a wrong or broken tensor is an error."""
     if written.shape != source.shape:
         raise MergeError(f"{name}: has shape {list(written.shape)}, expected {list(source.shape)}.")
-    error = update = 0.0
-    position = written.start
-    for exact, delta in plan.exact(name, source):
-        part = StoredTensor(name, written.file, written.dtype, tuple(exact.shape), position)
-        position += part.num_bytes
-        found = part.read().float()
+    # a 16-bit step is 2^-8 of a value in bfloat16 and 2^-11 (or 2^-25 in all) in float16
+    step = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}[written.dtype]
+
+    def compare(start: int, exact: torch.Tensor, delta: torch.Tensor | None) -> tuple[float, float]:
+        found = written.values(start, start + len(exact)).float()
         if not torch.isfinite(found).all():
             raise MergeError(f"{name}: holds NaN or infinite values.")
-        difference = found - exact
-        # a 16-bit step is 2^-8 of a value in bfloat16 and 2^-11 (or 2^-25 in all) in float16
-        step = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}[written.dtype]
-        if bool((difference.abs() > step * exact.abs() + 2**-24).any()):
+        difference = found.sub_(exact)
+        error = float(torch.dot(difference, difference))
+        if bool((difference.abs_() > exact.abs_().mul_(step).add_(2**-24)).any()):
             raise MergeError(f"{name}: what was written is not the merged weight.")
-        if delta is not None:
-            error += float(difference.double().square().sum())
-            update += float(delta.double().square().sum())
+        return error, 0.0 if delta is None else float(torch.dot(delta, delta))
+
+    return _share(plan.visit(name, source, compare, threads))
+
+
+def _share(squares: Sequence[tuple[float, float]]) -> float:
+    """Norm of an error over the norm of the update, out of the squares of both in every piece."""
+    error, update = (math.fsum(column) for column in zip(*squares, strict=True))
     return math.sqrt(error / update) if update else 0.0
 
 
-def _write(plan: Plan, folder: Path) -> MergeReport:
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """As many threads as torch uses, each computing with one: a piece stays in the cache of its core."""
+    count = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(count)
+
+
+def _write(plan: Plan, folder: Path, done: dict[str, dict[str, float]]) -> MergeReport:
+    """Writes all shards but those that are done, and what else belongs to a model."""
     report = MergeReport(
         base=plan.base.name,
         base_weights=plan.mode,
         dtype=plan.rounding,
-        adapter_sha256=hashlib.sha256((plan.adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        adapter_sha256=_sha256(plan.adapter / "adapter_model.safetensors"),
     )
     index: dict[str, str] = {}
     total = 0
-    with progress("merging (MiB)", plan.num_bytes // 2**20) as advance:
-        for number, (file, tensors) in enumerate(plan.shards.items()):
-            is_last = number == len(plan.shards) - 1
+    last = list(plan.shards)[-1]
+    with (
+        _threads() as threads,
+        ThreadPoolExecutor(1) as flushing,
+        progress("merging", plan.num_bytes, in_bytes=True) as advance,
+    ):
+        flushed = []
+        for file, tensors in plan.shards.items():
             header = {plan.stored_as[name]: (plan.dtype, tensor.shape) for name, tensor in tensors.items()}
-            if is_last:
+            if file == last:
                 header["score.weight"] = (torch.float32, tuple(plan.head.shape))
-            writer = TensorWriter(folder / file, header)
-            for name, tensor in tensors.items():
-                _write_tensor(plan, name, tensor, writer, report)
-                advance(tensor.num_bytes // 2**20)
-            if is_last:
-                writer.write(plan.head)
-            writer.close()
+            if file in done:
+                advance(sum(tensor.num_bytes for tensor in tensors.values()))
+            else:
+                writer = TensorWriter(folder / file, header)
+                following = [*tensors.values(), None][1:]
+                errors = {}
+                for (name, tensor), next_one in zip(tensors.items(), following, strict=True):
+                    if next_one is not None:
+                        next_one.announce()
+                    errors[name] = _write_tensor(plan, name, tensor, writer, threads)
+                    advance(tensor.num_bytes)
+                if file == last:
+                    writer.write("score.weight", plan.head)
+                flushed.append(flushing.submit(_finish, writer, errors, done))
             index.update(dict.fromkeys(header, file))
             total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in header.values())
+        for shard in flushed:
+            shard.result()
+    found = {name: share for errors in done.values() for name, share in errors.items()}
+    report.num_tensors = len(plan.stored_as)
+    report.num_updated = len(plan.updates)
+    report.rounding_error = {
+        name: found[name] for tensors in plan.shards.values() for name in tensors if name in plan.updates
+    }
     if len(plan.shards) > 1:
         values = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -306,59 +436,57 @@ def _write(plan: Plan, folder: Path) -> MergeReport:
     return report
 
 
+def _finish(writer: TensorWriter, errors: dict[str, float], done: dict[str, dict[str, float]]) -> None:
+    """Brings a shard to the disk, then notes that it is there."""
+    writer.close()
+    done[writer.file.name] = errors
+
+
 def _write_tensor(
-    plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, report: MergeReport
-) -> None:
-    generator = torch.Generator().manual_seed(_seed(name))
-    error = update = 0.0
-    for exact, delta in plan.exact(name, tensor):
-        piece = _stored(exact, plan.rounding, generator)
-        if plan.rounding == "float16" and not torch.isfinite(piece).all():
-            raise _DoesNotFit(name, float(exact.abs().max()))
+    plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, threads: Executor
+) -> float:
+    """Writes one tensor; returns the rounding's share of the update."""
+    own_name = plan.stored_as[name]
+    if plan.keeps(name, tensor):
+
+        def copy(start: int) -> None:
+            writer.write(own_name, tensor.values(start, min(start + 8 * PIECE, num_values)), start)
+
+        num_values = math.prod(tensor.shape)
+        deque(threads.map(copy, range(0, num_values, 8 * PIECE)), maxlen=0)
+        return 0.0
+
+    def store(start: int, exact: torch.Tensor, delta: torch.Tensor | None) -> tuple[float, float]:
+        piece = _stored(exact, plan.rounding, f"{name}:{start}")
+        error = update = 0.0
         if delta is not None:
-            error += float((piece.float() - exact).double().square().sum())
-            update += float(delta.double().square().sum())
-        writer.write(piece)
-    report.num_tensors += 1
-    if name in plan.updates:
-        report.num_updated += 1
-        report.rounding_error[name] = math.sqrt(error / update) if update else 0.0
+            difference = piece.to(torch.float32, copy=True).sub_(exact)
+            error, update = float(torch.dot(difference, difference)), float(torch.dot(delta, delta))
+        if plan.rounding == "float16":
+            low, high = (float(end) for end in torch.aminmax(exact))
+            if not max(-low, high) < 65520:  # what rounds to infinity, and NaN
+                raise _DoesNotFit(name, max(-low, high))
+        writer.write(own_name, piece, start)
+        return error, update
+
+    return _share(plan.visit(name, tensor, store, threads))
 
 
-def _summed(weight: torch.Tensor, update: Update) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """W + scale B A in float32, a block of stored rows at a time; DoRA scales each output row.
-
-    Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; DoRA, Liu et al. 2024 (arXiv 2402.09353), eq. 5.
-    """
-    factor = None
-    if update.magnitude is not None:
-        full = (weight.T if update.transposed else weight).float() + update.scale * (update.b @ update.a)
-        factor = update.magnitude / torch.linalg.norm(full, dim=1)
-        del full
-    rows = max(1, BLOCK // (4 * weight.shape[1]))
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].float()
-        if update.transposed:
-            delta = update.scale * (update.b @ update.a[:, start : start + rows]).T
-        else:
-            delta = update.scale * (update.b[start : start + rows] @ update.a)
-        if factor is not None:
-            scaled = factor[None, :] if update.transposed else factor[start : start + rows, None]
-            delta = scaled * (part + delta) - part
-        yield (part + delta).flatten(), delta.flatten()
-
-
-def _stored(exact: torch.Tensor, rounding: Rounding, generator: torch.Generator) -> torch.Tensor:
+def _stored(exact: torch.Tensor, rounding: Rounding, seed: str) -> torch.Tensor:
     """Rounds float32 values to what is stored.
 
     bfloat16 is rounded up with the probability of what would be cut off, so small updates survive on average;
-    the generator's seed comes from the tensor's name, so two merges give the same bytes.
+    the seed is the tensor's name and the place of the piece, so two merges give the same bytes.
     """
     if rounding != "bfloat16":
         return exact.to(STORED[rounding])
-    noise = torch.randint(0, 2**16, exact.shape, generator=generator, dtype=torch.int32)
-    bits = (exact.view(torch.int32) + noise) & -(2**16)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+    )
+    # 64 random bits for four values
+    noise = torch.empty(-(-len(exact) // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = exact.view(torch.int32) + (noise.view(torch.int16)[: len(exact)].to(torch.int32) & 0xFFFF)
+    return bits.bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _rounding(wanted: str, quantization: Quantization, model_type: str) -> Rounding:
@@ -394,17 +522,18 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]
 
 def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
     """The updates by weight name; every tensor of the adapter must be used."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors.pop(HEAD_KEY)
     config = LoraConfig.from_pretrained(str(adapter))
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in stored_tensors(adapter / "adapter_model.safetensors"):
+        key = tensor.name
+        if key == HEAD_KEY:
+            continue
         name, found, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
         if not found or kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise MergeError(
                 f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B and DoRA's magnitude."
             )
-        parts.setdefault(name, {})[kind] = tensor.float()
+        parts.setdefault(name, {})[kind] = tensor
     updates = {}
     for name, part in parts.items():
         weight = f"{name}.weight"
@@ -479,5 +608,6 @@ def _with_dtype(settings: MergeSettings, dtype: Rounding) -> MergeSettings:
     return MergeSettings(base=settings.base, dtype=dtype, overwrite=settings.overwrite)
 
 
-def _seed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """Safetensors files read and written piece by piece, without mapping them into memory.
 
 The format: eight bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, the
-tensors' bytes. All offsets are known before the first byte of data, so every tensor is written straight to
+tensors' bytes. All offsets are known before the first byte of data, so every piece is written straight to
 its place. Reading uses plain reads into one buffer: mapped pages would count as memory of the process.
 """
 
@@ -9,7 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,6 @@ from lora_rm.errors import ModelError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-BLOCK = 4 * 2**20
-"""Bytes of a tensor handled at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,32 +43,30 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor."""
-        return next(self.blocks(max(self.num_bytes, 1))).reshape(self.shape)
+        return self.values(0, math.prod(self.shape)).reshape(self.shape)
 
-    def blocks(self, size: int = BLOCK) -> Iterator[torch.Tensor]:
-        """The tensor as flat pieces of at most `size` bytes.
+    def values(self, start: int, stop: int) -> torch.Tensor:
+        """The values from `start` to `stop`, flat.
 
         Raises:
-            ModelError: If the file ends before the tensor does.
+            ModelError: If the file ends before they do.
         """
-        size -= size % self.dtype.itemsize
+        buffer = torch.empty((stop - start) * self.dtype.itemsize, dtype=torch.uint8)
+        view, filled = memoryview(_bytes(buffer)), 0
         with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.start)
-            left = self.num_bytes
-            while left or not self.num_bytes:
-                buffer = torch.empty(min(size, left), dtype=torch.uint8)
-                view, filled = memoryview(_bytes(buffer)), 0
-                while filled < len(view):
-                    count = stream.readinto(view[filled:])
-                    if not count:
-                        raise ModelError(
-                            f"{self.file}: ends in the middle of {self.name}. Fetch the file again."
-                        )
-                    filled += count
-                left -= len(view)
-                yield buffer.view(self.dtype)
-                if not left:
-                    return
+            stream.seek(self.start + start * self.dtype.itemsize)
+            while filled < len(view):
+                count = stream.readinto(view[filled:])
+                if not count:
+                    raise ModelError(f"{self.file}: ends in the middle of {self.name}. Fetch the file again.")
+                filled += count
+        return buffer.view(self.dtype)
+
+    def announce(self) -> None:
+        """Tells the system that the tensor will be read soon, so that it comes from the disk meanwhile."""
+        if hasattr(os, "posix_fadvise"):  # Linux
+            with self.file.open("rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), self.start, self.num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
@@ -131,10 +127,10 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 
 class TensorWriter:
-    """Writes a safetensors file, tensor by tensor in the order announced."""
+    """Writes a safetensors file whose tensors come in pieces, in any order, from several threads."""
 
     def __init__(self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Writes the header; `tensors` gives type and shape of each, in the order in which they will come."""
+        """Writes the header and makes the file as long as it will be; `tensors` gives type and shape of each."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, (dtype, shape) in tensors.items():
@@ -143,21 +139,32 @@ class TensorWriter:
             offset = end
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        self.expected = 8 + len(encoded) + offset
-        self.stream = file.open("wb", buffering=0)
-        self.stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        self.file = file
+        self.starts = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in tensors}
+        self.num_bytes = 8 + len(encoded) + offset
+        """Of the whole file."""
+        self.missing = offset
+        """Bytes of tensors that have not come yet."""
+        self.lock = threading.Lock()
+        with file.open("wb", buffering=0) as stream:
+            stream.write(struct.pack("<Q", len(encoded)) + encoded)
+            stream.truncate(self.num_bytes)
 
-    def write(self, piece: torch.Tensor) -> None:
-        """Appends a piece of the present tensor."""
+    def write(self, name: str, piece: torch.Tensor, start: int = 0) -> None:
+        """Writes a piece of a tensor that begins at its value `start`."""
         view = memoryview(_bytes(piece))
-        while len(view):
-            view = view[self.stream.write(view) :]
+        with self.file.open("r+b", buffering=0) as stream:
+            stream.seek(self.starts[name] + start * piece.dtype.itemsize)
+            with self.lock:
+                self.missing -= len(view)
+            while len(view):
+                view = view[stream.write(view) :]
 
     def close(self) -> None:
         """Flushes the file to the disk; asserts that all announced bytes have come."""
-        assert self.stream.tell() == self.expected, "tensors written do not match the header"
-        os.fsync(self.stream.fileno())
-        self.stream.close()
+        assert not self.missing, "tensors written do not match the header"
+        with self.file.open("r+b", buffering=0) as stream:
+            os.fsync(stream.fileno())
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
