@@ -18,7 +18,8 @@ from lora_rm.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoi
 from lora_rm.cli import main
 from lora_rm.config import DataSettings, Settings, check_settings, dump_settings
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, redacted
+from lora_rm.errors import ConfigError, DataError, LoraRmError, ModelError, redacted
+from lora_rm.export.huggingface import model_card
 from lora_rm.merge import merge
 from lora_rm.model.base import BaseModel, find_base
 from lora_rm.model.reward_model import RewardModel, read_config
@@ -116,7 +117,7 @@ def test_an_index_that_names_a_pickle_is_refused(copied, trap):
     trap(copied / "evil.bin")
     write_index(copied, "evil.bin")
     with pytest.raises(ModelError, match=r"index\.json: names 'evil\.bin'"):
-        make_model(copied, quantization="none")
+        RewardModel.load(str(copied))
 
 
 def test_an_adapter_of_pickles_is_refused(adapter, trap, tmp_path):
@@ -283,17 +284,16 @@ def test_a_merge_writes_into_its_folder_alone(copied, tmp_path):
     assert not (tmp_path / "merged" / "model.safetensors").is_symlink()
 
 
-def test_a_parity_file_of_somebody_else_names_no_file(adapter, tmp_path):
-    merge(adapter, tmp_path / "merged")
+def test_a_parity_file_of_somebody_else_names_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     parity = {
-        "passed": True, "answers": [{"text": "../../x", "merged": 1e9}], "spread": 1.0, "num_answers": 1, "changes": {},
+        "answers": [], "spread": 1.0, "num_answers": 1, "changes": {},
         "merge": {"base": "../../../etc/passwd", "base_weights": "original", "dtype": "float32", "adds_bos": False},
     }  # fmt: skip
-    (tmp_path / "merged" / "parity.json").write_text(json.dumps(parity))
-    before = everything(tmp_path)
-    with pytest.raises(MergeError, match="rewards differ"):
-        export_run(tmp_path / "merged", out=tmp_path / "exported")
-    assert everything(tmp_path) == before
+    card = model_card(parity, None)
+    assert "Trained with LoRA on `passwd`" in card
+    assert "../" not in card
+    assert list(tmp_path.iterdir()) == []
 
 
 # Secrets.
