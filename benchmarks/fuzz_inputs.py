@@ -701,7 +701,9 @@ PLANTED: dict[str, Callable[[], Any]] = {
 """A case of each failure, by the outcome that must be found (--planted)."""
 
 
-def run_cases(count: int, number: int, skip: int, keep: Path | None, planted: bool, only: str | None) -> None:
+def run_cases(
+    count: int, number: int, skip: int, keep: Path | None, planted: bool, only: str | None, light: bool
+) -> None:
     """Runs the kinds from the `skip`-th on; prints one JSON object before and one after each."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -711,7 +713,8 @@ def run_cases(count: int, number: int, skip: int, keep: Path | None, planted: bo
         else:
             bench = Bench(Path(scratch))
             jobs = {name: _drawn(bench, name, count, number) for name in KINDS}
-            jobs["made by hand"] = lambda tell: _made(bench, tell)
+            if not light:
+                jobs["made by hand"] = lambda tell: _made(bench, tell)
         for name, job in [(name, job) for name, job in jobs.items() if only in (None, name)][skip:]:
             found: Counter[str] = Counter()
             failures: list[str] = []
@@ -769,14 +772,20 @@ def _drawn(bench: Bench, name: str, count: int, number: int) -> Callable[[Tell],
 
 
 def watch(
-    count: int, number: int, *, keep: Path | None = None, planted: bool = False, only: str | None = None
+    count: int,
+    number: int,
+    *,
+    keep: Path | None = None,
+    planted: bool = False,
+    only: str | None = None,
+    light: bool = False,
 ) -> dict[str, Any]:
     """Runs all kinds in a process of their own, started again after a crash or a hang that no signal ends.
 
     Returns:
         By kind: its outcomes, seconds, and the first failures.
     """
-    total = 1 if only else len(PLANTED) if planted else len(KINDS) + 1
+    total = 1 if only else len(PLANTED) if planted else len(KINDS) + (not light)
     found: dict[str, Any] = {}
     while len(found) < total:
         command = [
@@ -792,6 +801,7 @@ def watch(
         command += ["--keep", str(keep)] if keep else []
         command += ["--planted"] if planted else []
         command += ["--only", only] if only else []
+        command += ["--light"] if light else []
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         current, case = "the start", ""
         assert child.stdout is not None
@@ -826,11 +836,22 @@ def main() -> None:
     parser.add_argument(
         "--planted", action="store_true", help="one case of each failure instead, to be found"
     )
+    parser.add_argument(
+        "--light", action="store_true", help="leave out what is made by hand, a minute of work"
+    )
     parser.add_argument("--only", metavar="KIND", help="one kind alone; --count is still that of all of them")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        run_cases(options.count, options.seed, options.child, options.keep, options.planted, options.only)
+        run_cases(
+            options.count,
+            options.seed,
+            options.child,
+            options.keep,
+            options.planted,
+            options.only,
+            options.light,
+        )
         return
     from lora_rm.console import show_table
 
@@ -843,6 +864,7 @@ def main() -> None:
         keep=options.keep,
         planted=options.planted,
         only=options.only,
+        light=options.light,
     )
     counts = {name: Counter(told["outcomes"]) for name, told in found.items()}
     total = sum(counts.values(), Counter())

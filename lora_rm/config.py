@@ -400,7 +400,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`; write it so."
+            f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`; Write it so."
         )
     return {
         key: ({} if section is None and key in _sections() else section) for key, section in values.items()
@@ -549,7 +549,7 @@ def _flag_value(key: str, annotation: Any, given: list[str]) -> tuple[Any, str]:
             parsed = given[0]
         return (given if origin is tuple and not isinstance(parsed, list) else parsed), ""
     if len(given) > 1:
-        return None, f"{key} takes one value, found {len(given)}: {' '.join(given)}."
+        return None, f"{key} takes one value, found {len(given)}: {_short(' '.join(given))}. Give one."
     is_optional = origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(annotation)
     if is_optional and given[0].lower() in ("none", "null"):
         return None, ""

@@ -244,7 +244,9 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
     del model
     from transformers import AutoModelForSequenceClassification
 
-    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
     pad = plain.config.get_text_config().pad_token_id
 
     @torch.inference_mode()

@@ -278,9 +278,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
         except StopIteration:
             return
         except csv.Error as error:
-            message = (
-                f"broken CSV ({error}). A cell with commas, quotes or line breaks stands in double quotes."
-            )
+            message = f"broken CSV ({error}). A cell with commas, quotes or line breaks stands in double quotes; correct it."
             if not columns:
                 raise DataError(f"{where}: {message}") from error
             yield BadRow(source=where, reason="broken CSV", message=message)

@@ -76,6 +76,7 @@ class ChatTokenizer:
             ModelError: If the tokenizer has no template and none was chosen, or the template fails.
         """
         self.tokenizer = tokenizer
+        tokenizer.init_kwargs.pop("auto_map", None)  # code that is never run, and must not be passed on
         if template == "plain":
             tokenizer.chat_template = PLAIN_TEMPLATE
         elif template != "tokenizer":

@@ -190,7 +190,9 @@ def read_auto_config(base: BaseModel) -> Any:
                 "Fetch it again."
             )
     try:
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        vars(config).pop("auto_map", None)  # else merged models would name code that nobody ran
+        return config
     except Exception as error:  # of any kind: config classes check few of the values they compute with
         reason = (
             "it needs code of its own (auto_map), which is never run"
@@ -248,10 +250,16 @@ def _converted(gguf: Path) -> Path:
         folder, file = str(gguf.parent), gguf.name
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=unpacked
+            folder,
+            gguf_file=file,
+            dtype=torch.bfloat16,
+            quantization_config=unpacked,
+            trust_remote_code=False,
         )
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(
+            partial
+        )
         partial.chmod(0o755)
         partial.replace(target)
     except OSError:

@@ -738,9 +738,14 @@ def new_classifier(config: Any, name: str, dtype: torch.dtype | None = None) -> 
     Raises:
         ModelError: If its head is not a linear layer over the last token.
     """
-    model: Any = AutoModelForSequenceClassification.from_config(
-        config, dtype=dtype, attn_implementation=_plain_attention(config)
-    )
+    try:
+        model: Any = AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype, attn_implementation=_plain_attention(config)
+        )
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: no model can be made from its config.json ({type(error).__name__}: {error}). Fetch it again."
+        ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
         raise ModelError(
             f"{name}: {type(model).__name__} has no linear layer `score` over the last token. "
