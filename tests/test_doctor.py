@@ -22,7 +22,9 @@ from lora_rm.errors import ConfigError, DataError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.reward_model import HEAD_KEY, RECORD
-from lora_rm.plan import GIB, plan
+from lora_rm.model.checkpointing import MODES
+from lora_rm.model.memory import Held
+from lora_rm.plan import GIB, UNMEASURED, Peak, Plan
 from lora_rm.verify import score_rows
 from lora_rm.workflow import train_run
 
@@ -141,11 +143,21 @@ def test_check_memory_finds():
 
 @pytest.fixture(scope="module")
 def planned(base, tmp_path_factory):
-    """A plan on a machine of 64 GiB; short rows, since tracing long ones takes many seconds."""
-    settings = doctor_settings(base, tmp_path_factory.mktemp("never"))
-    data = dataclasses.replace(settings.data, max_length=64)
-    train = dataclasses.replace(settings.train, tokens_per_microbatch=128)
-    return plan(dataclasses.replace(settings, data=data, train=train), 64 * GIB)
+    """What planning a tiny model gives, in round numbers: tracing it takes half a minute."""
+    held = Held(
+        quantized=2e5, frozen=6e5, trained=4e5, largest_linear=5e4, largest_frozen=3e4, num_weights=5e5, num_linear=4e5
+    )  # fmt: skip
+    return Plan(
+        settings=doctor_settings(base, tmp_path_factory.mktemp("never")),
+        machine=UNMEASURED["cpu"],
+        memory=64 * GIB,
+        held=held,
+        peaks={mode: Peak(((1e5, 5e3),)) for mode in MODES},
+        batching="shared",
+        compute_bytes=4,
+        held_bytes=4,
+        num_layers=3,
+    )
 
 
 def test_check_fit_passes(planned):
@@ -715,7 +727,8 @@ def test_a_sound_run_is_free_of_faults(run):
     assert findings["head moves"].value > 0
 
 
-def test_a_run_whose_adapter_never_moved_is_found(run, base, tmp_path):
+def test_a_run_whose_adapter_never_moved_is_found(run, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "check_overfit", lambda *arguments: doctor.unchecked("16 pairs learnt", "slow"))
     copy = tmp_path / "run"
     (copy / "adapter").mkdir(parents=True)
     for file in run.adapter.iterdir():
@@ -753,6 +766,19 @@ def test_an_unfinished_run_and_a_broken_head_are_told(run, tmp_path):
     assert is_found(
         examined(adapter, Settings())["opens"], "is no run, adapter, merged model or export of lora_rm"
     )
+
+
+def test_a_sound_base_and_a_merged_model_are_free_of_faults(base, run, planned, monkeypatch):
+    monkeypatch.setattr(doctor, "plan", lambda settings: planned)
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 64 * GIB)
+    settings = dataclasses.replace(run.settings(), data=DataSettings())
+    findings = examined(base, settings)
+    assert [f for f in findings.values() if f.status != "ok"] == []
+    assert {"template", "memory for the model", "score head", "padding", "swapped labels", "head moves"} <= set(findings)
+    assert findings["16 pairs learnt"].value == 1.0
+    findings = examined(run.merged, settings)
+    assert [f.check for f in findings.values() if f.status != "ok"] == ["rewards as saved"]  # made without a proof
+    assert "padded left" in findings["padding"].found
 
 
 def test_a_model_that_does_not_fit_is_not_trained(base, planned, monkeypatch):
