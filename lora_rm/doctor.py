@@ -330,10 +330,12 @@ def show(title: str, findings: Sequence[Finding]) -> None:
         table.add_row(_plain(finding.check), f"[{style}]{finding.status}[/{style}]", _plain(text))
     console.print(table)
     count = Counter(finding.status for finding in findings)
+    words = [
+        f"{count[status]} {status if count[status] == 1 or status == 'ok' else status + 's'}"
+        for status in ("ok", "warning", "fault")
+    ]
     left = f", {count['unchecked']} not made" if count["unchecked"] else ""
-    say(
-        f"{len(findings)} checks: {count['ok']} ok, {count['warning']} warnings, {count['fault']} faults{left}."
-    )
+    say(f"{len(findings)} checks: {', '.join(words)}{left}.")
 
 
 def _plain(text: str) -> str:
@@ -764,11 +766,17 @@ def check_length(preferences: Sequence[Preference], chat: ChatTokenizer, wanted:
     found = f"conversations have {typical} tokens (median), {long} (99 %), {longest} (longest); the limit is {wanted.max_length}"
     if counts:
         found += "; " + ", ".join(f"{reason}: {n} of {len(preferences)}" for reason, n in counts.items())
-    remedy = (
-        f"--data.max-length {longest} keeps all, {long} nearly all, at the price of memory; --data.length-policy "
-        "truncate_prompt cuts the start of long prompts instead of dropping the row. Answers that are identical as tokens "
-        "must be removed."
-    )
+    advice = []
+    if longest > wanted.max_length:
+        nearly = f", {long} nearly all" if long > wanted.max_length else ""
+        advice.append(f"--data.max-length {longest} keeps all{nearly}, at the price of memory.")
+        if wanted.length_policy == "drop":
+            advice.append(
+                "--data.length-policy truncate_prompt cuts the start of long prompts instead of dropping the row."
+            )
+    if any("identical" in reason for reason in counts):
+        advice.append("Remove rows whose answers are identical as tokens: there is nothing to choose.")
+    remedy = " ".join(advice)
     return judge(
         "length limit", found, remedy, fault=dropped > wanted.max_dropped_share, warning=lost > 0, value=lost
     )

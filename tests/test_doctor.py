@@ -21,9 +21,9 @@ from lora_rm.data.tokens import PLAIN_TEMPLATE, ChatTokenizer
 from lora_rm.errors import ConfigError, DataError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.reward_model import HEAD_KEY, RECORD
 from lora_rm.model.checkpointing import MODES
 from lora_rm.model.memory import Held
+from lora_rm.model.reward_model import HEAD_KEY, RECORD
 from lora_rm.plan import GIB, UNMEASURED, Peak, Plan
 from lora_rm.verify import score_rows
 from lora_rm.workflow import train_run
@@ -318,14 +318,15 @@ def test_check_length_finds(preferences, chat):
     cut = DataSettings(max_length=512, length_policy="truncate_prompt")
     assert is_found(doctor.check_length([*prefs, long], chat, cut), "prompt cut", status="warning")
     found = doctor.check_length(prefs, chat, DataSettings(max_length=16))
-    assert is_found(found, "60 of 60", "--data.max-length")
+    assert is_found(found, "60 of 60", "--data.max-length", "truncate_prompt")
     same = pair(better="x", worse="x ")  # a template that strips makes them one
     stripping = ChatTokenizer(make_tokenizer())
     stripping.tokenizer.chat_template = stripping.tokenizer.chat_template.replace(
         "m['content']", "m['content'] | trim"
     )
     found = doctor.check_length([same, pair()], stripping, DataSettings())
-    assert is_found(found, "answers identical as tokens: 1 of 2")
+    assert is_found(found, "answers identical as tokens: 1 of 2", "Remove rows")
+    assert "max-length" not in found.remedy
 
 
 # Template.
@@ -728,7 +729,9 @@ def test_a_sound_run_is_free_of_faults(run):
 
 
 def test_a_run_whose_adapter_never_moved_is_found(run, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "check_overfit", lambda *arguments: doctor.unchecked("16 pairs learnt", "slow"))
+    monkeypatch.setattr(
+        doctor, "check_overfit", lambda *arguments: doctor.unchecked("16 pairs learnt", "slow")
+    )
     copy = tmp_path / "run"
     (copy / "adapter").mkdir(parents=True)
     for file in run.adapter.iterdir():
@@ -774,10 +777,19 @@ def test_a_sound_base_and_a_merged_model_are_free_of_faults(base, run, planned, 
     settings = dataclasses.replace(run.settings(), data=DataSettings())
     findings = examined(base, settings)
     assert [f for f in findings.values() if f.status != "ok"] == []
-    assert {"template", "memory for the model", "score head", "padding", "swapped labels", "head moves"} <= set(findings)
+    assert {
+        "template",
+        "memory for the model",
+        "score head",
+        "padding",
+        "swapped labels",
+        "head moves",
+    } <= set(findings)
     assert findings["16 pairs learnt"].value == 1.0
     findings = examined(run.merged, settings)
-    assert [f.check for f in findings.values() if f.status != "ok"] == ["rewards as saved"]  # made without a proof
+    assert [f.check for f in findings.values() if f.status != "ok"] == [
+        "rewards as saved"
+    ]  # made without a proof
     assert "padded left" in findings["padding"].found
 
 
@@ -815,7 +827,7 @@ def test_the_command_shows_writes_and_ends_with_1_on_a_fault(tmp_path, capsys, m
     assert end.value.code == 1
     page = capsys.readouterr().out
     assert "broken JSON: 1" in page
-    assert "1 faults" in page
+    assert "1 warning, 1 fault." in page
     written = json.loads(out.read_text())
     assert (written["kind"], written["subject"]) == ("data", str(file))
     by_name = {finding["check"]: finding for finding in written["findings"]}
