@@ -330,10 +330,12 @@ def show(title: str, findings: Sequence[Finding]) -> None:
         table.add_row(_plain(finding.check), f"[{style}]{finding.status}[/{style}]", _plain(text))
     console.print(table)
     count = Counter(finding.status for finding in findings)
+    words = [
+        f"{count[status]} {status if count[status] == 1 or status == 'ok' else status + 's'}"
+        for status in ("ok", "warning", "fault")
+    ]
     left = f", {count['unchecked']} not made" if count["unchecked"] else ""
-    say(
-        f"{len(findings)} checks: {count['ok']} ok, {count['warning']} warnings, {count['fault']} faults{left}."
-    )
+    say(f"{len(findings)} checks: {', '.join(words)}{left}.")
 
 
 def _plain(text: str) -> str:
@@ -764,11 +766,17 @@ def check_length(preferences: Sequence[Preference], chat: ChatTokenizer, wanted:
     found = f"conversations have {typical} tokens (median), {long} (99 %), {longest} (longest); the limit is {wanted.max_length}"
     if counts:
         found += "; " + ", ".join(f"{reason}: {n} of {len(preferences)}" for reason, n in counts.items())
-    remedy = (
-        f"--data.max-length {longest} keeps all, {long} nearly all, at the price of memory; --data.length-policy "
-        "truncate_prompt cuts the start of long prompts instead of dropping the row. Answers that are identical as tokens "
-        "must be removed."
-    )
+    advice = []
+    if longest > wanted.max_length:
+        nearly = f", {long} nearly all" if long > wanted.max_length else ""
+        advice.append(f"--data.max-length {longest} keeps all{nearly}, at the price of memory.")
+        if wanted.length_policy == "drop":
+            advice.append(
+                "--data.length-policy truncate_prompt cuts the start of long prompts instead of dropping the row."
+            )
+    if any("identical" in reason for reason in counts):
+        advice.append("Remove rows whose answers are identical as tokens: there is nothing to choose.")
+    remedy = " ".join(advice)
     return judge(
         "length limit", found, remedy, fault=dropped > wanted.max_dropped_share, warning=lost > 0, value=lost
     )
@@ -834,9 +842,8 @@ def check_template(chat: ChatTokenizer) -> Finding:
 def check_bos(chat: ChatTokenizer) -> Finding:
     """Whether a conversation begins with one BOS if the tokenizer adds one, never with two."""
     before, _, _ = rendered_parts(chat)
-    bos = chat.tokenizer.bos_token_id
-    own = chat.text_ids([before])[0].count(bos) if before or chat.adds_bos else 0
-    plain = chat.tokenizer(before).input_ids.count(bos) if bos is not None else 0
+    own = _leading_bos(chat, chat.text_ids([before])[0]) if before or chat.adds_bos else 0
+    plain = _leading_bos(chat, chat.tokenizer(before).input_ids)
     expected = "one" if chat.adds_bos else "none or one"
     found = f"{own} at the start of a conversation (right: {expected})"
     if plain > 1 and own == 1:
@@ -849,6 +856,17 @@ def check_bos(chat: ChatTokenizer) -> Finding:
         "A second BOS changed about 1 % of the decisions in published benchmarks."
     )
     return judge("BOS", found, remedy, fault=own > 1 or (chat.adds_bos and own < 1), value=own)
+
+
+def _leading_bos(chat: ChatTokenizer, ids: Sequence[int]) -> int:
+    """BOS tokens before the first word; some families begin every later turn with one too."""
+    count = 0
+    for number in ids:
+        if number == chat.tokenizer.bos_token_id:
+            count += 1
+        elif chat.tokenizer.decode([number]).strip():
+            break
+    return count
 
 
 def check_generation_prompt(chat: ChatTokenizer) -> Finding:
@@ -960,7 +978,7 @@ def check_head(head: torch.Tensor | None) -> Finding:
             f"It was never trained. {again}",
             fault=True,
         )
-    found = f"one logit over {head.shape[1]} values in {dtype}, finite, norm {float(head.float().norm()):.3f}"
+    found = f"one logit over {head.shape[1]} values in {dtype}, finite, norm {float(head.detach().float().norm()):.3f}"
     remedy = (
         "It works, but 16 bits round rewards: in bfloat16 they are 1/16 apart from 8 on, and close answers become ties. "
         "Store score.weight in float32."
@@ -1009,10 +1027,8 @@ def check_padding(ways: Mapping[str, Sequence[float]], tolerance: float = 1e-3) 
     """
     (_, expected), *others = ways.items()
     spread = standard_deviation(expected) or 1.0
-    changes = {
-        name: max(abs(a - b) for a, b in zip(expected, found, strict=True)) / spread for name, found in others
-    }
-    worst = max(changes.values(), key=lambda value: value if math.isfinite(value) else math.inf)
+    changes = {name: measure_change(expected, found).largest for name, found in others}
+    worst = max(changes.values())
     text = ", ".join(f"{name} {change:.2%}" for name, change in changes.items())
     found = f"largest change of {len(expected)} rewards, in shares of their spread {spread:.3f}: {text}"
     remedy = (
@@ -1109,7 +1125,7 @@ def training_findings(
         settings: Of the run.
         base: To train on.
         trees: The first of them are learnt.
-        adapter: Of a finished run with these settings: what it changed is judged instead of ten new steps.
+        adapter: Of a finished run with these settings: what it changed is judged instead of five new steps.
     """
     names = ("head moves", "values move", "16 pairs learnt")
     if not trees:
@@ -1129,7 +1145,7 @@ def training_findings(
         yield Finding(check="opens", status="fault", found=str(error)[:600], remedy=remedy)
         return
     if adapter is None:
-        yield attempt("score head", lambda: check_head(model.head.detach()))
+        yield attempt("score head", check_head, model.head.detach())
         rows = [ids for tree in trees[:8] for ids in tree.conversations()]
         yield attempt("padding", lambda: check_padding(padded_rewards(model, rows)))
         yield attempt("swapped labels", check_swap, model, trees[:NUM_SCORED])
@@ -1141,8 +1157,8 @@ def training_findings(
         if adapter is not None:
             after = saved_values(adapter)
         else:
-            say(f"Training 10 steps on {len(few)} pairs at the learning rate of the settings ...")
-            take_steps(model, few, settings, 10)
+            say(f"Training 5 steps on {len(few)} pairs at the learning rate of the settings ...")
+            take_steps(model, few, settings, 5)
             after = trained_values(model)
         rate = settings.train.learning_rate
         yield attempt("head moves", check_head_moves, before, after)
@@ -1256,15 +1272,15 @@ def check_values_move(
 
 
 def check_overfit(
-    model: RewardModel, trees: Sequence[TokenTree], settings: Settings, num_rounds: int = 4
+    model: RewardModel, trees: Sequence[TokenTree], settings: Settings, num_rounds: int = 8
 ) -> Finding:
     """Whether sixteen pairs can be learnt by heart; what cannot learn sixteen learns nothing from many."""
     rate = max(settings.train.learning_rate, 1e-3)
     say(f"Learning {len(trees)} pairs by heart ...")
     num_steps = 0
     for _ in range(num_rounds):
-        take_steps(model, trees, settings, 10, rate)
-        num_steps += 10
+        take_steps(model, trees, settings, 5, rate)
+        num_steps += 5
         found = evaluate(model, trees, settings.loss)
         if found.pairs.accuracy == 1.0:
             break
