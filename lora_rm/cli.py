@@ -87,17 +87,51 @@ def train(words: Sequence[str]) -> None:
 
 
 def merge(words: Sequence[str]) -> None:
-    """`lora-rm merge RUN [--out DIR] [settings]`."""
+    """`lora-rm merge RUN [--out DIR] [--with RUN ... --weights W,W] [settings]`."""
     parser = _parser(
         "merge", "RUN", "Merges a run's adapter (or an adapter folder) and verifies the rewards."
     )
     parser.add_argument("run", metavar="RUN", help="run folder, or the folder of an adapter")
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/merged")
+    parser.add_argument(
+        "--with",
+        metavar="RUN",
+        action="append",
+        dest="others",
+        default=[],
+        help="combine with the adapter of another run on the same base; may be repeated; needs --out",
+    )
+    parser.add_argument(
+        "--weights", metavar="W,W,...", help="of RUN and of every --with (default: their average)"
+    )
     options, flags = _parse(parser, words, only=("merge", "verify"))
     settings = _settings_of(options.run, flags)
-    from lora_rm.workflow import merge_run
+    paths = [Path(options.run), *map(Path, options.others)]
+    weights = _weights(options.weights, len(paths))
+    out = Path(options.out) if options.out else None
+    if len(paths) > 1 and out is None:
+        raise ConfigError("--with makes a model of several runs, which lies in none of them. Add --out DIR.")
+    from lora_rm.workflow import combine_runs, merge_run
 
-    merge_run(Path(options.run), settings, out=Path(options.out) if options.out else None)
+    if len(paths) > 1 and out is not None:
+        merge_run(combine_runs(paths, weights, out.with_name(f"{out.name}-adapter")), settings, out=out)
+    else:
+        merge_run(paths[0], settings, out=out)
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    """The weights of several adapters."""
+    if text is None:
+        return [1 / count] * count
+    try:
+        weights = [float(word) for word in text.split(",")]
+    except ValueError:
+        weights = []
+    if count == 1 or len(weights) != count:
+        raise ConfigError(
+            f"--weights is {text}, for {count} runs. Give as many numbers as runs (RUN and every --with), as in 0.7,0.3."
+        )
+    return weights
 
 
 def export(words: Sequence[str]) -> None:

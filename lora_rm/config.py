@@ -288,9 +288,11 @@ class TrainSettings(_Section):
 class MergeSettings(_Section):
     """How the adapter is added to the base."""
 
-    base: Literal["auto", "dequantized", "original"] = "auto"
+    base: Literal["auto", "dequantized", "original", "requantizable"] = "auto"
     """Weights that the adapter is added to: those it was trained on, out of their 4-bit codes
-    (dequantized; auto after 4-bit and 8-bit training), or the original ones, which make another model."""
+    (dequantized; auto after 4-bit and 8-bit training), or the original ones, which make another model: original;
+    or requantizable, for loading in 4 bit again, which is measured too. Merged any other way, 4 bit swallows
+    the update. The better way to serve 4 bit is the 4-bit base with the adapter beside it."""
 
     dtype: Literal["auto", "float16", "bfloat16", "float32", "bfloat16_nearest"] = "auto"
     """Type that is written; auto: float16, or bfloat16 with stochastic rounding where float16 overflows.

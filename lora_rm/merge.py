@@ -9,19 +9,21 @@ than half a step, always; float16 has three more bits.
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -30,11 +32,17 @@ from transformers.pytorch_utils import Conv1D
 from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import MergeError
+from lora_rm.errors import LoraRmError, MergeError
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
 from lora_rm.model.quantization import PIECE, Quantization
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
+from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 """Families whose activations are known to overflow in float16 (vLLM refuses float16 for gemma2, gemma3, glm4)."""
@@ -126,6 +134,23 @@ class Plan:
         """Type of what is written, the head apart."""
         return STORED[self.rounding]
 
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for the shards of two merges to be the same bytes."""
+        files = [file.stat() for file in self.base.weight_files]
+        return {
+            "version": 1,  # of the arithmetic
+            "adapter": {
+                file: _sha256(self.adapter / file)
+                for file in ("adapter_model.safetensors", "adapter_config.json", "lora_rm.json")
+            },
+            "base": [
+                [file.name, stat.st_size, stat.st_mtime_ns]
+                for file, stat in zip(self.base.weight_files, files, strict=True)
+            ],
+            "mode": self.mode,
+            "rounding": self.rounding,
+        }
+
     @property
     def num_bytes(self) -> int:
         """Bytes to read."""
@@ -149,8 +174,12 @@ class Plan:
     @property
     def load_dtype(self) -> torch.dtype | None:
         """The type that the base's values are rounded to, as they were in training; None: they are not."""
-        seen_in_training = self.mode == "dequantized" or self.quantization.kind == "none"
-        return self.quantization.load_dtype if seen_in_training else None
+        return self.quantization.load_dtype if self.is_trained_model else None
+
+    @property
+    def is_trained_model(self) -> bool:
+        """Whether the merged weights are those that training saw, with the update."""
+        return self.mode == "dequantized" or self.quantization.kind == "none"
 
     def visit(self, name: str, tensor: StoredTensor, use: Visitor[T], threads: Executor) -> list[T]:
         """Calls `use` with the exact merged values of a tensor, piece by piece, in several threads.
@@ -272,8 +301,9 @@ def merge(
 ) -> MergeReport:
     """Writes the merged model as a transformers folder.
 
-    Memory: one adapted tensor with its codes, its dequantised values and a block of the sum, and the adapter.
-    The folder appears under its name only when it is whole.
+    Memory: the 4-bit codes of one adapted tensor, its matrices A and B, and a few MiB a thread. The folder appears
+    under its name only when it is whole; a merge that was killed goes on at its last whole shard when it is
+    started again.
 
     Args:
         adapter: Folder written by `RewardModel.save`.
@@ -282,38 +312,181 @@ def merge(
         base: Where the base lies now, if not where it lay at training.
 
     Raises:
-        MergeError: If the output exists, base and adapter do not fit, or a value does not fit float16.
+        MergeError: If the output exists, base and adapter do not fit, the disk is too small, another process
+            merges into the same folder, or a value does not fit float16.
     """
     settings = settings or MergeSettings()
     if output.exists() and not settings.overwrite:
         raise MergeError(f"{output}: exists already. Remove it, or use --merge.overwrite True.")
-    plan = Plan(adapter, settings, base)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for stale in output.parent.glob(f".{output.name}.*.partial"):
-        shutil.rmtree(stale)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        report = _write(plan, partial, {})
-        for file in partial.iterdir():
-            file.chmod(0o644)
-        partial.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+        return _merge(Plan(adapter, settings, base), output)
     except _DoesNotFit as overflow:
         if settings.dtype != "auto":
             raise MergeError(
                 f"{overflow.name}: a value of {overflow.value:.4g} does not fit float16. Use --merge.dtype bfloat16 or float32."
             ) from None
         say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing bfloat16 instead.")
-        return merge(adapter, output, _with_dtype(settings, "bfloat16"), base=base)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if plan.mode == "original" and plan.quantization.kind != "none":
+    return _merge(Plan(adapter, replace(settings, dtype="bfloat16"), base), output)
+
+
+def _merge(plan: Plan, output: Path) -> MergeReport:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for stale in output.parent.glob(f".{output.name}.*.partial"):  # of versions before 0.2
+        shutil.rmtree(stale)
+    partial = output.with_name(f".{output.name}.partial")
+    partial.mkdir(exist_ok=True)
+    with _only_one(partial, output):
+        shards = _Shards(partial, plan.identity())
+        try:
+            _check_space(plan, output, shards)
+            report = _write(plan, partial, shards)
+        except (LoraRmError, _DoesNotFit):  # would happen again; what was interrupted stays
+            shutil.rmtree(partial)
+            raise
+        shards.file.unlink()
+        for file in partial.iterdir():
+            file.chmod(0o644)
+        partial.chmod(0o755)
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+    if not plan.is_trained_model:
         say("Merged into the original base, which the adapter was not trained on: this is another model.")
     if plan.rounding == "bfloat16_nearest":
         say(f"Rounding to the nearest bfloat16 lost up to {report.worst_rounding:.0%} of a tensor's update.")
     return report
+
+
+class _Shards:
+    """The shards of an unfinished merge that lie whole on the disk, noted in a file beside them."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Takes over what an interrupted merge of the same identity has left, and removes anything else."""
+        self.file = folder / "progress.json"
+        self.identity = json.loads(json.dumps(identity))
+        self.errors: dict[str, dict[str, float]] = {}
+        """By shard, by tensor: the rounding's share of the update."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            if found["identity"] == self.identity:
+                self.errors = found["shards"]
+        for file in folder.iterdir():
+            if file != self.file and file.name not in self.errors:
+                file.unlink()
+        if self.errors:
+            say(f"Going on with an interrupted merge: {len(self.errors)} shards are there.")
+
+    def finish(self, writer: TensorWriter, errors: dict[str, float]) -> None:
+        """Brings a shard to the disk, then notes that it is there."""
+        writer.close()
+        self.errors[writer.file.name] = errors
+        noted = self.file.with_suffix(".new")
+        noted.write_text(json.dumps({"identity": self.identity, "shards": self.errors}), encoding="utf-8")
+        noted.replace(self.file)
+
+
+@contextmanager
+def _only_one(folder: Path, output: Path) -> Iterator[None]:
+    """Holds a lock on a folder that ends with the process, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise MergeError(f"{output}: another process is merging into it. Wait for it, or end it.") from None
+    finally:
+        os.close(handle)
+
+
+def _check_space(plan: Plan, output: Path, shards: _Shards) -> None:
+    needed = sum(
+        math.prod(tensor.shape) * plan.dtype.itemsize
+        for file, tensors in plan.shards.items()
+        if file not in shards.errors
+        for tensor in tensors.values()
+    )
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise MergeError(
+            f"{output}: the merged model needs {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free. "
+            "Make room, or choose another folder with --out."
+        )
+
+
+def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) -> None:
+    """Writes one adapter whose update and head are the weighted sums of those of several on the same base.
+
+    With weights that sum to 1 this averages reward models (Ramé et al. 2024, arXiv 2401.12187). Nothing is
+    rounded: A matrices are stacked, and B matrices, times weight and scale, side by side. Its canaries come
+    without rewards, for no training gave them any.
+
+    Args:
+        adapters: Folders written by `RewardModel.save`.
+        weights: One for each.
+        folder: To make; an earlier one is replaced.
+
+    Raises:
+        MergeError: If they do not share a base, its quantisation and the tokenizer, or one is a DoRA.
+    """
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) and weight for weight in weights):
+        raise MergeError(
+            f"There are {len(adapters)} adapters and the weights {list(weights)}. Give one number each, not 0."
+        )
+    records = [read_record(adapter) for adapter in adapters]
+    for part in ("base", "load_dtype", "quantization", "tokens"):
+        for adapter, record in zip(adapters, records, strict=True):
+            if record.get(part) != records[0].get(part):
+                raise MergeError(
+                    f"{adapter}: its {part} is not that of {adapters[0]}. Only adapters trained on the same base, "
+                    "quantised in the same way, with the same tokenizer can be combined."
+                )
+    base = find_base(records[0]["base"]["name"], records[0]["base"]["revision"])
+    modules = _target(base)[1]
+    stacked: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, update in _updates(adapter, modules).items():
+            if update.magnitude is not None:
+                raise MergeError(
+                    f"{adapter}: is a DoRA, whose update is no sum of two matrices; it cannot be combined."
+                )
+            a, b = stacked.setdefault(name.removesuffix(".weight"), ([], []))
+            a.append(update.a.read().float())
+            b.append(update.b.read().float() * (weight * update.scale))
+    heads = [weight * read_head(adapter) for adapter, weight in zip(adapters, weights, strict=True)]
+    tensors = {HEAD_KEY: torch.stack(heads).sum(0)}
+    for name, (a, b) in stacked.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat(a)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat(b, dim=1)
+    ranks = {name: sum(len(matrix) for matrix in a) for name, (a, _) in stacked.items()}
+    rank = max(ranks.values())
+    others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(adapters[0], folder)
+    (folder / "adapter_config.json").unlink()
+    LoraConfig(
+        task_type="SEQ_CLS",
+        base_model_name_or_path=LoraConfig.from_pretrained(str(adapters[0])).base_model_name_or_path,
+        r=rank,
+        lora_alpha=rank,  # the scales are in B
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=sorted(stacked),
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
+    record = records[0] | {
+        "canaries": [{**canary, "reward": None} for canary in records[0]["canaries"]],
+        "combined": [
+            {"adapter_sha256": _sha256(adapter / "adapter_model.safetensors"), "weight": weight}
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ],
+    }
+    (folder / RECORD_OF_ADAPTER).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
@@ -366,7 +539,7 @@ def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor
 
 def _share(squares: Sequence[tuple[float, float]]) -> float:
     """Norm of an error over the norm of the update, out of the squares of both in every piece."""
-    error, update = (math.fsum(column) for column in zip(*squares, strict=True))
+    error, update = (math.fsum(pair[side] for pair in squares) for side in (0, 1))
     return math.sqrt(error / update) if update else 0.0
 
 
@@ -381,7 +554,7 @@ def _threads() -> Iterator[Executor]:
         torch.set_num_threads(count)
 
 
-def _write(plan: Plan, folder: Path, done: dict[str, dict[str, float]]) -> MergeReport:
+def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
     """Writes all shards but those that are done, and what else belongs to a model."""
     report = MergeReport(
         base=plan.base.name,
@@ -402,7 +575,7 @@ def _write(plan: Plan, folder: Path, done: dict[str, dict[str, float]]) -> Merge
             header = {plan.stored_as[name]: (plan.dtype, tensor.shape) for name, tensor in tensors.items()}
             if file == last:
                 header["score.weight"] = (torch.float32, tuple(plan.head.shape))
-            if file in done:
+            if file in shards.errors:
                 advance(sum(tensor.num_bytes for tensor in tensors.values()))
             else:
                 writer = TensorWriter(folder / file, header)
@@ -415,12 +588,12 @@ def _write(plan: Plan, folder: Path, done: dict[str, dict[str, float]]) -> Merge
                     advance(tensor.num_bytes)
                 if file == last:
                     writer.write("score.weight", plan.head)
-                flushed.append(flushing.submit(_finish, writer, errors, done))
+                flushed.append(flushing.submit(shards.finish, writer, errors))
             index.update(dict.fromkeys(header, file))
             total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in header.values())
         for shard in flushed:
             shard.result()
-    found = {name: share for errors in done.values() for name, share in errors.items()}
+    found = {name: share for errors in shards.errors.values() for name, share in errors.items()}
     report.num_tensors = len(plan.stored_as)
     report.num_updated = len(plan.updates)
     report.rounding_error = {
@@ -434,12 +607,6 @@ def _write(plan: Plan, folder: Path, done: dict[str, dict[str, float]]) -> Merge
     _write_config(plan, chat, folder)
     (folder / RECORD).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
-
-
-def _finish(writer: TensorWriter, errors: dict[str, float], done: dict[str, dict[str, float]]) -> None:
-    """Brings a shard to the disk, then notes that it is there."""
-    writer.close()
-    done[writer.file.name] = errors
 
 
 def _write_tensor(
@@ -602,10 +769,6 @@ class _DoesNotFit(Exception):
     def __init__(self, name: str, value: float) -> None:
         super().__init__(name)
         self.name, self.value = name, value
-
-
-def _with_dtype(settings: MergeSettings, dtype: Rounding) -> MergeSettings:
-    return MergeSettings(base=settings.base, dtype=dtype, overwrite=settings.overwrite)
 
 
 def _sha256(file: Path) -> str:

@@ -237,9 +237,9 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
             lines.append((at_short - slope * short, slope))
         peaks[mode] = Peak(tuple(lines))
     held_bytes = 4 if compute_dtype == torch.float32 else DTYPES[settings.model.load_dtype].itemsize
-    if settings.train.sharding == "full" and processes.COUNT > 1:
+    if settings.train.sharding == "full" and processes.count() > 1:
         double = settings.model.double_quantization
-        held = held.sharded(processes.COUNT, num_layers, double=double, held_bytes=held_bytes)
+        held = held.sharded(processes.count(), num_layers, double=double, held_bytes=held_bytes)
     return Plan(
         settings=settings,
         machine=machine_here(device),

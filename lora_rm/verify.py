@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_rm.config import MergeSettings, VerifySettings
+from lora_rm.config import MergeSettings, ModelSettings, VerifySettings
 from lora_rm.console import say, show_table
 from lora_rm.errors import MergeError
 
 HELD_OUT = "held_out.json"
 """File of a run with the token ids of held-out answers, grouped by prompt."""
+
+REQUANTIZED = "loaded in NF4 again"
+"""A way of scoring a merged model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +97,9 @@ def verify(
 ) -> dict[str, Any]:
     """Checks weights, then rewards; writes `parity.json` into the merged folder.
 
+    A merge into another base than that of training is another model: its weights must be right, and how far its
+    rewards are from those of training is measured and said.
+
     Args:
         adapter: Folder of the trained adapter.
         merged: Folder that `merge` wrote.
@@ -125,12 +131,15 @@ def verify(
     scored = score_in_fresh_process(adapter, rows, "adapter")
     before, untrained = scored["library"], scored["without adapter"]
     after = score_in_fresh_process(merged, rows, "merged")
+    if plan.mode == "requantizable":
+        after |= score_in_fresh_process(merged, rows, "requantized")
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
     chat = plan_tokenizer(adapter)
-    fault = _fault(remembered, changes, settings, merge_record)
+    fault = _fault(remembered, changes if plan.is_trained_model else {}, settings, merge_record)
     parity = {
         "passed": not fault,
+        "is_trained_model": plan.is_trained_model,
         "merge": merge_record | {"rounding_error": None},
         "worst_rounding": max(rounding.values(), default=0.0),
         "spread": standard_deviation(before),
@@ -171,6 +180,13 @@ def verify(
     )
     if fault:
         raise MergeError(fault)
+    if not plan.is_trained_model:
+        change = changes[REQUANTIZED if plan.mode == "requantizable" else "library"]
+        say(
+            f"This is another model than the trained one: its rewards{' in 4 bit' * (plan.mode == 'requantizable')} "
+            f"differ by {change.mean:.1%} of the spread on average, and {change.pair_flips} of {change.num_pairs} "
+            "pairs are decided otherwise. Evaluate it before you use it (lora-rm eval)."
+        )
     return parity
 
 
@@ -201,8 +217,8 @@ def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: st
     Args:
         folder: Of an adapter or a merged model.
         rows: Whole conversations.
-        kind: `adapter`, which also scores the trained head on the base without adapter, or `merged`, which also
-            scores through plain transformers.
+        kind: `adapter`, which also scores the trained head on the base without adapter; `merged`, which also
+            scores through plain transformers; or `requantized`, which loads a merged model in NF4.
 
     Raises:
         MergeError: If the process fails; with what it said.
@@ -228,10 +244,14 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
     import torch
 
     from lora_rm.data.tokens import TokenTree
+    from lora_rm.model.base import BaseModel
     from lora_rm.model.reward_model import RewardModel
 
     if kind == "adapter":
         model = RewardModel.load_adapter(folder, compute_dtype="float32")
+    elif kind == "requantized":
+        base = BaseModel(name=str(folder), path=folder)
+        model = RewardModel.load(base, settings=ModelSettings(quantization="nf4", compute_dtype="float32"))
     else:
         model = RewardModel.load_merged(folder, compute_dtype="float32")
     model.choose_batching()
@@ -241,6 +261,8 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
         with model.model.disable_adapter():  # not the head: `rewards` reads the trained one itself
             ways["without adapter"] = [rewards[0] for rewards in model.score(trees)]
         return ways
+    if kind == "requantized":
+        return {REQUANTIZED: ways["library"]}
     del model
     from transformers import AutoModelForSequenceClassification
 

@@ -18,11 +18,11 @@ from lora_rm.data.split import Data, load_data, read_side
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
-from lora_rm.merge import merge
+from lora_rm.merge import combine, merge
 from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.reward_model import RewardModel, read_record
+from lora_rm.model.reward_model import RECORD, RewardModel, read_record
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
@@ -165,6 +165,29 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     if processes.IS_FIRST:
         model.save(run.adapter, record)
     run.write_json(HELD_OUT, answers[NUM_CANARIES:])
+
+
+def combine_runs(paths: Sequence[Path], weights: Sequence[float], folder: Path) -> Path:
+    """Combines the adapters of several runs (or adapter folders) with weights; `merge_run` takes the result.
+
+    Raises:
+        MergeError: If they cannot be combined.
+    """
+    combine([run_adapter(path) for path in paths], weights, folder)
+    model = RewardModel.load_adapter(folder, compute_dtype="float32")
+    model.choose_batching()
+    record = read_record(folder)
+    rewards = Scorer(model.eval()).score_ids([canary["ids"] for canary in record["canaries"]])
+    for canary, reward in zip(record["canaries"], rewards, strict=True):
+        canary["reward"] = reward
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    say(f"The combined adapter lies in {folder}.")
+    return folder
+
+
+def run_adapter(path: Path) -> Path:
+    """The adapter of a run, or the folder itself."""
+    return RunFolder(path).adapter if (path / "config.yaml").is_file() else path
 
 
 def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:

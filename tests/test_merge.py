@@ -2,20 +2,34 @@
 
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from conftest import FAMILIES, SHAPE, make_base, make_model, make_tokenizer, shake
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 from transformers.pytorch_utils import Conv1D
 
+import lora_rm.merge as merge_module
+import lora_rm.verify as verify_module
 from lora_rm.config import AdapterSettings, MergeSettings
 from lora_rm.errors import MergeError, ModelError
-from lora_rm.merge import RECORD, Plan, check_weights, merge
+from lora_rm.merge import RECORD, Plan, Update, _write_tensor, check_weights, combine, merge
+from lora_rm.model import quantization
 from lora_rm.model.quantization import code_hashes, codes_8bit
 from lora_rm.model.reward_model import RewardModel
+from lora_rm.model.tensor_files import TensorWriter, stored_tensors
 from lora_rm.score import Scorer
+from lora_rm.verify import REQUANTIZED, verify
+from lora_rm.workflow import combine_runs
 
 
 def saved(model, folder):
@@ -245,6 +259,265 @@ def test_a_value_too_large_for_float16_changes_the_storage_type(base, tmp_path, 
     with pytest.raises(MergeError, match="does not fit float16"):
         merge(adapter, tmp_path / "other", MergeSettings(dtype="float16"))
     assert [path.name for path in tmp_path.iterdir() if "other" in path.name] == []
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 1e-3, 1.0, 2.0**100])
+def test_counting_bounds_gives_the_codes_of_bitsandbytes_for_every_bfloat16(scale):
+    """All 65,280 finite values, in blocks whose largest has each of the 128 mantissas."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = values[torch.isfinite(values)]
+    largest = (1 + torch.arange(128) / 128).mul(scale).bfloat16()
+    # every value from 2^-7 of the largest up to it, and every value at all once
+    for begin in range(0, 128, 32):
+        few = largest[begin : begin + 32, None]
+        near = values[(values.abs() <= 2 * scale) & (values.abs() >= scale / 128)]
+        blocks = near[: len(near) // 63 * 63].view(1, -1, 63).expand(32, -1, -1)
+        blocks = blocks.clamp(-few[:, :, None], few[:, :, None])
+        blocks = torch.cat([blocks, few[:, None].expand(-1, blocks.shape[1], 1)], dim=2).reshape(-1)
+        check_codes(blocks)
+    check_codes(values)
+
+
+def check_codes(values):
+    packed, state = bnb_functional.quantize_4bit(values, blocksize=64, quant_type="nf4")
+    found, constants = quantization._count_bounds(values)
+    assert torch.equal(found, packed.view(-1))
+    assert torch.equal(constants, state.absmax)
+
+
+def test_another_bitsandbytes_is_used_itself(monkeypatch):
+    values = torch.randn(640, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = quantization.quantize_4bit(values)
+    quantization._counts_as_bitsandbytes.cache_clear()
+    monkeypatch.setattr(quantization, "NF4_BOUNDS", [bound + 0.01 for bound in quantization.NF4_BOUNDS])
+    assert not quantization._counts_as_bitsandbytes()
+    assert torch.equal(quantization.quantize_4bit(values)[0], expected[0])
+    quantization._counts_as_bitsandbytes.cache_clear()
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 40),
+    columns=st.sampled_from([5, 64, 96, 128]),
+    rank=st.integers(1, 9),
+    transposed=st.booleans(),
+    dora=st.booleans(),
+    double=st.booleans(),
+    piece=st.sampled_from([64, 500, 2**17]),
+    mode=st.sampled_from(["dequantized", "original"]),
+    dtype=st.sampled_from(["float16", "float32", "bfloat16", "bfloat16_nearest"]),
+)
+def test_any_piece_of_any_shape_is_the_dense_merge_in_float64(
+    tmp_path, monkeypatch, rows, columns, rank, transposed, dora, double, piece, mode, dtype
+):
+    """One weight through the writer, with every size of piece, against matrices in float64."""
+    monkeypatch.setattr(merge_module, "PIECE", piece)
+    random = torch.Generator().manual_seed(rows * columns + rank)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random)
+
+    weight, a, b, magnitude = (
+        draw(rows, columns).bfloat16(),
+        draw(rank, columns),
+        draw(rows, rank),
+        draw(rows),
+    )
+    stored = {"w.weight": weight.T.contiguous() if transposed else weight, "n": draw(333).bfloat16()}
+    save_file(stored, tmp_path / "base.safetensors")
+    save_file({"a": a, "b": b, "m": magnitude}, tmp_path / "adapter.safetensors")
+    base, adapter = (
+        {tensor.name: tensor for tensor in stored_tensors(tmp_path / f"{file}.safetensors")}
+        for file in ("base", "adapter")
+    )
+    plan = object.__new__(Plan)
+    plan.quantization = quantization.Quantization(kind="nf4", double=double, load_dtype=torch.bfloat16)
+    values, found = plan.quantization.round_trip(weight)
+    plan.record = {"quantization": {"codes": {"w": found}}}
+    plan.mode, plan.rounding, plan.transposed = mode, dtype, {"w.weight": transposed}
+    plan.stored_as = {"w.weight": "w", "n": "n"}
+    update = Update(adapter["a"], adapter["b"], 0.3, adapter["m"] if dora else None, transposed)
+    plan.updates = {"w.weight": update}
+    writer = TensorWriter(
+        tmp_path / "out", {"n": (plan.dtype, (333,)), "w": (plan.dtype, base["w.weight"].shape)}
+    )
+    with ThreadPoolExecutor(3) as threads:
+        _write_tensor(plan, "w.weight", base["w.weight"], writer, threads)
+        _write_tensor(plan, "n", base["n"], writer, threads)
+    writer.close()
+    written = load_file(tmp_path / "out")
+    exact = (values if mode == "dequantized" else weight).double() + 0.3 * (b.double() @ a.double())
+    if dora:
+        exact = exact * (magnitude.double() / exact.norm(dim=1))[:, None]
+    error = ((written["w"].T if transposed else written["w"]).double() - exact).abs()
+    step = {"float16": 2**-11, "float32": 0, "bfloat16": 2**-7, "bfloat16_nearest": 2**-8}[dtype]
+    assert (error <= step * exact.abs() + 2**-25 + 2e-6 * (exact.abs().max() + 1)).all()
+    assert torch.equal(written["n"], stored["n"].to(plan.dtype))
+
+
+def test_two_merges_give_the_same_bytes(tmp_path):
+    base = make_base(tmp_path / "base", shards=True)
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    threads = torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        merge(adapter, tmp_path / f"merged{number}")
+    torch.set_num_threads(threads)
+    assert contents(tmp_path / "merged1") == contents(tmp_path / "merged3")
+
+
+def contents(folder):
+    """Names and bytes of all files, hidden ones too."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_killed_merge_goes_on_at_the_last_whole_shard(tmp_path):
+    """Real processes, ended by SIGKILL after every second shard, in the middle of writing, and at random moments."""
+    base = make_base(tmp_path / "base", shards=True)
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "undisturbed")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, script, adapter, tmp_path / "merged"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    resumed = [int(words) for words in re.findall(r"interrupted merge: (\d+) shards", done.stdout)]
+    assert {1, 3} <= set(resumed)
+    assert resumed == sorted(resumed)  # nothing that was whole is written again
+    assert contents(tmp_path / "merged") == contents(tmp_path / "undisturbed")
+    assert not list(tmp_path.glob(".merged*"))
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import lora_rm.merge as module
+torch.set_num_threads(1)
+finish, write = module._Shards.finish, module.TensorWriter.write
+
+def run(shards=None, writes=None, seconds=None):
+    child = os.fork()  # before any thread exists
+    if child == 0:
+        count = {"shards": 0, "writes": 0}
+        def die(kind, limit):
+            count[kind] += 1
+            if count[kind] == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+        def counted_finish(self, *args):
+            finish(self, *args)
+            die("shards", shards)
+        def counted_write(self, *args):
+            write(self, *args)
+            die("writes", writes)
+        module._Shards.finish, module.TensorWriter.write = counted_finish, counted_write
+        module.merge(Path(sys.argv[1]), Path(sys.argv[2]))
+        sys.stdout.flush()
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+assert run(shards=1) == -9
+assert run(shards=2) == -9
+assert run(writes=5) == -9
+for seed in range(3):
+    if not Path(sys.argv[2]).exists():
+        run(seconds=random.Random(seed).uniform(0, 0.4))
+if not Path(sys.argv[2]).exists():
+    assert run() == 0
+"""
+
+
+def test_what_an_other_merge_left_is_not_taken_over(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    partial = tmp_path / ".merged.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"of another adapter")
+    (partial / "progress.json").write_text('{"identity": {}, "shards": {"model.safetensors": {}}}')
+    merge(adapter, tmp_path / "merged")
+    merge(adapter, tmp_path / "again")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "again")
+
+
+def test_two_merges_into_one_folder_and_a_full_disk_are_refused(base, tmp_path, monkeypatch):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    partial = tmp_path / ".merged.partial"
+    partial.mkdir()
+    with merge_module._only_one(partial, tmp_path), pytest.raises(MergeError, match="another process"):
+        merge(adapter, tmp_path / "merged")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    with pytest.raises(MergeError, match="GB more, and 0.0 GB are free"):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_fused_experts_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "mixtral", {"num_local_experts": 4, "sliding_window": None})
+    base = make_base(tmp_path / "base", "mixtral")
+    adapter = AdapterSettings(rank=4, alpha=12.0, target_modules=("q_proj", "v_proj"))
+    model = shake(make_model(base, quantization="none", adapter=adapter))
+    with pytest.raises(MergeError, match="experts.*cannot be merged yet"):
+        merge(saved(model, tmp_path / "adapter"), tmp_path / "merged")
+
+
+def test_adapters_combined_with_weights_are_the_weighted_sum(base, tmp_path):
+    """Other ranks, scales and layers on both sides; the combined adapter also opens as any adapter does."""
+    kinds = (ADAPTERS["patterns"], AdapterSettings(rank=3, alpha=5.0, use_rslora=True, target_modules=("q_proj", "down_proj")))  # fmt: skip
+    models = [
+        shake(make_model(base, adapter=kind), seed=number) for number, kind in enumerate(kinds, start=1)
+    ]
+    adapters = [saved(model, tmp_path / f"adapter{number}") for number, model in enumerate(models)]
+    combined = combine_runs(adapters, (0.7, -0.4), tmp_path / "combined")
+    merge(combined, tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    dense = [dense_merge(model) for model in models]
+    assert dense[0].keys() > dense[1].keys()
+    for name, first in dense[0].items():
+        weight = training_weight(models[0], name)
+        expected = weight + 0.7 * (first - weight)
+        if name in dense[1]:
+            expected -= 0.4 * (dense[1][name] - weight)
+        assert float((written[name].double() - expected).abs().max()) < 1e-6, name
+    assert torch.allclose(written["score.weight"], 0.7 * models[0].head - 0.4 * models[1].head, atol=1e-7)
+    canaries = json.loads((combined / "lora_rm.json").read_text())["canaries"]
+    opened = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
+    opened.choose_batching()
+    found = Scorer(opened).score_ids([canary["ids"] for canary in canaries])
+    assert found == pytest.approx([canary["reward"] for canary in canaries], abs=1e-4)
+
+
+def training_weight(model, name):
+    """The dequantised weight of an adapted layer, in float64."""
+    weight = model.classifier.get_submodule(name.removesuffix(".weight")).get_base_layer().weight
+    return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).double()
+
+
+def test_adapters_that_cannot_be_combined_are_refused(base, tmp_path):
+    kinds = {"nf4": {}, "none": {"quantization": "none"}, "dora": {"adapter": ADAPTERS["dora"]}}
+    lora, plain, dora = (
+        saved(shake(make_model(base, **kind)), tmp_path / name) for name, kind in kinds.items()
+    )
+    with pytest.raises(MergeError, match="its quantization is not that of"):
+        combine([lora, plain], (0.5, 0.5), tmp_path / "combined")
+    with pytest.raises(MergeError, match="is a DoRA"):
+        combine([lora, dora], (0.5, 0.5), tmp_path / "combined")
+    with pytest.raises(MergeError, match="one number each"):
+        combine([lora, dora], (0.5, 0.0), tmp_path / "combined")
+    assert not (tmp_path / "combined").exists()
+
+
+def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verify_module, "score_in_fresh_process", verify_module.score_rows)  # 15 s of imports
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(base="requantizable"))
+    parity = verify(adapter, tmp_path / "merged")
+    assert parity["passed"]
+    assert not parity["is_trained_model"]
+    assert parity["changes"].keys() > {"library", REQUANTIZED}
+    assert parity["changes"]["library"]["mean"] > 0.005
+    assert "another model than the trained one: its rewards in 4 bit differ by" in capsys.readouterr().out
 
 
 def test_refuses_to_overwrite_and_replaces_when_told(base, tmp_path):
