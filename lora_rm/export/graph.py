@@ -64,11 +64,10 @@ def trace(graph: RewardGraph) -> Any:
             f"{type(graph.backbone).__name__} cannot be written as one graph ({reason[:300]}). "
             "Use --to huggingface, vllm or gguf."
         ) from None
+    # lines of source code with their paths: they would tell the folders of this machine to whoever gets the file
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop(
-                "stack_trace", None
-            )  # would tell the folders of this machine to whoever gets the file
+            node.meta.pop("stack_trace", None)
     return program
 
 
