@@ -151,7 +151,7 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="weights of onnx (float32, int8), torch-export (float32, float16, bfloat16), gguf",
+        help="weights of onnx (float32, int8), torch-export (float32, float16, bfloat16), gguf (float32, float16, Q8_0, ...)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.data.preference import Message, Messages
@@ -10,19 +10,28 @@ from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.model.reward_model import RECORD, RewardModel
 
+if TYPE_CHECKING:
+    from lora_rm.export.gguf import GGUFModel
+
 
 def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: str = "auto") -> "Scorer":
     """Opens a reward model.
 
     Args:
-        path: A run folder (its adapter is opened on the quantised base), an adapter, a merged model or an export.
+        path: A run folder (its adapter is opened on the quantised base), an adapter, a merged model, an export, or
+            a `.gguf` file of one, which llama.cpp computes.
         device: auto, cpu, cuda, ...
-        compute_dtype: auto, float32, bfloat16 or float16.
+        compute_dtype: auto, float32, bfloat16 or float16; not of a `.gguf` file, which is computed as it is stored.
 
     Raises:
         ModelError: If the folder is none of these, or its head is missing or has not one logit.
     """
     folder = Path(path)
+    gguf = folder if folder.suffix == ".gguf" else folder / "model.gguf"
+    if gguf.is_file():
+        from lora_rm.export.gguf import GGUFModel
+
+        return Scorer(GGUFModel(gguf, device=device))
     if (folder / "config.yaml").is_file():
         folder = RunFolder.open(folder).adapter
     if (folder / RECORD).is_file():
@@ -82,7 +91,7 @@ class Scorer:
     [3.1, -2.7]
     """
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: "RewardModel | GGUFModel") -> None:
         """Wraps an opened model; `load_reward_model` does it."""
         self.model = model
 

@@ -1,0 +1,299 @@
+"""GGUF: every tensor is read back, and readers that know nothing of this library's writer give the same rewards."""
+
+import importlib.util
+import json
+import re
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, SHAPE, make_base
+from test_export import classifier
+from transformers import AutoConfig
+
+from lora_rm.data.tokens import ChatTokenizer
+from lora_rm.errors import ConfigError, MergeError, ModelError
+from lora_rm.export import gguf as module
+from lora_rm.export.gguf import (
+    FILE,
+    HEAD,
+    Source,
+    check_tensors,
+    check_tokenizer,
+    export_gguf,
+    read_chat,
+    write,
+)
+from lora_rm.score import load_reward_model
+from lora_rm.verify import standard_deviation
+
+has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp, reason="llama-cpp-python is not installed")
+
+
+def make_merged(folder, base, held_out):
+    """A folder as merge and verify leave it, with 12 answers to 6 prompts."""
+    classifier(base).save_pretrained(folder)
+    chat = ChatTokenizer.load(base)
+    chat.save(folder)
+    record = {"base": str(base), "base_weights": "dequantized", "dtype": "float32", "adds_bos": True}
+    (folder / "lora_rm_merge.json").write_text(json.dumps(record))
+    answers = [
+        {"text": chat.tokenizer.decode(ids[1:]), "ids": ids, "prompt": number}
+        for number, tree in enumerate(held_out[:6])
+        for ids in tree.conversations()
+    ]
+    rewards = load_reward_model(folder, compute_dtype="float32").score_ids([a["ids"] for a in answers])
+    for answer, reward in zip(answers, rewards, strict=True):
+        answer |= {"reward": reward, "merged": reward}
+    parity = {
+        "passed": True,
+        "merge": record,
+        "spread": standard_deviation(rewards),
+        "num_answers": len(answers),
+        "changes": {},
+        "without_adapter": {"mean": 0.8},
+        "answers": answers,
+    }
+    (folder / "parity.json").write_text(json.dumps(parity))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(base, held_out, tmp_path_factory):
+    return make_merged(tmp_path_factory.mktemp("gguf") / "merged", base, held_out)
+
+
+def parity_of(folder):
+    return json.loads((folder / "parity.json").read_text())
+
+
+def rewards_by_transformers(file, rows):
+    """Rewards by what transformers reads from the file alone."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
+    ).eval()
+    head = torch.tensor(gguf.GGUFReader(file).fields[HEAD].contents())
+    with torch.inference_mode():
+        return [float(model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ head) for ids in rows]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_an_export_is_proven_in_a_fresh_process(merged, tmp_path, dtype):
+    out = export_gguf(merged, tmp_path / "out", dtype=dtype)
+    parity = parity_of(out)
+    change = parity["changes"][module.TRANSFORMERS]
+    assert parity["passed"]
+    assert change["num_answers"] == 12
+    if dtype == "float32":
+        assert change["against_merged"] < 1e-5
+    else:
+        assert 1e-4 < change["mean"] < 0.1  # a type that rounds nothing was not written
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", FILE, "parity.json"]
+    with pytest.raises(MergeError, match="exists already"):
+        export_gguf(merged, out)
+
+
+def test_a_type_that_loses_the_adapter_is_refused(merged, tmp_path, monkeypatch):
+    parity = parity_of(merged)
+    parity["without_adapter"]["mean"] = 0.05  # a small delta: the base alone gives nearly the same rewards
+    monkeypatch.setattr(module, "read_parity", lambda _: parity)
+    with pytest.raises(MergeError, match=r"Q4_0.*The adapter was lost.*Choose a type with more bits"):
+        export_gguf(merged, tmp_path / "out", dtype="Q4_0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_families(family, held_out, tmp_path):
+    # transformers reads no head size for qwen3 and takes 128
+    more = {"head_dim": 128} if family == "qwen3" else {}
+    merged = make_merged(tmp_path / "merged", make_base(tmp_path / "base", family, **more), held_out)
+    file = tmp_path / FILE
+    source = Source(merged)
+    write(source, file, "float32")
+    assert check_tensors(source, file, "float32")
+    answers = parity_of(merged)["answers"]
+    found = rewards_by_transformers(file, [answer["ids"] for answer in answers])
+    assert found == pytest.approx([answer["merged"] for answer in answers], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("phi3", {}, r"is a phi3; --to gguf can write llama, mistral, qwen2"),
+        ("mistral", {"sliding_window": 8}, r"ends after 8 tokens"),
+        ("llama", {"hidden_act": "gelu"}, r"hidden_act is gelu"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, r"scaled by yarn, which --to gguf does not write for qwen2"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_computes_otherwise_is_refused(family, more, message):
+    config = AutoConfig.for_model(family, **(SHAPE | FAMILIES[family] | more))
+    with pytest.raises(MergeError, match=message):
+        module._architecture(config)
+
+
+def test_unknown_types_are_refused(merged, tmp_path):
+    with pytest.raises(ConfigError, match=r"'Q2_K'; --to gguf can write float32, float16, Q8_0"):
+        export_gguf(merged, tmp_path / "out", dtype="Q2_K")
+
+
+def test_a_reader_that_misses_something_is_not_asked(merged, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_installed", lambda _: False)
+    source = Source(merged)
+    source.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(MergeError, match=r"does not read position scaling.*pip install llama-cpp-python"):
+        module._score(source, tmp_path / FILE, parity_of(merged))
+
+
+@pytest.fixture(scope="module")
+def written(merged, tmp_path_factory):
+    """Source and file, in float16."""
+    file = tmp_path_factory.mktemp("written") / FILE
+    source = Source(merged)
+    write(source, file, "float16")
+    return source, file
+
+
+def test_read_back_finds_every_fault(written, tmp_path):
+    source, file = written
+    check_tensors(source, file, "float16")
+    reader = gguf.GGUFReader(file)
+    places = {tensor.name: int(tensor.data_offset) for tensor in reader.tensors}
+    content = file.read_bytes()
+    for name in ("blk.1.attn_q.weight", "output_norm.weight", "token_embd.weight"):
+        broken = bytearray(content)
+        broken[places[name] + 5] ^= 0x40
+        (tmp_path / "broken.gguf").write_bytes(broken)
+        with pytest.raises(MergeError, match=f"{name} is not the merged weight"):
+            check_tensors(source, tmp_path / "broken.gguf", "float16")
+    source.head[3] += 1e-6
+    with pytest.raises(MergeError, match="score head"):
+        check_tensors(source, file, "float16")
+    source.head[3] -= 1e-6
+
+
+def test_metadata(written):
+    source, file = written
+    fields = gguf.GGUFReader(file).fields
+
+    def value(key):
+        return fields[key].contents()
+
+    assert value("llama.pooling_type") == gguf.PoolingType.LAST
+    assert value("llama.rope.dimension_count") == 16
+    assert value("llama.attention.head_count_kv") == 2
+    assert value("general.file_type") == gguf.LlamaFileType.MOSTLY_F16
+    chat = source.chat
+    assert value("tokenizer.ggml.tokens")[:3] == ["<unk>", "<s>", "</s>"]
+    assert value("tokenizer.ggml.token_type")[:7] == [3, 3, 3, 3, 3, 3, 1]
+    assert value("tokenizer.ggml.model") == "gpt2"
+    assert value("tokenizer.ggml.pre") == "gpt-2"
+    assert " ".join(json.loads(chat.tokenizer.backend_tokenizer.to_str())["model"]["merges"][0]) == value(
+        "tokenizer.ggml.merges"
+    )[0]  # fmt: skip
+    assert value("tokenizer.ggml.bos_token_id") == 1
+    assert value("tokenizer.ggml.padding_token_id") == chat.pad_id != value("tokenizer.ggml.eos_token_id")
+    assert value("tokenizer.ggml.add_bos_token") is True
+    assert value("tokenizer.chat_template") == chat.tokenizer.chat_template
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    assert types["blk.0.ffn_down.weight"] == "F16"
+
+
+def test_the_tokenizer_comes_back_whole(written, merged, monkeypatch):
+    source, file = written
+    parity = parity_of(merged)
+    check_tokenizer(source.chat, file, parity)
+    own = read_chat(module._fields(file))
+    talk = [({"role": "user", "content": "12345 äö\n"}, {"role": "assistant", "content": "it's  fine"})]
+    assert own.ids([(talk[0], ())]) == source.chat.ids([(talk[0], ())])
+    monkeypatch.setattr(own, "adds_bos", False)
+    monkeypatch.setattr(module, "read_chat", lambda _: own)
+    with pytest.raises(MergeError, match="other token ids"):
+        check_tokenizer(source.chat, file, parity)
+
+
+def split(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def byte_level(use_regex):
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+@pytest.mark.parametrize(
+    ("steps", "ignores", "name"),
+    [
+        ([byte_level(True)], False, "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, byte_level(True)], False, "smollm"),
+        ([split(module.WORDS % "{1,3}"), byte_level(False)], True, "llama-bpe"),
+        ([split(module.WORDS % "{1,3}"), byte_level(False)], False, "dbrx"),
+        ([split(module.WORDS % ""), byte_level(False)], False, "qwen2"),
+    ],
+)
+def test_pre_tokenizers_have_llama_cpps_names(steps, ignores, name, tmp_path):
+    whole = {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "model": {"type": "BPE", "ignore_merges": ignores},
+    }
+    assert module._pre_tokenizer(whole, tmp_path) == name
+    steps[0] = split("[a-z]+")
+    with pytest.raises(MergeError, match=r"text split by Split.*has no name in llama.cpp"):
+        module._pre_tokenizer(whole, tmp_path)
+
+
+def test_qwens_own_tokenizer_is_recognised(tmp_path):
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")])
+    assert module._pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), tmp_path) == "qwen2"
+
+
+def test_a_value_too_large_for_float16_is_refused(written, tmp_path):
+    source, _ = written
+    tensors = source.tensors
+    array = source.array
+
+    class Large(Source):
+        def __init__(self):
+            self.__dict__ = source.__dict__
+
+        def array(self, tensor):
+            return array(tensor) * (1e6 if tensor.name.endswith("1.mlp.up_proj.weight") else 1)
+
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.up_proj\.weight: .* does not fit float16"):
+        write(Large(), tmp_path / FILE, "float16")
+    assert tensors is source.tensors
+
+
+def test_llama_3_positions():
+    """Factors against the formula of Llama 3.1 as llama.cpp's converter writes it."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    source = Source.__new__(Source)
+    source.config = AutoConfig.for_model("llama", **SHAPE, rope_parameters=rope)
+    factors = module._rope_factors(source)
+    expected = []
+    for number in range(8):
+        wave = 2 * np.pi * 5e5 ** (2 * number / 16)
+        smooth = (64 / wave - 1) / 3
+        inside = 1 / ((1 - smooth) / 8 + smooth)
+        expected.append(1.0 if wave < 16 else 8.0 if wave > 64 else inside)
+    assert factors.tolist() == pytest.approx(expected, rel=1e-5)
+    assert len({round(factor, 3) for factor in expected}) == 3  # below, between and above
+
+
+def test_files_that_are_no_reward_model(tmp_path, base):
+    (tmp_path / "x.gguf").write_bytes(b"GGUFnot really")
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        module._fields(tmp_path / "x.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"no lora_rm.score.weight.*--to gguf"):
+        module._fields(tmp_path / "y.gguf")
