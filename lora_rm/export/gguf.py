@@ -31,7 +31,6 @@ from lora_rm.export.proof import (
     whole_folder,
     write_parity,
 )
-
 from lora_rm.model.tensor_files import StoredTensor, stored_tensors
 
 FILE = "model.gguf"
