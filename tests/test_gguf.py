@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 
 import gguf
 import numpy as np
