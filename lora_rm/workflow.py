@@ -108,7 +108,7 @@ def evaluate_after(model: RewardModel, data: Data, settings: Settings, run: RunF
 
 def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> None:
     """Writes the adapter with its canaries, and the held-out answers that `verify` scores beside them."""
-    held_out = (
+    held_out: Iterator[dict[str, Any]] = (
         {"ids": ids, "prompt": number}
         for number, tree in enumerate(data.eval.trees)
         for ids in tree.conversations()
