@@ -402,7 +402,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: holds a {type(values).__name__}. A preset holds sections like `train:`; Write it so."
+            f"{path}: holds a {type(values).__name__}. Write sections like `train:` with values under them."
         )
     return {
         key: ({} if section is None and key in _sections() else section) for key, section in values.items()

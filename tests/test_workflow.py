@@ -31,6 +31,7 @@ from lora_rm.verify import _fault as fault_of
 from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
 
 ROOT = Path(__file__).parents[1]
+SECRET = "hf_notARealTokenButLongEnough"
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,19 @@ def job(base, tmp_path_factory):
             "train": {"preferences_per_step": 8, "tokens_per_microbatch": 1024, "learning_rate": 3e-3, "checkpointing": "none"},
         }
     )  # fmt: skip
-    run = train_run(settings)
-    merge_run(run.path, settings)
-    export_run(run.path)
-    summarize(run, 0.0)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_TOKEN", SECRET)
+        run = train_run(settings)
+        merge_run(run.path, settings)
+        export_run(run.path)
+        summarize(run, 0.0)
     return run
+
+
+def test_no_file_of_the_run_or_its_export_holds_a_secret_of_the_environment(job):
+    files = [file for file in job.path.rglob("*") if file.is_file()]
+    assert {"README.md", "parity.json", "config.yaml", "lora_rm.json"} <= {file.name for file in files}
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
 
 
 def test_the_run_folder_holds_everything(job):

@@ -134,6 +134,7 @@ class ChatTokenizer:
 
     @allow_special_tokens.setter
     def allow_special_tokens(self, allow: bool) -> None:
+        """Takes the setting over; it is written with the tokenizer."""
         self.tokenizer.init_kwargs.pop(ALLOW_SPECIAL, None)
         if allow:
             self.tokenizer.init_kwargs[ALLOW_SPECIAL] = True

@@ -23,7 +23,7 @@ from lora_rm.export.huggingface import model_card
 from lora_rm.merge import merge
 from lora_rm.model.base import BaseModel, find_base
 from lora_rm.model.reward_model import RewardModel, read_config
-from lora_rm.workflow import export_run, merge_run, train_run
+from lora_rm.workflow import train_run
 
 PACKAGE = Path(__file__).parents[2] / "lora_rm"
 SECRETS = {"HF_TOKEN": "hf_notARealTokenButLongEnough", "WANDB_API_KEY": "0123456789abcdef0123", "DB_PASSWORD": "correct-horse"}  # fmt: skip
@@ -321,17 +321,8 @@ def test_no_secret_of_the_environment_is_written_or_printed(settings, secrets, c
         "train": {"preferences_per_step": 8, "tokens_per_microbatch": 512, "learning_rate": 1e-3, "checkpointing": "none",
                   "save_every_steps": 1, "trackers": ["tensorboard"]},
     }))  # fmt: skip
-    merge_run(run.path, run.settings())
-    export_run(run.path)
     written = everything(run.path)
-    assert {path.name for path in written} >= {
-        "config.yaml",
-        "metrics.jsonl",
-        "lora_rm.json",
-        "README.md",
-        "parity.json",
-        "state.json",
-    }
+    assert {path.name for path in written} >= {"config.yaml", "metrics.jsonl", "lora_rm.json", "state.json"}
     for path, content in written.items():
         for value in SECRETS.values():
             assert value.encode() not in content, path
