@@ -148,14 +148,16 @@ def measure(adapter: str, out: str, way: str, base_folder: str) -> dict[str, flo
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    if way == "peft":
-        merge_with_peft(adapter, out, base_folder)
-    else:
-        settings = MergeSettings(base=way, dtype="float16")  # type: ignore[arg-type]
-        merge(Path(adapter), Path(out), settings, base=BaseModel(name="random", path=Path(base_folder)))
-    seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
+    try:
+        if way == "peft":
+            merge_with_peft(adapter, out, base_folder)
+        else:
+            settings = MergeSettings(base=way, dtype="float16")  # type: ignore[arg-type]
+            merge(Path(adapter), Path(out), settings, base=BaseModel(name="random", path=Path(base_folder)))
+        seconds = time.monotonic() - started
+    finally:
+        done.set()
+        watcher.join()
     return {"seconds": seconds, "peak MB": peak - before}
 
 
@@ -193,6 +195,7 @@ def make_checkpoint(folder: Path, shape: dict[str, int], num_layers: int) -> int
         "model.norm.weight": random(hidden),
     }
     save_file(rest, folder / "model-00000.safetensors", {"format": "pt"})
+    index = dict.fromkeys(rest, "model-00000.safetensors")
     del rest
     for layer in range(num_layers):
         tensors = {
@@ -202,6 +205,10 @@ def make_checkpoint(folder: Path, shape: dict[str, int], num_layers: int) -> int
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{name}.weight"] = random(hidden)
         save_file(tensors, folder / f"model-{layer + 1:05d}.safetensors", {"format": "pt"})
+        index |= dict.fromkeys(tensors, f"model-{layer + 1:05d}.safetensors")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    values = {"metadata": {"total_size": size}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(values))  # what transformers opens it by
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -393,7 +393,11 @@ def _fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or nothing."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            return "its manifest is no list of files"
         for name, expected in manifest.items():
+            if Path(name).name != name or not (checkpoint / name).is_file():
+                return f"{name[:80]} is missing or no file of its own"
             if _sha256(checkpoint / name) != expected:
                 return f"{name} is damaged"
     except (OSError, ValueError) as error:

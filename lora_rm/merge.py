@@ -6,6 +6,7 @@ the dequantised values are bfloat16 values, so rounding to bfloat16 by nearest s
 than half a step, always; float16 has three more bits.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -548,10 +549,23 @@ def _threads() -> Iterator[Executor]:
     """As many threads as torch uses, each computing with one: a piece stays in the cache of its core."""
     count = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        with ThreadPoolExecutor(count, initializer=_compute_alone) as threads:
             yield threads
     finally:
         torch.set_num_threads(count)
+
+
+def _compute_alone() -> None:
+    """Keeps the calls of this thread in this thread.
+
+    bitsandbytes has an OpenMP of its own, which torch's setting does not reach: each worker's calls would start a
+    team of threads, and the teams wait for each other in busy loops.
+    """
+    torch.set_num_threads(1)
+    with suppress(OSError):  # where /proc is not, as on macOS
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            if "libgomp" in line and "r-xp" in line:
+                ctypes.CDLL(line.split(maxsplit=5)[5]).omp_set_num_threads(1)
 
 
 def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:

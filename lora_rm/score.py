@@ -98,7 +98,7 @@ class Scorer:
     def score(
         self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]
     ) -> list[float]:
-        """Rewards of K answers to one prompt, which is computed once.
+        """Rewards of K answers to one prompt.
 
         Args:
             prompt: A text, taken as one user message, or messages.

@@ -396,7 +396,8 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
     ):
         raise ConfigError(
             f"accelerate was launched for {accelerator.distributed_type.value}; several processes share the data here, "
-            "each with the whole model (DDP). Launch with torchrun, or accelerate launch --multi_gpu."
+            "each with the whole base or, with train.sharding full, a part of it. Launch with torchrun, or accelerate launch "
+            "--multi_gpu."
         )
     if settings.train.trackers:
         accelerator.init_trackers("lora_rm")

@@ -139,7 +139,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path, text, value):
         # flags that are no flags
         ("", ["fast"], ["'fast'", "flag was expected"]),
         ("", ["--seed"], ["seed has no value", "--seed VALUE"]),
-        ("", ["--seed", "1", "2"], ["seed takes one value, found 2: 1 2"]),
+        ("", ["--seed", "1", "2"], ["seed takes one value, found 2: '1 2'"]),
         ("", ["--adapter.rank-pattern", "{q: [}"], ["adapter.rank_pattern is '{q: [}'"]),
         # contradictions
         ("adapter: {init: pissa}", [], ["adapter.init is pissa", "quantization none with model.load_dtype"]),

@@ -99,7 +99,9 @@ def test_check_bitsandbytes_finds(monkeypatch):
         patch.setattr(doctor.bnb.nn.Params4bit, "_quantize", fails)
         assert is_found(doctor.check_bitsandbytes(CPU), "no kernel image is available", "quantization none")
     with monkeypatch.context() as patch:  # gradients that do not reach what lies below
-        patch.setattr("lora_rm.model.quantization._ExactProduct.backward", lambda ctx, gradient: (None, None))
+        patch.setattr(
+            "lora_rm.model.quantization._ExactProduct.backward", lambda ctx, gradient: (None, None, None)
+        )
         assert is_found(doctor.check_bitsandbytes(CPU), "gradients by inf")
 
 

@@ -197,6 +197,13 @@ def test_a_damaged_checkpoint_is_passed_over(settings, trees):
     assert "step-000006 was passed over: optimizer.safetensors is damaged" in passed_over[0]
 
 
+@pytest.mark.parametrize("manifest", ["[]", '{"../x": "0"}', '{"/dev/zero": "0"}', '{"gone": "0"}'])
+def test_a_manifest_that_names_what_is_no_file_of_the_checkpoint_is_damage(tmp_path, manifest):
+    (tmp_path / "step-000002").mkdir()
+    (tmp_path / "step-000002" / "manifest.json").write_text(manifest)
+    assert newest_checkpoint(tmp_path)[0] is None
+
+
 def test_half_a_manifest_is_damage_too(tmp_path):
     (tmp_path / "step-000002").mkdir()
     (tmp_path / "step-000002" / "manifest.json").write_text('{"model.safe')

@@ -149,8 +149,6 @@ def _lines(source: str, path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path) if is_packed else path.open("rb") as file:
             unpacked = _Unpacked(source, path) if is_packed else None
-            if unpacked is not None:
-                unpacked.check_claim(path)
             number = 0
             while line := file.readline(MAX_ROW_BYTES + 1):
                 number += 1
@@ -200,12 +198,6 @@ class _Unpacked:
     def add(self, num_bytes: int) -> None:
         self.total += num_bytes
         self.check(self.total)
-
-    def check_claim(self, path: Path) -> None:
-        """Stops at a gzip file whose last four bytes, the size it unpacks to, say as much."""
-        with path.open("rb") as file:
-            file.seek(-min(4, self.size), 2)
-            self.check(int.from_bytes(file.read(4), "little") if self.size > 18 else 0)
 
     def check(self, total: int) -> None:
         if total > max(ALWAYS_UNPACKED, MAX_RATIO * self.size):

@@ -128,7 +128,7 @@ class Source:
         from transformers import AutoConfig
 
         self.folder = merged
-        self.config = AutoConfig.from_pretrained(merged)
+        self.config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
         self.arch = _architecture(self.config)
         self.chat = ChatTokenizer.load(merged)
         files = sorted(merged.glob("*.safetensors"))

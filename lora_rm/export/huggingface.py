@@ -19,6 +19,12 @@ from lora_rm.export.proof import (
     write_parity,
 )
 
+ANOTHER_MODEL = (
+    "**This is not the model that was trained**: the adapter was merged into weights that it had not seen in training, "
+    "which changes rewards as the table below tells."
+)
+"""Sentence of the card of a merge whose base is not that of training."""
+
 
 def export_huggingface(
     merged: Path, out: Path, *, run: RunFolder | None = None, overwrite: bool = False
@@ -135,6 +141,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
     lines += [
         f"Trained with LoRA on `{base or Path(merge['base']).name}`, "
         f"merged into its {merge['base_weights']} weights and stored as {merge['dtype']}. One logit: the raw reward.",
+        *([] if parity.get("is_trained_model", True) else ["", ANOTHER_MODEL]),
         "",
         "```python",
         "from transformers import pipeline",
