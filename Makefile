@@ -34,6 +34,7 @@ bench: setup
 	$(RUN)/python benchmarks/merge.py
 	$(RUN)/python benchmarks/training.py --quick
 	$(RUN)/python benchmarks/memory.py --quick
+	$(RUN)/python benchmarks/kill_resume.py --quick
 
 lint: setup
 	$(RUN)/ruff check .

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import LoraRmError, MergeError
+from lora_rm.errors import LoraRmError, MergeError, StorageError, storing
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
 from lora_rm.model.quantization import PIECE, Quantization
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
@@ -340,7 +340,10 @@ def _merge(plan: Plan, output: Path) -> MergeReport:
         shards = _Shards(partial, plan.identity())
         try:
             _check_space(plan, output, shards)
-            report = _write(plan, partial, shards)
+            with storing(output):
+                report = _write(plan, partial, shards)
+        except StorageError:  # with room again, the same command goes on at the first shard that is not whole
+            raise
         except (LoraRmError, _DoesNotFit):  # would happen again; what was interrupted stays
             shutil.rmtree(partial)
             raise

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -434,10 +435,16 @@ def _tokenize_all(
             return flat
         # spawn, not fork: a forked child would inherit torch's and the tokenizer's threads in unknown states
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for rows in pool.map(chat.ids, chunks):
-                flat += rows
-                advance(len(rows))
+        try:
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                for rows in pool.map(chat.ids, chunks):
+                    flat += rows
+                    advance(len(rows))
+        except BrokenProcessPool:
+            raise DataError(
+                f"One of {workers} processes that tokenise has died; most often the machine's memory is full. Close other "
+                "programs, or set data.num_workers 1. Nothing was written."
+            ) from None
     return flat
 
 

@@ -13,6 +13,7 @@ from conftest import make_base
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import check_settings, dump_settings
+from lora_rm.data import tokens
 from lora_rm.data.split import Data, Side
 from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.model.reward_model import RewardModel
@@ -104,6 +105,45 @@ print(steps == list(range(1, step)), len(again.written) == len(steps) > 5)
     message, facts = done.stdout.splitlines()
     assert "metrics.jsonl: cannot be written (No space left on device)" in message
     assert facts == "True True"
+
+
+def test_a_disk_that_fills_under_a_merge_keeps_what_is_whole(trained, tmp_path):
+    """The disk is full although the check before said otherwise; with more room the same call ends with the same bytes."""
+    program = f"""\
+import shutil, subprocess, sys
+from pathlib import Path
+from lora_rm import merge as merging
+from lora_rm.errors import StorageError
+adapter, out = Path({str(trained)!r}), Path(sys.argv[1]) / "merged"
+merging._check_space = lambda *_: None  # other programs may fill a disk after it
+try:
+    merging.merge(adapter, out)
+except StorageError as error:
+    print(error)
+print(out.exists())
+subprocess.run(["mount", "-o", "remount,size=20m", sys.argv[1]], check=True)
+merging.merge(adapter, out)
+merging.merge(adapter, Path({str(tmp_path)!r}) / "elsewhere")
+print(*(len({{(folder / "model.safetensors").read_bytes() for folder in (out, Path({str(tmp_path)!r}) / "elsewhere")}}),))
+"""
+    done = on_a_small_disk(tmp_path / "disk", 150, program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    message, was_there, num_different = done.stdout.splitlines()
+    assert "merged: cannot be written (No space left on device)" in message
+    assert (was_there, num_different) == ("False", "1")
+
+
+class Dying:
+    """A tokenizer whose process ends in the middle of its work, as one that the system kills for memory."""
+
+    def ids(self, _):
+        os._exit(9)
+
+
+def test_a_process_that_tokenises_and_dies_is_told(monkeypatch):
+    monkeypatch.setattr(tokens, "PARALLEL_FROM", 1)
+    with pytest.raises(DataError, match=r"2 processes that tokenise has died.*data.num_workers 1"):
+        tokens._tokenize_all([((), ())] * 600, Dying(), 2)
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(settings, tmp_path):
