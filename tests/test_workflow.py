@@ -316,14 +316,15 @@ def test_the_benchmark_of_merging_prints_every_way(job, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_a_merge_needs_little_memory(tmp_path, monkeypatch):
-    """0.7 GB of random weights in 7B shapes; the bound of 800 MB is that of a 2 GB checkpoint, too."""
+    """0.7 GB of random weights in 7B shapes; above the imports at most three times the largest adapted tensor."""
     command = [sys.executable, ROOT / "benchmarks/merge.py", "--quick", "--json", tmp_path / "rows.json"]
     subprocess.run(
         command, check=True, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["what"] for row in rows] == ["cp", "merge, no round trip", "merge, NF4 round trip"]
-    assert all(row["peak MB"] < 800 for row in rows), rows
+    merges = [row for row in rows if row["what"] in ("merge, no round trip", "merge, NF4 round trip")]
+    assert len(merges) == 2
+    assert all(0 < row["peak MB"] < 3 * row["largest adapted MB"] < 300 for row in merges), rows
 
 
 def test_measure_change_by_hand():
