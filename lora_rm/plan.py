@@ -43,6 +43,7 @@ from lora_rm.model.memory import (
 )
 from lora_rm.model.quantization import DTYPES
 from lora_rm.model.reward_model import pick_compute_dtype, pick_device, read_config
+from lora_rm.train import count_steps
 
 GIB = 2**30
 
@@ -394,7 +395,9 @@ def _time(planned: Plan) -> str:
         data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
     except (LoraRmError, OSError, ValueError) as error:
         return f"{text}; the data cannot be counted ({str(error).splitlines()[0][:120]})"
-    total = num_tokens(data.train.trees, planned.batching) * settings.train.num_epochs
+    trees = data.train.trees
+    share = count_steps(len(trees), settings) * settings.train.preferences_per_step / len(trees)
+    total = num_tokens(trees, planned.batching) * share
     return f"{total / speed[0] / 3600:.2f} hours for {total:,.0f} tokens, at {text}"
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +29,11 @@ from lora_rm.plan import (
     plan,
     read_memory,
     remedies,
+    show_plan,
     tokens_per_second,
 )
 from lora_rm.train import build_optimizer
+from lora_rm.workflow import train_run
 
 WIDE = {
     "hidden_size": 256,
@@ -235,6 +239,26 @@ def test_speed_comes_from_an_earlier_run(planned, tmp_path):
     assert tokens_per_second(dataclasses.replace(planned, settings=settings))[0] == 200.0
     machine = dataclasses.replace(planned.machine, flops=6 * planned.held.num_linear)
     assert tokens_per_second(dataclasses.replace(planned, machine=machine))[0] == 1.0
+
+
+@pytest.mark.parametrize("max_steps", [0, 4])
+def test_the_time_of_a_run_is_that_of_the_tokens_it_computes(settings, capsys, monkeypatch, max_steps):
+    monkeypatch.setattr(console, "quiet", False)
+    data = {"train": settings.data.train, "max_train": 48, "max_eval": 40}
+    train = {**dataclasses.asdict(settings.train), "max_steps": max_steps, "num_epochs": 2.0}
+    settings = check_settings({**dataclasses.asdict(settings), "data": data, "train": train})
+    train_run(settings)
+    lines = [
+        json.loads(line) for line in (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
+    computed = sum(line.get("num_tokens", 0) for line in lines)
+    capsys.readouterr()
+    show_plan(plan(settings))
+    tokens = float(
+        re.search(r"hours for ([\d,]+) tokens", " ".join(capsys.readouterr().out.split()))[1].replace(",", "")
+    )
+    # whole epochs exactly; of a third of an epoch, the average preference
+    assert tokens == pytest.approx(computed, rel=0.1 if max_steps else 1e-9)
 
 
 def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):
