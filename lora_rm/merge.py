@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,6 +57,7 @@ FLOAT16_LIMIT = 65520.0
 Rounding = Literal["float16", "bfloat16", "float32", "bfloat16_nearest"]
 T = TypeVar("T")
 Visitor = Callable[[int, torch.Tensor], T]
+Values = Callable[[int, int], torch.Tensor]
 
 STORED = {
     "float16": torch.float16,
@@ -179,7 +180,7 @@ class Plan:
         return self.mode == "dequantized" or self.quantization.kind == "none"
 
     def visit(
-        self, name: str, tensor: StoredTensor, use: Visitor[T], threads: Executor
+        self, name: str, tensor: StoredTensor, use: Visitor[T], workers: "Workers"
     ) -> tuple[list[T], float]:
         """Calls `use` with the exact merged values of a tensor, piece by piece, in several threads.
 
@@ -187,7 +188,7 @@ class Plan:
             name: Of the tensor in the model.
             tensor: Where the base has it.
             use: Called with the number of a piece's first value, and the piece in flat float32, the callee's own.
-            threads: Where the calls are made.
+            workers: Where the calls are made.
 
         Returns:
             What `use` returned, in the order of the values; the squared norm of the update, 0 without one.
@@ -195,30 +196,30 @@ class Plan:
         Raises:
             MergeError: If the base's codes are not those of training.
         """
-        values, finished = self._values(name, tensor, threads)
         update = self.updates.get(name)
         columns = 1 if update is None and not self.is_quantized(name) else tensor.shape[1]
-        rows = max(1, PIECE // columns)
-        add, square = (None, float) if update is None else self._change(update, values, tensor.shape)
+        num_rows, rows = math.prod(tensor.shape) // columns, max(1, PIECE // columns)
+        with tensor.open() as read:
+            values, finished = self._values(name, tensor, read, workers)
+            add, square = (None, float) if update is None else self._change(update, values, tensor.shape)
 
-        def piece(row: int) -> T:
-            part = values(row * columns, min(row + rows, num_rows) * columns).float()
-            if add is not None:
-                add(row, part.view(-1, columns))
-            return use(row * columns, part)
+            def piece(row: int) -> T:
+                part = values(row * columns, min(row + rows, num_rows) * columns).float()
+                if add is not None:
+                    add(row, part.view(-1, columns))
+                return use(row * columns, part)
 
-        num_rows = math.prod(tensor.shape) // columns
-        found = list(threads.map(piece, range(0, num_rows, rows)))
-        finished()
+            found = workers.each(piece, range(0, num_rows, rows))
+            finished()
         return found, square()
 
     def _values(
-        self, name: str, tensor: StoredTensor, threads: Executor
-    ) -> tuple[Callable[[int, int], torch.Tensor], Callable[[], None]]:
+        self, name: str, tensor: StoredTensor, read: Values, workers: "Workers"
+    ) -> tuple[Values, Callable[[], None]]:
         """What a tensor is before the update: a function of the first and last value, and one to call at the end."""
         dtype = self.load_dtype or tensor.dtype
         if not self.is_quantized(name):
-            return (lambda start, stop: tensor.values(start, stop).to(dtype)), lambda: None
+            return (lambda start, stop: read(start, stop).to(dtype)), lambda: None
         if self.transposed[name] or not self.quantization.by_rows(tensor.shape):
             weight = tensor.read()
             weight = weight.T.contiguous() if self.transposed[name] else weight
@@ -232,19 +233,19 @@ class Plan:
 
         def quantize(row: int) -> None:
             stop = min(row + rows, num_rows)
-            values = tensor.values(row * columns, stop * columns).to(dtype)
+            values = read(row * columns, stop * columns).to(dtype)
             codes.quantize(row, values.view(-1, columns))
 
-        deque(threads.map(quantize, range(0, num_rows, rows)), maxlen=0)
+        workers.each(quantize, range(0, num_rows, rows))
         codes.finish()
-        hashing = threads.submit(codes.sha256)
+        hashing = workers.pool.submit(codes.sha256)
         return (
             lambda start, stop: codes.dequantize(start // columns, (stop - start) // columns, dtype).view(-1),
             lambda: self._check_codes(name, hashing.result()),
         )
 
     def _change(
-        self, update: Update, values: Callable[[int, int], torch.Tensor], shape: tuple[int, ...]
+        self, update: Update, values: Values, shape: tuple[int, ...]
     ) -> tuple[Callable[[int, torch.Tensor], None], Callable[[], float]]:
         """Adds an update in place, given the first stored row of a part of the weight and that part, in float32.
 
@@ -523,14 +524,16 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
     if not torch.equal(written["score.weight"].read(), plan.head):
         raise MergeError(f"{merged}: its score head is not the trained one.")
     errors = {}
-    with _threads() as threads, progress("checking weights", plan.num_bytes, in_bytes=True) as advance:
+    with Workers() as workers, progress("checking weights", plan.num_bytes, in_bytes=True) as advance:
         for name, tensor in expected.items():
-            errors[name] = _distance(plan, name, tensor, written[plan.stored_as[name]], threads)
+            errors[name] = _distance(plan, name, tensor, written[plan.stored_as[name]], workers)
             advance(tensor.num_bytes)
     return {name: errors[name] for name in plan.updates}
 
 
-def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor, threads: Executor) -> float:
+def _distance(
+    plan: Plan, name: str, source: StoredTensor, written: StoredTensor, workers: "Workers"
+) -> float:
     """Of an updated tensor, the error's share of the update; a wrong or broken tensor is an error."""
     if written.shape != source.shape:
         raise MergeError(f"{name}: has shape {list(written.shape)}, expected {list(source.shape)}.")
@@ -538,7 +541,7 @@ def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor
     step = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}[written.dtype]
 
     def compare(start: int, exact: torch.Tensor) -> float:
-        found = written.values(start, start + len(exact)).float()
+        found = read(start, start + len(exact)).float()
         if not torch.isfinite(found).all():
             raise MergeError(f"{name}: holds NaN or infinite values.")
         difference = found.sub_(exact)
@@ -547,19 +550,45 @@ def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor
             raise MergeError(f"{name}: what was written is not the merged weight.")
         return error
 
-    squares, update = plan.visit(name, source, compare, threads)
+    with written.open() as read:
+        squares, update = plan.visit(name, source, compare, workers)
     return math.sqrt(math.fsum(squares) / update) if update else 0.0
 
 
-@contextmanager
-def _threads() -> Iterator[Executor]:
+class Workers:
     """As many threads as torch uses, each computing with one: a piece stays in the cache of its core."""
-    count = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(count, initializer=_compute_alone) as threads:
-            yield threads
-    finally:
-        torch.set_num_threads(count)
+
+    def __init__(self) -> None:
+        self.count = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.count, initializer=_compute_alone)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+        torch.set_num_threads(self.count)
+
+    def each(self, use: Callable[[int], T], starts: range) -> list[T]:
+        """What `use` returns for every start, in order; a thread that is free takes the next one."""
+        left = deque(starts)
+        found: dict[int, T] = {}
+
+        def work() -> None:
+            while left:
+                try:
+                    start = left.popleft()
+                except IndexError:  # another thread was quicker
+                    return
+                try:
+                    found[start] = use(start)
+                except BaseException:
+                    left.clear()
+                    raise
+
+        for job in [self.pool.submit(work) for _ in range(self.count)]:  # one a piece would cost 30 us each
+            job.result()
+        return [found[start] for start in starts]
 
 
 def _compute_alone() -> None:
@@ -587,7 +616,7 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
     total = 0
     last = list(plan.shards)[-1]
     with (
-        _threads() as threads,
+        Workers() as workers,
         ThreadPoolExecutor(1) as flushing,
         progress("merging", plan.num_bytes, in_bytes=True) as advance,
     ):
@@ -604,7 +633,7 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
                 for (name, tensor), next_one in zip(tensors.items(), following, strict=True):
                     if next_one is not None:
                         next_one.announce()
-                    _write_tensor(plan, name, tensor, writer, threads)
+                    _write_tensor(plan, name, tensor, writer, workers)
                     advance(tensor.num_bytes)
                 if file == last:
                     writer.write("score.weight", plan.head)
@@ -626,17 +655,18 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
 
 
 def _write_tensor(
-    plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, threads: Executor
+    plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, workers: Workers
 ) -> None:
     """Writes one tensor."""
     own_name = plan.stored_as[name]
     if plan.keeps(name, tensor):
 
         def copy(start: int) -> None:
-            writer.write(own_name, tensor.values(start, min(start + 8 * PIECE, num_values)), start)
+            writer.write(own_name, read(start, min(start + 8 * PIECE, num_values)), start)
 
         num_values = math.prod(tensor.shape)
-        deque(threads.map(copy, range(0, num_values, 8 * PIECE)), maxlen=0)
+        with tensor.open() as read:
+            workers.each(copy, range(0, num_values, 8 * PIECE))
         return
 
     def store(start: int, exact: torch.Tensor) -> None:
@@ -647,7 +677,7 @@ def _write_tensor(
                 raise _DoesNotFit(name, largest)
         writer.write(own_name, _stored(exact, plan.rounding, f"{name}:{start}"), start)
 
-    plan.visit(name, tensor, store, threads)
+    plan.visit(name, tensor, store, workers)
 
 
 def _stored(exact: torch.Tensor, rounding: Rounding, seed: str) -> torch.Tensor:

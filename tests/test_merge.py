@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -22,7 +21,7 @@ import lora_rm.merge as merge_module
 import lora_rm.verify as verify_module
 from lora_rm.config import AdapterSettings, MergeSettings
 from lora_rm.errors import MergeError, ModelError
-from lora_rm.merge import RECORD, Plan, Update, _write_tensor, check_weights, combine, merge
+from lora_rm.merge import RECORD, Plan, Update, Workers, _write_tensor, check_weights, combine, merge
 from lora_rm.model import quantization
 from lora_rm.model.quantization import code_hashes, codes_8bit
 from lora_rm.model.reward_model import RewardModel
@@ -346,9 +345,12 @@ def test_any_piece_of_any_shape_is_the_dense_merge_in_float64(
     writer = TensorWriter(
         tmp_path / "out", {"n": (plan.dtype, (333,)), "w": (plan.dtype, base["w.weight"].shape)}
     )
-    with ThreadPoolExecutor(3) as threads:
-        _write_tensor(plan, "w.weight", base["w.weight"], writer, threads)
-        _write_tensor(plan, "n", base["n"], writer, threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with Workers() as workers:
+        _write_tensor(plan, "w.weight", base["w.weight"], writer, workers)
+        _write_tensor(plan, "n", base["n"], writer, workers)
+    torch.set_num_threads(threads)
     writer.close()
     written = load_file(tmp_path / "out")
     exact = (values if mode == "dequantized" else weight).double() + 0.3 * (b.double() @ a.double())

@@ -49,12 +49,12 @@ def numbers(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_what_one_does(settings, tmp_path, count):
+@pytest.mark.parametrize(("count", "sharding"), [(2, "none"), (4, "none"), (4, "full")])
+def test_several_processes_train_what_one_does(settings, tmp_path, count, sharding):
     """Unequal trees, 21 evaluation prompts over the processes, three steps and an evaluation after each."""
     more = {"max_steps": 3, "eval_every_steps": 1, "tokens_per_microbatch": 400, "log_every_steps": 1}
     alone = with_values(settings, tmp_path / "alone", **more)
-    together = with_values(settings, tmp_path / "together", **more)
+    together = with_values(settings, tmp_path / "together", **more, sharding=sharding)
     train_run(alone)
     done = launched(together, tmp_path, count)
     assert done.returncode == 0, done.stderr[-3000:]
