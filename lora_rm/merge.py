@@ -35,7 +35,8 @@ from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import LoraRmError, MergeError, StorageError, storing
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
-from lora_rm.model.quantization import PIECE, Quantization
+from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
+from lora_rm.model.quantization import Quantization
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
 from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
@@ -50,6 +51,10 @@ OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 
 RECORD = "lora_rm_merge.json"
 """File in the merged folder that says what was merged into what, and how."""
+
+PIECE = 2**18
+"""Values of a weight that are merged at once: half the calls, in which threads wait for each other, of a piece that
+is quantised, and no passes that a cache would have to serve."""
 
 FLOAT16_LIMIT = 65520.0
 """The smallest value that float16 rounds to infinity."""
@@ -228,7 +233,7 @@ class Plan:
             flat = (weight.T.contiguous() if self.transposed[name] else weight).view(-1)
             return (lambda start, stop: flat[start:stop].clone()), lambda: None
         num_rows, columns = tensor.shape
-        rows = max(1, PIECE // columns)
+        rows = max(1, QUANTIZED_PIECE // columns)
         codes = self.quantization.codes(tensor.shape)
 
         def quantize(row: int) -> None:
@@ -662,11 +667,11 @@ def _write_tensor(
     if plan.keeps(name, tensor):
 
         def copy(start: int) -> None:
-            writer.write(own_name, read(start, min(start + 8 * PIECE, num_values)), start)
+            writer.write(own_name, read(start, min(start + 4 * PIECE, num_values)), start)
 
         num_values = math.prod(tensor.shape)
         with tensor.open() as read:
-            workers.each(copy, range(0, num_values, 8 * PIECE))
+            workers.each(copy, range(0, num_values, 4 * PIECE))
         return
 
     def store(start: int, exact: torch.Tensor) -> None:
