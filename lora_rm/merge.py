@@ -122,13 +122,15 @@ class Plan:
         self.base = base or find_base(named["name"], named["revision"])
         self.head = read_head(adapter)
         self.config, self.transposed, renamings = _target(self.base)
-        self.updates = _updates(adapter, self.transposed)
+        self.updates, biases = _updates(adapter, self.transposed)
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
         self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
         self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
-        self._check_base()
+        self._check_base(biases)
+        for shard in self.shards.values():
+            shard |= {name: bias for name, bias in biases.items() if name in shard}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -286,8 +288,13 @@ class Plan:
                 "use --merge.base original, which makes another model."
             )
 
-    def _check_base(self) -> None:
+    def _check_base(self, biases: dict[str, StoredTensor]) -> None:
         shapes = {name: t.shape for shard in self.shards.values() for name, t in shard.items()}
+        for name, bias in biases.items():
+            if shapes[name] != bias.shape:
+                raise MergeError(
+                    f"{name}: the base's is {list(shapes[name])}, the adapter's {list(bias.shape)}."
+                )
         for name, update in self.updates.items():
             expected = (update.b.shape[0], update.a.shape[1])
             found = shapes[name][::-1] if update.transposed else shapes[name]
@@ -433,7 +440,8 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
         folder: To make; an earlier one is replaced.
 
     Raises:
-        MergeError: If they do not share a base, its quantisation and the tokenizer, or one is a DoRA.
+        MergeError: If they do not share a base, its quantisation and the tokenizer, or one is a DoRA or has
+            trained biases.
     """
     if len(weights) != len(adapters) or not all(math.isfinite(weight) and weight for weight in weights):
         raise MergeError(
@@ -451,7 +459,12 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
     modules = _target(base)[1]
     stacked: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for name, update in _updates(adapter, modules).items():
+        updates, biases = _updates(adapter, modules)
+        if biases:
+            raise MergeError(
+                f"{adapter}: has trained biases, which replace the base's; it cannot be combined."
+            )
+        for name, update in updates.items():
             if update.magnitude is not None:
                 raise MergeError(
                     f"{adapter}: is a DoRA, whose update is no sum of two matrices; it cannot be combined."
@@ -704,18 +717,27 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]
     return config, names, renamings
 
 
-def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
-    """The updates by weight name; every tensor of the adapter must be used."""
+def _updates(adapter: Path, modules: dict[str, bool]) -> tuple[dict[str, Update], dict[str, StoredTensor]]:
+    """The updates by weight name, and trained biases, which replace the base's; every tensor must be used.
+
+    PEFT writes biases with `bias` all or lora_only; settings here do not reach it.
+    """
     config = LoraConfig.from_pretrained(str(adapter))
     parts: dict[str, dict[str, StoredTensor]] = {}
+    biases: dict[str, StoredTensor] = {}
     for tensor in stored_tensors(adapter / "adapter_model.safetensors"):
         key = tensor.name
         if key == HEAD_KEY:
             continue
+        bias = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if bias.endswith(".bias") and bias in modules:
+            biases[bias] = tensor
+            continue
         name, found, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
         if not found or kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise MergeError(
-                f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B and DoRA's magnitude."
+                f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B, DoRA's magnitude, and biases "
+                "that the base has too; train without others (PEFT's lora_bias adds biases to lora_B)."
             )
         parts.setdefault(name, {})[kind] = tensor
     updates = {}
@@ -733,7 +755,7 @@ def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
             part.get("magnitude_vector"),
             modules[weight],
         )
-    return updates
+    return updates, biases
 
 
 def _shards(

@@ -15,7 +15,13 @@ from conftest import FAMILIES, SHAPE, make_base, make_model, make_tokenizer, sha
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lora_rm.merge as merge_module
@@ -181,6 +187,45 @@ def test_a_merged_model_reloaded_under_another_seed_gives_the_rewards(tmp_path, 
         allowed = {"bfloat16": 0.1, "float16": 1e-2, "float32": 2e-4}[report.dtype]
         assert float((found - expected).abs().max() / expected.std()) < allowed
     check_weights(Plan(adapter, MergeSettings(dtype=report.dtype)), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_trained_biases_replace_those_of_the_base(tmp_path, family):
+    model = shake(make_model(make_base(tmp_path / "base", family)))
+    adapter = saved(model, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"bias": "lora_only"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    file, kind = adapter / "adapter_model.safetensors", "h.1.attn.c_attn" if family == "gpt2" else "q_proj"
+    biases = {  # under PEFT's names
+        f"base_model.model.{name.replace('.bias', '.base_layer.bias')}": torch.randn(tensor.shape)
+        .bfloat16()
+        .float()
+        for name, tensor in AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "base"
+        ).named_parameters()
+        if name.endswith(f"{kind}.bias")
+    }
+    assert biases
+    save_file(load_file(file) | biases, file, {"format": "pt"})
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in biases.items():
+        own = name.removeprefix("base_model.model.").replace("base_layer.", "")
+        assert torch.equal(written[own], tensor), own
+    for name, tensor in dense_merge(model).items():
+        found = written[name].double()
+        assert float(((found.T if family == "gpt2" else found) - tensor).abs().max()) < 1e-6, name
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+    by_peft = RewardModel.load_adapter(adapter, compute_dtype="float32").eval()
+    merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
+    assert Scorer(merged).score_ids(rows) == pytest.approx(Scorer(by_peft).score_ids(rows), abs=1e-5)
+    assert Scorer(merged).score_ids(rows) != pytest.approx(Scorer(model.eval()).score_ids(rows), abs=1e-2)
+    check_weights(Plan(adapter, MergeSettings(dtype="float32")), tmp_path / "merged")
+    with pytest.raises(MergeError, match="has trained biases"):
+        combine([adapter, adapter], (0.5, 0.5), tmp_path / "combined")
+    save_file(load_file(file) | {next(iter(biases)): torch.ones(7)}, file, {"format": "pt"})
+    with pytest.raises(MergeError, match="the adapter's \\[7\\]"):
+        merge(adapter, tmp_path / "wrong")
 
 
 def test_gemma3_with_images_keeps_the_names_of_its_checkpoint(tmp_path):
@@ -567,6 +612,9 @@ def test_every_tensor_of_the_adapter_must_be_used(base, tmp_path):
         merge(adapter, tmp_path / "merged")
     save_file({**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}, file)
     with pytest.raises(MergeError, match="cannot be merged"):
+        merge(adapter, tmp_path / "merged")
+    save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.lora_B.bias": torch.ones(96)}, file)
+    with pytest.raises(MergeError, match="up_proj.lora_B.bias, which cannot be merged.*lora_bias"):
         merge(adapter, tmp_path / "merged")
 
 
