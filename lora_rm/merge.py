@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,9 +51,12 @@ OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 RECORD = "lora_rm_merge.json"
 """File in the merged folder that says what was merged into what, and how."""
 
+FLOAT16_LIMIT = 65520.0
+"""The smallest value that float16 rounds to infinity."""
+
 Rounding = Literal["float16", "bfloat16", "float32", "bfloat16_nearest"]
 T = TypeVar("T")
-Visitor = Callable[[int, torch.Tensor, torch.Tensor | None], T]
+Visitor = Callable[[int, torch.Tensor], T]
 
 STORED = {
     "float16": torch.float16,
@@ -96,13 +99,6 @@ class MergeReport:
 
     num_tensors: int = 0
     num_updated: int = 0
-    rounding_error: dict[str, float] = field(default_factory=dict)
-    """Of each updated tensor: norm of (written - exact sum) over norm of the update."""
-
-    @property
-    def worst_rounding(self) -> float:
-        """The largest rounding error."""
-        return max(self.rounding_error.values(), default=0.0)
 
 
 class Plan:
@@ -141,7 +137,7 @@ class Plan:
         """What has to be the same for the shards of two merges to be the same bytes."""
         files = [file.stat() for file in self.base.weight_files]
         return {
-            "version": 1,  # of the arithmetic
+            "version": 2,  # of the arithmetic
             "adapter": {
                 file: _sha256(self.adapter / file)
                 for file in ("adapter_model.safetensors", "adapter_config.json", "lora_rm.json")
@@ -184,18 +180,19 @@ class Plan:
         """Whether the merged weights are those that training saw, with the update."""
         return self.mode == "dequantized" or self.quantization.kind == "none"
 
-    def visit(self, name: str, tensor: StoredTensor, use: Visitor[T], threads: Executor) -> list[T]:
+    def visit(
+        self, name: str, tensor: StoredTensor, use: Visitor[T], threads: Executor
+    ) -> tuple[list[T], float]:
         """Calls `use` with the exact merged values of a tensor, piece by piece, in several threads.
 
         Args:
             name: Of the tensor in the model.
             tensor: Where the base has it.
-            use: Called with the number of a piece's first value, the piece in flat float32, and the update in it
-                or None. Both tensors are the callee's.
+            use: Called with the number of a piece's first value, and the piece in flat float32, the callee's own.
             threads: Where the calls are made.
 
         Returns:
-            What `use` returned, in the order of the values.
+            What `use` returned, in the order of the values; the squared norm of the update, 0 without one.
 
         Raises:
             MergeError: If the base's codes are not those of training.
@@ -204,20 +201,18 @@ class Plan:
         update = self.updates.get(name)
         columns = 1 if update is None and not self.is_quantized(name) else tensor.shape[1]
         rows = max(1, PIECE // columns)
-        change = None if update is None else self._change(update, values, tensor.shape)
+        add, square = (None, float) if update is None else self._change(update, values, tensor.shape)
 
         def piece(row: int) -> T:
-            stop = min(row + rows, num_rows)
-            part = values(row * columns, stop * columns).float()
-            if change is None:
-                return use(row * columns, part, None)
-            delta = change(row, part.view(-1, columns))
-            return use(row * columns, part.add_(delta.view(-1)), delta.view(-1))
+            part = values(row * columns, min(row + rows, num_rows) * columns).float()
+            if add is not None:
+                add(row, part.view(-1, columns))
+            return use(row * columns, part)
 
         num_rows = math.prod(tensor.shape) // columns
         found = list(threads.map(piece, range(0, num_rows, rows)))
         finished()
-        return found
+        return found, square()
 
     def _values(
         self, name: str, tensor: StoredTensor, threads: Executor
@@ -252,33 +247,50 @@ class Plan:
 
     def _change(
         self, update: Update, values: Callable[[int, int], torch.Tensor], shape: tuple[int, ...]
-    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """The update as a function of the first stored row of a part of the weight, and that part.
+    ) -> tuple[Callable[[int, torch.Tensor], None], Callable[[], float]]:
+        """Adds an update in place, given the first stored row of a part of the weight and that part, in float32.
 
         Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; DoRA, Liu et al. 2024 (arXiv 2402.09353), eq. 5.
+
+        Returns:
+            That function, and another for the squared norm of all that was added.
         """
         a, b = update.a.read().float(), update.b.read().float()
-        magnitude = None if update.magnitude is None else update.magnitude.read().float()
-        if magnitude is not None and update.transposed:
-            # a column of the stored weight is an output row: its norm is known only when all rows have been read
-            square = torch.zeros(shape[1], dtype=torch.float64)
-            for row in range(shape[0]):
-                part = values(row * shape[1], (row + 1) * shape[1]).float()
-                square += (part + update.scale * (b @ a[:, row])).double().square()
-            magnitude = (magnitude / square.sqrt()).float()
+        left, right = (a.T.contiguous(), b.T) if update.transposed else (b, a)
 
-        def change(row: int, part: torch.Tensor) -> torch.Tensor:
-            rows = slice(row, row + len(part))
+        def add(row: int, part: torch.Tensor) -> None:
+            part.addmm_(left[row : row + len(part)], right, alpha=update.scale)
+
+        def square() -> float:
+            """|s B A|^2 = s^2 tr(B^T B A A^T), which costs next to nothing."""
+            wide, narrow = a.double(), b.double()
+            return update.scale**2 * float(((narrow.T @ narrow) * (wide @ wide.T)).sum())
+
+        if update.magnitude is None:
+            return add, square
+        magnitude = update.magnitude.read().float()
+        squares: list[float] = []
+
+        def scale(row: int, part: torch.Tensor) -> None:
+            before = part.clone()
+            add(row, part)
             if update.transposed:
-                delta = (b @ a[:, rows]).T.contiguous().mul_(update.scale)
-                return delta if magnitude is None else (part + delta).mul_(magnitude[None, :]).sub_(part)
-            delta = (b[rows] @ a).mul_(update.scale)
-            if magnitude is None:
-                return delta
-            total = delta.add_(part)
-            return total.mul_((magnitude[rows] / torch.linalg.norm(total, dim=1))[:, None]).sub_(part)
+                part.mul_(of_columns)
+            else:
+                rows = slice(row, row + len(part))
+                part.mul_((magnitude[rows] / torch.linalg.norm(part, dim=1))[:, None])
+            squares.append(float(before.sub_(part).square_().sum(dtype=torch.float64)))
 
-        return change
+        if update.transposed:
+            # a column of the stored weight is an output row: its norm is known only when all rows have been read
+            norms = torch.zeros(shape[1], dtype=torch.float64)
+            rows = max(1, PIECE // shape[1])
+            for row in range(0, shape[0], rows):
+                part = values(row * shape[1], min(row + rows, shape[0]) * shape[1]).float().view(-1, shape[1])
+                add(row, part)
+                norms += part.double().square_().sum(0)
+            of_columns = (magnitude / norms.sqrt()).float()
+        return scale, lambda: math.fsum(squares)
 
     def _check_codes(self, name: str, found: str) -> None:
         if found != self.record["quantization"]["codes"][name.removesuffix(".weight")]:
@@ -363,8 +375,6 @@ def _merge(plan: Plan, output: Path) -> MergeReport:
         partial.rename(output)
     if not plan.is_trained_model:
         say("Merged into the original base, which the adapter was not trained on: this is another model.")
-    if plan.rounding == "bfloat16_nearest":
-        say(f"Rounding to the nearest bfloat16 lost up to {report.worst_rounding:.0%} of a tensor's update.")
     return report
 
 
@@ -375,24 +385,23 @@ class _Shards:
         """Takes over what an interrupted merge of the same identity has left, and removes anything else."""
         self.file = folder / "progress.json"
         self.identity = json.loads(json.dumps(identity))
-        self.errors: dict[str, dict[str, float]] = {}
-        """By shard, by tensor: the rounding's share of the update."""
+        self.done: list[str] = []
         with suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(self.file.read_text(encoding="utf-8"))
             if found["identity"] == self.identity:
-                self.errors = found["shards"]
+                self.done = found["shards"]
         for file in folder.iterdir():
-            if file != self.file and file.name not in self.errors:
+            if file != self.file and file.name not in self.done:
                 file.unlink()
-        if self.errors:
-            say(f"Going on with an interrupted merge: {len(self.errors)} shards are there.")
+        if self.done:
+            say(f"Going on with an interrupted merge: {len(self.done)} shards are there.")
 
-    def finish(self, writer: TensorWriter, errors: dict[str, float]) -> None:
+    def finish(self, writer: TensorWriter) -> None:
         """Brings a shard to the disk, then notes that it is there."""
         writer.close()
-        self.errors[writer.file.name] = errors
+        self.done.append(writer.file.name)
         noted = self.file.with_suffix(".new")
-        noted.write_text(json.dumps({"identity": self.identity, "shards": self.errors}), encoding="utf-8")
+        noted.write_text(json.dumps({"identity": self.identity, "shards": self.done}), encoding="utf-8")
         noted.replace(self.file)
 
 
@@ -416,7 +425,7 @@ def _check_space(plan: Plan, output: Path, shards: _Shards) -> None:
     needed = sum(
         math.prod(tensor.shape) * plan.dtype.itemsize
         for file, tensors in plan.shards.items()
-        if file not in shards.errors
+        if file not in shards.done
         for tensor in tensors.values()
     )
     free = shutil.disk_usage(output.parent).free
@@ -541,7 +550,7 @@ def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor
     # a 16-bit step is 2^-8 of a value in bfloat16 and 2^-11 (or 2^-25 in all) in float16
     step = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}[written.dtype]
 
-    def compare(start: int, exact: torch.Tensor, delta: torch.Tensor | None) -> tuple[float, float]:
+    def compare(start: int, exact: torch.Tensor) -> float:
         found = written.values(start, start + len(exact)).float()
         if not torch.isfinite(found).all():
             raise MergeError(f"{name}: holds NaN or infinite values.")
@@ -549,15 +558,10 @@ def _distance(plan: Plan, name: str, source: StoredTensor, written: StoredTensor
         error = float(torch.dot(difference, difference))
         if bool((difference.abs_() > exact.abs_().mul_(step).add_(2**-24)).any()):
             raise MergeError(f"{name}: what was written is not the merged weight.")
-        return error, 0.0 if delta is None else float(torch.dot(delta, delta))
+        return error
 
-    return _share(plan.visit(name, source, compare, threads))
-
-
-def _share(squares: Sequence[tuple[float, float]]) -> float:
-    """Norm of an error over the norm of the update, out of the squares of both in every piece."""
-    error, update = (math.fsum(pair[side] for pair in squares) for side in (0, 1))
-    return math.sqrt(error / update) if update else 0.0
+    squares, update = plan.visit(name, source, compare, threads)
+    return math.sqrt(math.fsum(squares) / update) if update else 0.0
 
 
 @contextmanager
@@ -605,30 +609,25 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
             header = {plan.stored_as[name]: (plan.dtype, tensor.shape) for name, tensor in tensors.items()}
             if file == last:
                 header["score.weight"] = (torch.float32, tuple(plan.head.shape))
-            if file in shards.errors:
+            if file in shards.done:
                 advance(sum(tensor.num_bytes for tensor in tensors.values()))
             else:
                 writer = TensorWriter(folder / file, header)
                 following = [*tensors.values(), None][1:]
-                errors = {}
                 for (name, tensor), next_one in zip(tensors.items(), following, strict=True):
                     if next_one is not None:
                         next_one.announce()
-                    errors[name] = _write_tensor(plan, name, tensor, writer, threads)
+                    _write_tensor(plan, name, tensor, writer, threads)
                     advance(tensor.num_bytes)
                 if file == last:
                     writer.write("score.weight", plan.head)
-                flushed.append(flushing.submit(shards.finish, writer, errors))
+                flushed.append(flushing.submit(shards.finish, writer))
             index.update(dict.fromkeys(header, file))
             total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in header.values())
         for shard in flushed:
             shard.result()
-    found = {name: share for errors in shards.errors.values() for name, share in errors.items()}
     report.num_tensors = len(plan.stored_as)
     report.num_updated = len(plan.updates)
-    report.rounding_error = {
-        name: found[name] for tensors in plan.shards.values() for name in tensors if name in plan.updates
-    }
     if len(plan.shards) > 1:
         values = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -641,8 +640,8 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
 
 def _write_tensor(
     plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, threads: Executor
-) -> float:
-    """Writes one tensor; returns the rounding's share of the update."""
+) -> None:
+    """Writes one tensor."""
     own_name = plan.stored_as[name]
     if plan.keeps(name, tensor):
 
@@ -651,22 +650,17 @@ def _write_tensor(
 
         num_values = math.prod(tensor.shape)
         deque(threads.map(copy, range(0, num_values, 8 * PIECE)), maxlen=0)
-        return 0.0
+        return
 
-    def store(start: int, exact: torch.Tensor, delta: torch.Tensor | None) -> tuple[float, float]:
-        piece = _stored(exact, plan.rounding, f"{name}:{start}")
-        error = update = 0.0
-        if delta is not None:
-            difference = piece.to(torch.float32, copy=True).sub_(exact)
-            error, update = float(torch.dot(difference, difference)), float(torch.dot(delta, delta))
-        if plan.rounding == "float16":
-            low, high = (float(end) for end in torch.aminmax(exact))
-            if not max(-low, high) < 65520:  # what rounds to infinity, and NaN
-                raise _DoesNotFit(name, max(-low, high))
-        writer.write(own_name, piece, start)
-        return error, update
+    def store(start: int, exact: torch.Tensor) -> None:
+        # a sum of squares below that of the limit holds no value above it, and is the cheapest look at them all
+        if plan.rounding == "float16" and not float(torch.dot(exact, exact)) < FLOAT16_LIMIT**2:
+            largest = float(exact.abs().max())
+            if not largest < FLOAT16_LIMIT:  # NaN too
+                raise _DoesNotFit(name, largest)
+        writer.write(own_name, _stored(exact, plan.rounding, f"{name}:{start}"), start)
 
-    return _share(plan.visit(name, tensor, store, threads))
+    plan.visit(name, tensor, store, threads)
 
 
 def _stored(exact: torch.Tensor, rounding: Rounding, seed: str) -> torch.Tensor:

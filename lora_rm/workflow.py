@@ -208,8 +208,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
         out = run.merged if run else path.with_name(path.name + "-merged")
     report = merge(adapter, out, settings.merge)
     say(
-        f"{report.num_updated} of {report.num_tensors} tensors updated ({report.base_weights} base, {report.dtype}); "
-        f"rounding took at most {report.worst_rounding:.2%} of a tensor's update."
+        f"{report.num_updated} of {report.num_tensors} tensors updated ({report.base_weights} base, {report.dtype})."
     )
     parity = verify(adapter, out, settings.verify, held_out=run.path / HELD_OUT if run else None)
     if run:

@@ -53,7 +53,7 @@ class StoredTensor:
         """
         buffer = torch.empty((stop - start) * self.dtype.itemsize, dtype=torch.uint8)
         view, filled = memoryview(_bytes(buffer)), 0
-        with self.file.open("rb", buffering=0) as stream:
+        with open(self.file, "rb", buffering=0) as stream:  # noqa: PTH123 # a third of the time of Path.open
             stream.seek(self.start + start * self.dtype.itemsize)
             while filled < len(view):
                 count = stream.readinto(view[filled:])
@@ -153,7 +153,7 @@ class TensorWriter:
     def write(self, name: str, piece: torch.Tensor, start: int = 0) -> None:
         """Writes a piece of a tensor that begins at its value `start`."""
         view = memoryview(_bytes(piece))
-        with self.file.open("r+b", buffering=0) as stream:
+        with open(self.file, "r+b", buffering=0) as stream:  # noqa: PTH123 # as above
             stream.seek(self.starts[name] + start * piece.dtype.itemsize)
             with self.lock:
                 self.missing -= len(view)
