@@ -35,7 +35,7 @@ from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import LoraRmError, MergeError, StorageError, storing
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
-from lora_rm.model.quantization import PIECE, Quantization
+from lora_rm.model.quantization import PIECE, Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
 from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
@@ -122,6 +122,11 @@ class Plan:
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
+        if self.mode != "dequantized" and is_stored_in_4_bit(read_auto_config(self.base)):
+            raise MergeError(
+                f"{self.base.name}: is stored in 4 bit and has no other values; --merge.base {self.mode} needs "
+                "original weights. Use --merge.base dequantized."
+            )
         self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
         self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
         self._check_base(biases)
@@ -221,6 +226,11 @@ class Plan:
         dtype = self.load_dtype or tensor.dtype
         if not self.is_quantized(name):
             return (lambda start, stop: tensor.values(start, stop).to(dtype)), lambda: None
+        if isinstance(tensor, StoredCodes):
+            weight, found = tensor.dequantize()
+            self._check_codes(name, found)
+            flat = weight.view(-1)
+            return (lambda start, stop: flat[start:stop].clone()), lambda: None
         if self.transposed[name] or not self.quantization.by_rows(tensor.shape):
             weight = tensor.read()
             weight = weight.T.contiguous() if self.transposed[name] else weight
@@ -696,10 +706,8 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]
         tensors when it loads such a checkpoint (Gemma 3 with images, for one).
     """
     config = read_auto_config(base)
-    if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(
-            f"{base.name}: is stored quantised. Merging needs 16- or 32-bit weights; give the original model."
-        )
+    if is_stored_in_4_bit(config):
+        del config.quantization_config  # the merged model is not
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
@@ -765,16 +773,18 @@ def _shards(
     missing = set(wanted)
     # a checkpoint of the bare backbone lacks the prefix that a model with a head puts before its names
     prefixes = sorted({"", *(f"{name.split('.', 1)[0]}." for name in wanted)}, key=len)
-    for file in base.weight_files:
-        own = shards[file.name] = {}
-        for tensor in stored_tensors(file):
+    files = {file.name: stored_tensors(file) for file in base.weight_files}
+    codes = stored_codes([tensor for tensors in files.values() for tensor in tensors])
+    for file, tensors in files.items():
+        own = shards[file] = {}
+        for tensor in tensors:
             renamed = tensor.name
             for rule in renamings:
                 renamed, _ = rule.rename_source_key(renamed)
             name = next((p + renamed for p in prefixes if p + renamed in missing), None)
             if name is not None:
                 missing.discard(name)
-                own[name] = tensor
+                own[name] = codes.get(tensor.name, tensor)
                 stored_as[name] = name if renamed == tensor.name else tensor.name
     if missing:
         raise MergeError(

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
@@ -119,6 +121,52 @@ def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
                 module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
             )
             assert float((written[f"{name}.weight"].double() - values - delta).abs().max()) < 1e-6, name
+
+
+STORED = {
+    "as usual": ("lora", torch.bfloat16, {"bnb_4bit_use_double_quant": True}),
+    "float16": ("dora", torch.float16, {"bnb_4bit_use_double_quant": True}),
+    "as for sharding": ("patterns", torch.bfloat16, {"bnb_4bit_quant_storage": torch.bfloat16}),
+    "fp4": ("two targets", torch.float32, {"bnb_4bit_quant_type": "fp4"}),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_base_that_is_stored_in_4_bit(tmp_path, kind):
+    adapter, dtype, values = STORED[kind]
+    config = BitsAndBytesConfig(**{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | values)
+    original = make_base(tmp_path / "original", dtype=dtype)
+    stored = AutoModelForCausalLM.from_pretrained(original, quantization_config=config, dtype=dtype)
+    stored.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
+    model = shake(make_model(tmp_path / "base", adapter=ADAPTERS[adapter]))
+    adapter = saved(model, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = {}
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        written |= load_file(file)
+    for name, tensor in dense_merge(model).items():
+        assert float((written[name].double() - tensor).abs().max()) < 1e-6, name
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+    expected = Scorer(model.eval()).score_ids(rows)
+    merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
+    assert Scorer(merged).score_ids(rows) == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(MergeError, match="has no other values; --merge.base original needs"):
+        merge(adapter, tmp_path / "other", MergeSettings(base="original"))
+    if kind == "as usual":
+        codes = next(file for file in (tmp_path / "base").glob("*.safetensors")
+                     if "model.layers.1.mlp.up_proj.weight" in load_file(file))  # fmt: skip
+        tensors = load_file(codes)
+        tensors["model.layers.1.mlp.up_proj.weight"][5] ^= 16
+        save_file(tensors, codes, {"format": "pt"})
+        with pytest.raises(MergeError, match=r"up_proj.*codes are not those"):
+            merge(adapter, tmp_path / "changed")
+        with pytest.raises(ModelError, match="is stored in 4 bit. Set model.quantization nf4"):
+            make_model(tmp_path / "base", quantization="none")
+        with pytest.raises(ModelError, match="in 16 or 32 bits, which adapter.init loftq"):
+            make_model(tmp_path / "base", adapter=AdapterSettings(rank=4, init="loftq"))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

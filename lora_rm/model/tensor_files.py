@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from lora_rm.errors import ModelError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+"""Bytes are codes of weights stored in 4 bit."""
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
