@@ -137,6 +137,11 @@ def test_the_base_is_the_dequantised_one(run, base, tmp_path):
     layer = make_model(base).backbone.layers[1].mlp.up_proj.base_layer
     exact = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     assert torch.equal(stored[name].float(), exact)
+    other = shake(make_model(base, seed=3), seed=4)
+    other.save(tmp_path / "other", other.describe(code_hashes(other.classifier)) | {"canaries": []})
+    write_base(tmp_path / "other", tmp_path / "base of other")
+    weights = [tmp_path / name / "model.safetensors" for name in ("base", "base of other")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()  # one base serves both
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,7 @@ USAGE = """\
 # Reward model, as an adapter on its base
 
 `base` is the base model as training saw it (dequantised), with a head of zeros; `adapter` holds the LoRA matrices and
-the score head. Every further adapter trained on the same quantised base can be served beside it. Measured against the
-trained adapter: `parity.json`.
+the score head. Measured against the trained adapter: `parity.json`.
 
 ```bash
 {command}
@@ -161,6 +160,7 @@ curl localhost:8000/classify -H 'Content-Type: application/json' \\
   -d '{{"model": "reward", "messages": [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]}}'
 ```
 
-The reward is `data[0].probs[0]`; a request that names no adapter gets 0.
+The reward is `data[0].probs[0]`; a request that names no adapter gets 0. Further adapters trained on the same quantised
+base are served beside it with their own heads: `--max-loras 2 --lora-modules reward=adapter other=OTHER/adapter`.
 """
 """README of an export."""

@@ -803,7 +803,9 @@ def _load_classifier(
         raise ModelError(
             f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be."
         )
-    if is_stored_in_4_bit(config):  # then transformers 5.23 leaves what is not quantised in the type of the files
+    if is_stored_in_4_bit(
+        config
+    ):  # then transformers 5.23 leaves what is not quantised in the type of the files
         codes = {id(layer.weight) for layer in quantized_layers(model).values()}
         for parameter in model.parameters():
             if id(parameter) not in codes:
