@@ -36,7 +36,7 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import LoraRmError, MergeError, StorageError, storing
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
-from lora_rm.model.quantization import Quantization
+from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
 from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
@@ -124,13 +124,20 @@ class Plan:
         self.base = base or find_base(named["name"], named["revision"])
         self.head = read_head(adapter)
         self.config, self.transposed, renamings = _target(self.base)
-        self.updates = _updates(adapter, self.transposed)
+        self.updates, biases = _updates(adapter, self.transposed)
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
+        if self.mode != "dequantized" and is_stored_in_4_bit(read_auto_config(self.base)):
+            raise MergeError(
+                f"{self.base.name}: is stored in 4 bit and has no other values; --merge.base {self.mode} needs "
+                "original weights. Use --merge.base dequantized."
+            )
         self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
         self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
-        self._check_base()
+        self._check_base(biases)
+        for shard in self.shards.values():
+            shard |= {name: bias for name, bias in biases.items() if name in shard}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,6 +232,11 @@ class Plan:
         dtype = self.load_dtype or tensor.dtype
         if not self.is_quantized(name):
             return (lambda start, stop: read(start, stop).to(dtype)), lambda: None
+        if isinstance(tensor, StoredCodes):
+            weight, found = tensor.dequantize()
+            self._check_codes(name, found)
+            flat = weight.view(-1)
+            return (lambda start, stop: flat[start:stop].clone()), lambda: None
         if self.transposed[name] or not self.quantization.by_rows(tensor.shape):
             weight = tensor.read()
             weight = weight.T.contiguous() if self.transposed[name] else weight
@@ -304,8 +316,13 @@ class Plan:
                 "use --merge.base original, which makes another model."
             )
 
-    def _check_base(self) -> None:
+    def _check_base(self, biases: dict[str, StoredTensor]) -> None:
         shapes = {name: t.shape for shard in self.shards.values() for name, t in shard.items()}
+        for name, bias in biases.items():
+            if shapes[name] != bias.shape:
+                raise MergeError(
+                    f"{name}: the base's is {list(shapes[name])}, the adapter's {list(bias.shape)}."
+                )
         for name, update in self.updates.items():
             expected = (update.b.shape[0], update.a.shape[1])
             found = shapes[name][::-1] if update.transposed else shapes[name]
@@ -448,7 +465,8 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
         folder: To make; an earlier one is replaced.
 
     Raises:
-        MergeError: If they do not share a base, its quantisation and the tokenizer, or one is a DoRA.
+        MergeError: If they do not share a base, its quantisation and the tokenizer, or one is a DoRA or has
+            trained biases.
     """
     if len(weights) != len(adapters) or not all(math.isfinite(weight) and weight for weight in weights):
         raise MergeError(
@@ -466,7 +484,12 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
     modules = _target(base)[1]
     stacked: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for name, update in _updates(adapter, modules).items():
+        updates, biases = _updates(adapter, modules)
+        if biases:
+            raise MergeError(
+                f"{adapter}: has trained biases, which replace the base's; it cannot be combined."
+            )
+        for name, update in updates.items():
             if update.magnitude is not None:
                 raise MergeError(
                     f"{adapter}: is a DoRA, whose update is no sum of two matrices; it cannot be combined."
@@ -718,10 +741,8 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]
         tensors when it loads such a checkpoint (Gemma 3 with images, for one).
     """
     config = read_auto_config(base)
-    if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(
-            f"{base.name}: is stored quantised. Merging needs 16- or 32-bit weights; give the original model."
-        )
+    if is_stored_in_4_bit(config):
+        del config.quantization_config  # the merged model is not
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
@@ -733,18 +754,27 @@ def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]
     return config, names, renamings
 
 
-def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
-    """The updates by weight name; every tensor of the adapter must be used."""
+def _updates(adapter: Path, modules: dict[str, bool]) -> tuple[dict[str, Update], dict[str, StoredTensor]]:
+    """The updates by weight name, and trained biases, which replace the base's; every tensor must be used.
+
+    PEFT writes biases with `bias` all or lora_only; settings here do not reach it.
+    """
     config = LoraConfig.from_pretrained(str(adapter))
     parts: dict[str, dict[str, StoredTensor]] = {}
+    biases: dict[str, StoredTensor] = {}
     for tensor in stored_tensors(adapter / "adapter_model.safetensors"):
         key = tensor.name
         if key == HEAD_KEY:
             continue
+        bias = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if bias.endswith(".bias") and bias in modules:
+            biases[bias] = tensor
+            continue
         name, found, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
         if not found or kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise MergeError(
-                f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B and DoRA's magnitude."
+                f"{adapter}: holds {key}, which cannot be merged. Known are lora_A, lora_B, DoRA's magnitude, and biases "
+                "that the base has too; train without others (PEFT's lora_bias adds biases to lora_B)."
             )
         parts.setdefault(name, {})[kind] = tensor
     updates = {}
@@ -762,7 +792,7 @@ def _updates(adapter: Path, modules: dict[str, bool]) -> dict[str, Update]:
             part.get("magnitude_vector"),
             modules[weight],
         )
-    return updates
+    return updates, biases
 
 
 def _shards(
@@ -778,16 +808,18 @@ def _shards(
     missing = set(wanted)
     # a checkpoint of the bare backbone lacks the prefix that a model with a head puts before its names
     prefixes = sorted({"", *(f"{name.split('.', 1)[0]}." for name in wanted)}, key=len)
-    for file in base.weight_files:
-        own = shards[file.name] = {}
-        for tensor in stored_tensors(file):
+    files = {file.name: stored_tensors(file) for file in base.weight_files}
+    codes = stored_codes([tensor for tensors in files.values() for tensor in tensors])
+    for file, tensors in files.items():
+        own = shards[file] = {}
+        for tensor in tensors:
             renamed = tensor.name
             for rule in renamings:
                 renamed, _ = rule.rename_source_key(renamed)
             name = next((p + renamed for p in prefixes if p + renamed in missing), None)
             if name is not None:
                 missing.discard(name)
-                own[name] = tensor
+                own[name] = codes.get(tensor.name, tensor)
                 stored_as[name] = name if renamed == tensor.name else tensor.name
     if missing:
         raise MergeError(

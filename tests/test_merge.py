@@ -14,7 +14,15 @@ from conftest import FAMILIES, SHAPE, make_base, make_model, make_tokenizer, sha
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lora_rm.merge as merge_module
@@ -114,6 +122,52 @@ def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
             assert float((written[f"{name}.weight"].double() - values - delta).abs().max()) < 1e-6, name
 
 
+STORED = {
+    "as usual": ("lora", torch.bfloat16, {"bnb_4bit_use_double_quant": True}),
+    "float16": ("dora", torch.float16, {"bnb_4bit_use_double_quant": True}),
+    "as for sharding": ("patterns", torch.bfloat16, {"bnb_4bit_quant_storage": torch.bfloat16}),
+    "fp4": ("two targets", torch.float32, {"bnb_4bit_quant_type": "fp4"}),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_base_that_is_stored_in_4_bit(tmp_path, kind):
+    adapter, dtype, values = STORED[kind]
+    config = BitsAndBytesConfig(**{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | values)
+    original = make_base(tmp_path / "original", dtype=dtype)
+    stored = AutoModelForCausalLM.from_pretrained(original, quantization_config=config, dtype=dtype)
+    stored.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
+    model = shake(make_model(tmp_path / "base", adapter=ADAPTERS[adapter]))
+    adapter = saved(model, tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = {}
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        written |= load_file(file)
+    for name, tensor in dense_merge(model).items():
+        assert float((written[name].double() - tensor).abs().max()) < 1e-6, name
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+    expected = Scorer(model.eval()).score_ids(rows)
+    merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
+    assert Scorer(merged).score_ids(rows) == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(MergeError, match="has no other values; --merge.base original needs"):
+        merge(adapter, tmp_path / "other", MergeSettings(base="original"))
+    if kind == "as usual":
+        codes = next(file for file in (tmp_path / "base").glob("*.safetensors")
+                     if "model.layers.1.mlp.up_proj.weight" in load_file(file))  # fmt: skip
+        tensors = load_file(codes)
+        tensors["model.layers.1.mlp.up_proj.weight"][5] ^= 16
+        save_file(tensors, codes, {"format": "pt"})
+        with pytest.raises(MergeError, match=r"up_proj.*codes are not those"):
+            merge(adapter, tmp_path / "changed")
+        with pytest.raises(ModelError, match="is stored in 4 bit. Set model.quantization nf4"):
+            make_model(tmp_path / "base", quantization="none")
+        with pytest.raises(ModelError, match="in 16 or 32 bits, which adapter.init loftq"):
+            make_model(tmp_path / "base", adapter=AdapterSettings(rank=4, init="loftq"))
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_a_base_in_float32_is_rounded_as_it_was_in_training(tmp_path, quantization):
     base = make_base(tmp_path / "base", dtype=torch.float32)
@@ -180,6 +234,45 @@ def test_a_merged_model_reloaded_under_another_seed_gives_the_rewards(tmp_path, 
         allowed = {"bfloat16": 0.1, "float16": 1e-2, "float32": 2e-4}[report.dtype]
         assert float((found - expected).abs().max() / expected.std()) < allowed
     check_weights(Plan(adapter, MergeSettings(dtype=report.dtype)), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_trained_biases_replace_those_of_the_base(tmp_path, family):
+    model = shake(make_model(make_base(tmp_path / "base", family)))
+    adapter = saved(model, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"bias": "lora_only"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    file, kind = adapter / "adapter_model.safetensors", "h.1.attn.c_attn" if family == "gpt2" else "q_proj"
+    biases = {  # under PEFT's names
+        f"base_model.model.{name.replace('.bias', '.base_layer.bias')}": torch.randn(tensor.shape)
+        .bfloat16()
+        .float()
+        for name, tensor in AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "base"
+        ).named_parameters()
+        if name.endswith(f"{kind}.bias")
+    }
+    assert biases
+    save_file(load_file(file) | biases, file, {"format": "pt"})
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in biases.items():
+        own = name.removeprefix("base_model.model.").replace("base_layer.", "")
+        assert torch.equal(written[own], tensor), own
+    for name, tensor in dense_merge(model).items():
+        found = written[name].double()
+        assert float(((found.T if family == "gpt2" else found) - tensor).abs().max()) < 1e-6, name
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+    by_peft = RewardModel.load_adapter(adapter, compute_dtype="float32").eval()
+    merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
+    assert Scorer(merged).score_ids(rows) == pytest.approx(Scorer(by_peft).score_ids(rows), abs=1e-5)
+    assert Scorer(merged).score_ids(rows) != pytest.approx(Scorer(model.eval()).score_ids(rows), abs=1e-2)
+    check_weights(Plan(adapter, MergeSettings(dtype="float32")), tmp_path / "merged")
+    with pytest.raises(MergeError, match="has trained biases"):
+        combine([adapter, adapter], (0.5, 0.5), tmp_path / "combined")
+    save_file(load_file(file) | {next(iter(biases)): torch.ones(7)}, file, {"format": "pt"})
+    with pytest.raises(MergeError, match="the adapter's \\[7\\]"):
+        merge(adapter, tmp_path / "wrong")
 
 
 def test_gemma3_with_images_keeps_the_names_of_its_checkpoint(tmp_path):
@@ -574,6 +667,9 @@ def test_every_tensor_of_the_adapter_must_be_used(base, tmp_path):
         merge(adapter, tmp_path / "merged")
     save_file({**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}, file)
     with pytest.raises(MergeError, match="cannot be merged"):
+        merge(adapter, tmp_path / "merged")
+    save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.lora_B.bias": torch.ones(96)}, file)
+    with pytest.raises(MergeError, match="up_proj.lora_B.bias, which cannot be merged.*lora_bias"):
         merge(adapter, tmp_path / "merged")
 
 

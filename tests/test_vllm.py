@@ -3,13 +3,20 @@
 import json
 import shutil
 
+import bitsandbytes
 import pytest
+import torch
 import transformers
+from conftest import make_model, shake
 from safetensors.torch import load_file, save_file
 from test_gguf import make_merged
 
 from lora_rm.errors import MergeError
 from lora_rm.export.vllm import KNOWN, check_servable, export_vllm, serve_command
+from lora_rm.export.vllm_lora import check_adapter, export_vllm_lora, write_base
+from lora_rm.model.quantization import code_hashes
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.score import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,86 @@ def test_the_command_is_quoted():
     assert serve_command("a b", {"dtype": "bfloat16"}, "--enable-lora") == (
         "vllm serve 'a b' --runner pooling --convert classify --dtype bfloat16 --enable-lora"
     )
+
+
+# -- one base, many adapters ---------------------------------------------------------------------------------
+
+
+class Run:
+    """Where a run's adapter lies."""
+
+    def __init__(self, adapter):
+        self.adapter = adapter
+
+
+@pytest.fixture(scope="module")
+def run(base, trees, tmp_path_factory):
+    """An adapter on NF4, and a parity.json with its rewards."""
+    folder = tmp_path_factory.mktemp("lora")
+    model = shake(make_model(base))
+    model.save(folder / "adapter", model.describe(code_hashes(model.classifier)) | {"canaries": []})
+    return Run(folder / "adapter")
+
+
+@pytest.fixture(scope="module")
+def proven(run, base, held_out, tmp_path_factory):
+    """A merged folder whose expected rewards are the adapter's."""
+    folder = make_merged(tmp_path_factory.mktemp("proven") / "merged", base, held_out)
+    parity = parity_of(folder)
+    model = RewardModel.load_adapter(run.adapter, compute_dtype="float32")
+    model.choose_batching()
+    rewards = Scorer(model.eval()).score_ids([a["ids"] for a in parity["answers"]])
+    for answer, reward in zip(parity["answers"], rewards, strict=True):
+        answer["reward"] = reward
+    (folder / "parity.json").write_text(json.dumps(parity))
+    return folder
+
+
+def test_base_and_adapter_give_the_trained_rewards(run, proven, tmp_path):
+    out = export_vllm_lora(proven, tmp_path / "out", run=run)
+    found = parity_of(out)
+    (way,) = found["changes"].values()
+    assert way["largest"] < 1e-3
+    assert not load_file(out / "base" / "model.safetensors")["score.weight"].any()
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "../base"
+    assert "--max-lora-rank 8 --lora-modules reward=adapter" in (out / "README.md").read_text()
+
+
+def test_the_base_is_the_dequantised_one(run, base, tmp_path):
+    write_base(run.adapter, tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    original = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(stored[name].float(), original[name].float())
+    layer = make_model(base).backbone.layers[1].mlp.up_proj.base_layer
+    exact = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    assert torch.equal(stored[name].float(), exact)
+    other = shake(make_model(base, seed=3), seed=4)
+    other.save(tmp_path / "other", other.describe(code_hashes(other.classifier)) | {"canaries": []})
+    write_base(tmp_path / "other", tmp_path / "base of other")
+    weights = [tmp_path / name / "model.safetensors" for name in ("base", "base of other")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()  # one base serves both
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_dora": True}, "DoRA, whose magnitudes vLLM does not apply"),
+        ({"lora_bias": True}, "trains biases"),
+        ({"rank_pattern": {"q_proj": 1024}}, "rank is 1024, vLLM takes up to 512"),
+    ],
+)
+def test_adapters_that_vllm_does_not_apply(tmp_path, values, message):
+    config = {"r": 16, "bias": "none", "rank_pattern": {}} | values
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match=rf"{message}.*Use --to vllm, which serves the merged model"):
+        check_adapter(tmp_path)
+
+
+def test_an_adapter_needs_its_run(merged, tmp_path):
+    with pytest.raises(MergeError, match="Give the run folder"):
+        export_vllm_lora(merged, tmp_path / "out")
 
 
 def test_families_that_vllm_knows_exist_in_transformers():

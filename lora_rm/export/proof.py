@@ -93,7 +93,7 @@ def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            file.chmod(0o644)
+            file.chmod(0o755 if file.is_dir() else 0o644)
         partial.chmod(0o755)
         if out.is_dir():
             shutil.rmtree(out)

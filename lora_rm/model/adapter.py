@@ -105,9 +105,9 @@ def start_from_residual(model: PeftModel, base: BaseModel) -> None:
     for name, layer in lora_layers(model):
         weight = layer.get_base_layer().weight
         source = stored.get(f"{name}.weight") or stored.get(f"{name.removeprefix(prefix)}.weight")
-        if source is None:
+        if source is None or math.prod(source.shape) != math.prod(weight.quant_state.shape):  # codes
             raise ModelError(
-                f"{base.name}: its files hold no {name}.weight, which adapter.init loftq compares with the 4-bit "
+                f"{base.name}: its files hold no {name}.weight in 16 or 32 bits, which adapter.init loftq compares with the 4-bit "
                 "values. Use adapter.init default."
             )
         seen = bnb_functional.dequantize_4bit(weight.data, weight.quant_state).float()

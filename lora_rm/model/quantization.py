@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import numpy as np
 import torch
+
+from lora_rm.errors import ModelError
+from lora_rm.model.tensor_files import StoredTensor
 
 PIECE = 2**17
 """Values of a weight that are quantised at once: half a MiB in float32, so that they stay in the cache."""
@@ -201,6 +205,60 @@ def _counts_as_bitsandbytes() -> bool:
     packed, state = bnb_functional.quantize_4bit(sample, blocksize=64, quant_type="nf4")
     found = _count_bounds(sample)
     return torch.equal(found[0], packed.view(-1)) and torch.equal(found[1], state.absmax)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCodes(StoredTensor):
+    """A weight that a checkpoint holds as bitsandbytes' 4-bit codes; `dtype` and `shape` are those of its values."""
+
+    parts: tuple[StoredTensor, ...]
+    """The codes, and the constants by the names that bitsandbytes gives them; they may lie in several files."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the codes in the file."""
+        return math.prod(self.parts[0].shape) * self.parts[0].dtype.itemsize
+
+    def dequantize(self) -> tuple[torch.Tensor, str]:
+        """The values that a model which opens the checkpoint computes with, and the hash of the codes."""
+        packed = self.parts[0].read().view(torch.uint8)
+        state = bnb_functional.QuantState.from_dict(
+            {part.name: part.read() for part in self.parts[1:]}, torch.device("cpu")
+        )
+        return bnb_functional.dequantize_4bit(packed, state), _hash_4bit(packed, state)
+
+
+def stored_codes(tensors: Sequence[StoredTensor]) -> dict[str, StoredCodes]:
+    """The weights among a checkpoint's tensors that are stored in 4 bit, by name."""
+    named = {tensor.name: tensor for tensor in tensors}
+    found = {}
+    for tensor in tensors:
+        name, is_state, _ = tensor.name.partition(".quant_state.bitsandbytes__")
+        if not is_state:
+            continue
+        codes, settings = named[name], json.loads(bytes(tensor.read().tolist()))
+        shape, dtype = tuple(settings["shape"]), DTYPES[settings["dtype"]]
+        parts = (codes, *(one for key, one in named.items() if key.startswith(f"{name}.")))
+        found[name] = StoredCodes(name, codes.file, dtype, shape, codes.start, parts)
+    return found
+
+
+def is_stored_in_4_bit(config: Any) -> bool:
+    """Whether the weights of a model lie in its files as bitsandbytes' 4-bit codes; of no other kind either.
+
+    Raises:
+        ModelError: If they are quantised in another way.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    if values.get("quant_method") == "bitsandbytes" and values.get("load_in_4bit"):
+        return True
+    raise ModelError(
+        f"The base is stored quantised by {values.get('quant_method')}; known are 16- and 32-bit weights and "
+        "bitsandbytes' 4-bit codes. Give the original model."
+    )
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

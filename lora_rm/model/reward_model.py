@@ -50,6 +50,7 @@ from lora_rm.model.quantization import (
     DTYPES,
     Quantization,
     code_hashes,
+    is_stored_in_4_bit,
     make_exact,
     quant_state,
     quantized_layers,
@@ -779,6 +780,10 @@ def _load_classifier(
     device_map: dict[str, Any] | None = None,
 ) -> Any:
     config = read_config(base)
+    if is_stored_in_4_bit(config) and quantization.kind != "nf4":
+        raise ModelError(
+            f"{base.name}: is stored in 4 bit. Set model.quantization nf4, or give the original model."
+        )
     _stored_head(base)  # raises if there is one of more than one logit
     with torch.device("meta"):
         new_classifier(config, base.name)
@@ -798,6 +803,13 @@ def _load_classifier(
         raise ModelError(
             f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be."
         )
+    if is_stored_in_4_bit(
+        config
+    ):  # then transformers 5.23 leaves what is not quantised in the type of the files
+        codes = {id(layer.weight) for layer in quantized_layers(model).values()}
+        for parameter in model.parameters():
+            if id(parameter) not in codes:
+                parameter.data = parameter.data.to(quantization.load_dtype)
     model.score.weight.data = model.score.weight.data.float()
     _one_logit(model.score.weight, base.path)
     return model

@@ -24,7 +24,15 @@ from safetensors.torch import load_file, save_file
 
 from lora_rm.errors import ModelError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+"""Bytes are codes of weights stored in 4 bit."""
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -63,7 +71,7 @@ class StoredTensor:
         size, handles = self.dtype.itemsize, Handles(self.file, "rb")
 
         def read(start: int, stop: int) -> torch.Tensor:
-            buffer = np.empty((stop - start) * size, np.uint8)
+            buffer: Any = np.empty((stop - start) * size, np.uint8)
             stream, filled = handles.at(self.start + start * size), 0
             while filled < len(buffer):
                 count = stream.readinto(buffer[filled:])
