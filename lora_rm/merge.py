@@ -10,13 +10,12 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,18 +32,14 @@ from transformers.pytorch_utils import Conv1D
 from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import LoraRmError, MergeError, StorageError, storing
+from lora_rm.errors import MergeError, storing
 from lora_rm.model.base import BaseModel, find_base, read_auto_config
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
 from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 """Families whose activations are known to overflow in float16 (vLLM refuses float16 for gemma2, gemma3, glm4)."""
@@ -366,82 +361,20 @@ def merge(
 
 
 def _merge(plan: Plan, output: Path) -> MergeReport:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for stale in output.parent.glob(f".{output.name}.*.partial"):  # of versions before 0.2
-        shutil.rmtree(stale)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.mkdir(exist_ok=True)
-    with _only_one(partial, output):
-        shards = _Shards(partial, plan.identity())
-        try:
-            _check_space(plan, output, shards)
-            with storing(output):
-                report = _write(plan, partial, shards)
-        except StorageError:  # with room again, the same command goes on at the first shard that is not whole
-            raise
-        except (LoraRmError, _DoesNotFit):  # would happen again; what was interrupted stays
-            shutil.rmtree(partial)
-            raise
-        shards.file.unlink()
-        for file in partial.iterdir():
-            file.chmod(0o644)
-        partial.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+    with unfinished_folder(output, plan.identity(), "merge") as folder:
+        _check_space(plan, output, folder)
+        with storing(output):
+            report = _write(plan, folder)
     if not plan.is_trained_model:
         say("Merged into the original base, which the adapter was not trained on: this is another model.")
     return report
 
 
-class _Shards:
-    """The shards of an unfinished merge that lie whole on the disk, noted in a file beside them."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Takes over what an interrupted merge of the same identity has left, and removes anything else."""
-        self.file = folder / "progress.json"
-        self.identity = json.loads(json.dumps(identity))
-        self.done: list[str] = []
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            if found["identity"] == self.identity:
-                self.done = found["shards"]
-        for file in folder.iterdir():
-            if file != self.file and file.name not in self.done:
-                file.unlink()
-        if self.done:
-            say(f"Going on with an interrupted merge: {len(self.done)} shards are there.")
-
-    def finish(self, writer: TensorWriter) -> None:
-        """Brings a shard to the disk, then notes that it is there."""
-        writer.close()
-        self.done.append(writer.file.name)
-        noted = self.file.with_suffix(".new")
-        noted.write_text(json.dumps({"identity": self.identity, "shards": self.done}), encoding="utf-8")
-        noted.replace(self.file)
-
-
-@contextmanager
-def _only_one(folder: Path, output: Path) -> Iterator[None]:
-    """Holds a lock on a folder that ends with the process, however it ends."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise MergeError(f"{output}: another process is merging into it. Wait for it, or end it.") from None
-    finally:
-        os.close(handle)
-
-
-def _check_space(plan: Plan, output: Path, shards: _Shards) -> None:
+def _check_space(plan: Plan, output: Path, folder: UnfinishedFolder) -> None:
     needed = sum(
         math.prod(tensor.shape) * plan.dtype.itemsize
         for file, tensors in plan.shards.items()
-        if file not in shards.done
+        if file not in folder.finished
         for tensor in tensors.values()
     )
     free = shutil.disk_usage(output.parent).free
@@ -632,8 +565,9 @@ def _compute_alone() -> None:
                 ctypes.CDLL(line.split(maxsplit=5)[5]).omp_set_num_threads(1)
 
 
-def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
-    """Writes all shards but those that are done, and what else belongs to a model."""
+def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
+    """Writes all shards but those that are finished, and what else belongs to a model."""
+    folder = unfinished.path
     report = MergeReport(
         base=plan.base.name,
         base_weights=plan.mode,
@@ -653,7 +587,7 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
             header = {plan.stored_as[name]: (plan.dtype, tensor.shape) for name, tensor in tensors.items()}
             if file == last:
                 header["score.weight"] = (torch.float32, tuple(plan.head.shape))
-            if file in shards.done:
+            if file in unfinished.finished:
                 advance(sum(tensor.num_bytes for tensor in tensors.values()))
             else:
                 writer = TensorWriter(folder / file, header)
@@ -665,7 +599,7 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
                     advance(tensor.num_bytes)
                 if file == last:
                     writer.write("score.weight", plan.head)
-                flushed.append(flushing.submit(shards.finish, writer))
+                flushed.append(flushing.submit(_finish, unfinished, writer))
             index.update(dict.fromkeys(header, file))
             total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in header.values())
         for shard in flushed:
@@ -680,6 +614,12 @@ def _write(plan: Plan, folder: Path, shards: _Shards) -> MergeReport:
     _write_config(plan, chat, folder)
     (folder / RECORD).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return report
+
+
+def _finish(folder: UnfinishedFolder, writer: TensorWriter) -> None:
+    """Brings a shard to the disk, then notes that it is there."""
+    writer.close()
+    folder.finish(writer.file.name, writer.file)
 
 
 def _write_tensor(
@@ -841,7 +781,7 @@ def _write_config(plan: Plan, chat: ChatTokenizer, folder: Path) -> None:
     chat.save(folder)
 
 
-class _DoesNotFit(Exception):
+class _DoesNotFit(MergeError):
     """A value is too large for float16."""
 
     def __init__(self, name: str, value: float) -> None:

@@ -20,13 +20,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from lora_rm.cli import main
 from lora_rm.config import check_settings
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import ConfigError, MergeError
+from lora_rm.errors import ConfigError, MergeError, ModelError
 from lora_rm.export import TARGETS, graph, onnx
 from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
-from lora_rm.export.proof import need, prove, read_parity, whole_folder
+from lora_rm.export.proof import need, prove, read_parity
 from lora_rm.export.torch_export import export_torch_export
 from lora_rm.score import load_reward_model
+from lora_rm.unfinished import unfinished_folder
 from lora_rm.verify import standard_deviation
 from lora_rm.workflow import export_run
 
@@ -282,7 +283,7 @@ def test_a_missing_extra_is_named_with_its_command(merged, tmp_path, monkeypatch
 
 
 def test_a_target_says_what_it_can_write(merged, tmp_path):
-    assert TARGETS == ("huggingface", "vllm", "gguf", "onnx", "torch-export")
+    assert TARGETS == ("huggingface", "vllm", "vllm-lora", "gguf", "onnx", "torch-export")
     with pytest.raises(ConfigError, match="--to is 'floppy'; allowed: huggingface, vllm"):
         export_run(merged, to="floppy")
     with pytest.raises(ConfigError, match=r"--dtype is 'float16', but --to huggingface .*--merge.dtype"):
@@ -293,25 +294,110 @@ def test_a_target_says_what_it_can_write(merged, tmp_path):
 
 
 def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
-    out = tmp_path / "out"
+    out, written = tmp_path / "out", []
 
-    def stopped(overwrite):
-        with whole_folder(out, overwrite) as folder:
-            (folder / "a").write_text("half")
-            raise RuntimeError
+    def write(file):
+        file.write_text(file.name)
+        written.append(file.name)
 
-    with pytest.raises(RuntimeError):
-        stopped(overwrite=False)
+    def make(identity, *names, error=None):
+        with unfinished_folder(out, identity, "export") as folder:
+            for name in names:
+                folder.once(name, write)
+            (folder.path / "half").write_text("of it")
+            if error:
+                raise error
+            assert folder.path != out.resolve()
+        (out / "half").unlink()
+
+    with pytest.raises(ModelError):
+        make(1, "a", error=ModelError("would happen again"))
     assert list(tmp_path.iterdir()) == []
-    for text in ("one", "two"):
-        with whole_folder(out, text == "two") as folder:
-            (folder / text).write_text(text)
-            assert folder != out
-    assert [file.name for file in out.iterdir()] == ["two"]
-    assert (out / "two").stat().st_mode & 0o777 == 0o644
-    with pytest.raises(RuntimeError):
-        stopped(overwrite=True)
-    assert (out / "two").is_file()  # what was there stays when its successor fails
+    with pytest.raises(KeyboardInterrupt):
+        make(1, "a", error=KeyboardInterrupt())
+    assert not out.exists()
+    make(1, "a", "b")
+    assert written == ["a", "a", "b"]  # what was finished before the interruption is not written again
+    assert sorted(file.name for file in out.iterdir()) == ["a", "b"]
+    assert (out / "a").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(KeyboardInterrupt):
+        make(1, "c", error=KeyboardInterrupt())
+    assert (out / "b").is_file()  # what was there stays until its successor is whole
+    make(2, "c")  # of another model: begun again
+    assert written == ["a", "a", "b", "c", "c"]
+    assert [file.name for file in out.iterdir()] == ["c"]
+    with pytest.raises(KeyboardInterrupt):
+        make(2, "d", error=KeyboardInterrupt())
+    (tmp_path / ".out.partial" / "d").write_text("spoilt")
+    make(2, "d")
+    assert (out / "d").read_text() == "d"
+
+
+def test_a_killed_export_goes_on_with_the_same_bytes(merged, tmp_path):
+    """SIGKILL after the first file, and in the verification; what was finished is not written again."""
+    program = tmp_path / "export.py"
+    program.write_text(KILLED_EXPORT)
+    words = [sys.executable, program, merged, tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Going on with an interrupted export") == 4  # twice each
+    for to in ("huggingface", "gguf"):
+        whole, killed = tmp_path / f"{to}-whole", tmp_path / f"{to}-other"
+        names = {file.name for file in whole.iterdir()}
+        assert names == {file.name for file in killed.iterdir()} > {"parity.json", "README.md"}
+        for name in names:
+            assert (killed / name).read_bytes().replace(b"-other", b"-whole") == (
+                whole / name
+            ).read_bytes(), name
+    assert not list(tmp_path.glob(".*partial"))
+
+
+KILLED_EXPORT = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+import lora_rm.export.gguf, lora_rm.export.huggingface
+import lora_rm.export.proof as proof
+from lora_rm.unfinished import UnfinishedFolder
+from lora_rm.workflow import export_run
+
+torch.set_num_threads(1)
+merged, folder = map(Path, sys.argv[1:])
+
+def die(*_, **__):
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def run(to, name, where=None):
+    child = os.fork()  # before any thread exists
+    if child == 0:
+        finish = UnfinishedFolder.finish
+        if where == "file":
+            UnfinishedFolder.finish = lambda self, *files: (finish(self, *files), die())
+        if where == "verification":
+            proof.subprocess.run = die
+        export_run(merged, to=to, out=folder / f"{to}-{name}")
+        sys.stdout.flush()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def finished(to):
+    partial = folder / f".{to}-other.partial"
+    notes = json.loads((partial / "progress.json").read_text())
+    return {file: (partial / file).stat().st_ino for files in notes["finished"].values() for file in files}
+
+for to in ("huggingface", "gguf"):
+    assert run(to, "whole") == 0
+    assert run(to, "other", "file") == -9
+    first = finished(to)
+    assert len(first) == 1
+    assert run(to, "other", "verification") == -9
+    most = finished(to)
+    assert first.items() <= most.items()
+    assert run(to, "other") == 0
+    for file, inode in most.items():
+        assert (folder / f"{to}-other" / file).stat().st_ino == inode, file
+"""
 
 
 # -- the card of a hub model ------------------------------------------------------------------------------

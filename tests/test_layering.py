@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lora_rm"
 
 LAYERS = [
     {"errors", "processes"},
-    {"console"},
+    {"console", "unfinished"},
     {"config"},
     {"losses", "data"},
     {"model"},

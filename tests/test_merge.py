@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_rm.merge as merge_module
 import lora_rm.verify as verify_module
+from lora_rm import unfinished
 from lora_rm.config import AdapterSettings, MergeSettings
 from lora_rm.errors import MergeError, ModelError
 from lora_rm.merge import RECORD, Plan, Update, Workers, _write_tensor, check_weights, combine, merge
@@ -409,6 +410,7 @@ def test_any_piece_of_any_shape_is_the_dense_merge_in_float64(
 ):
     """One weight through the writer, with every size of piece, against matrices in float64."""
     monkeypatch.setattr(merge_module, "PIECE", piece)
+    monkeypatch.setattr(merge_module, "QUANTIZED_PIECE", max(64, piece // 2))
     random = torch.Generator().manual_seed(rows * columns + rank)
 
     def draw(*shape):
@@ -482,7 +484,7 @@ def test_a_killed_merge_goes_on_at_the_last_whole_shard(tmp_path):
         [sys.executable, script, adapter, tmp_path / "merged"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    resumed = [int(words) for words in re.findall(r"interrupted merge: (\d+) shards", done.stdout)]
+    resumed = [int(words) for words in re.findall(r"interrupted merge: (\d+) of its files", done.stdout)]
     assert {1, 3} <= set(resumed)
     assert resumed == sorted(resumed)  # nothing that was whole is written again
     assert contents(tmp_path / "merged") == contents(tmp_path / "undisturbed")
@@ -495,7 +497,7 @@ from pathlib import Path
 import torch
 import lora_rm.merge as module
 torch.set_num_threads(1)
-finish, write = module._Shards.finish, module.TensorWriter.write
+finish, write = module.UnfinishedFolder.finish, module.TensorWriter.write
 
 def run(shards=None, writes=None, seconds=None):
     child = os.fork()  # before any thread exists
@@ -511,7 +513,7 @@ def run(shards=None, writes=None, seconds=None):
         def counted_write(self, *args):
             write(self, *args)
             die("writes", writes)
-        module._Shards.finish, module.TensorWriter.write = counted_finish, counted_write
+        module.UnfinishedFolder.finish, module.TensorWriter.write = counted_finish, counted_write
         module.merge(Path(sys.argv[1]), Path(sys.argv[2]))
         sys.stdout.flush()
         os._exit(0)
@@ -536,7 +538,7 @@ def test_what_an_other_merge_left_is_not_taken_over(base, tmp_path):
     partial = tmp_path / ".merged.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"of another adapter")
-    (partial / "progress.json").write_text('{"identity": {}, "shards": {"model.safetensors": {}}}')
+    (partial / "progress.json").write_text('{"identity": {}, "finished": {"model.safetensors": {}}}')
     merge(adapter, tmp_path / "merged")
     merge(adapter, tmp_path / "again")
     assert contents(tmp_path / "merged") == contents(tmp_path / "again")
@@ -546,7 +548,10 @@ def test_two_merges_into_one_folder_and_a_full_disk_are_refused(base, tmp_path, 
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     partial = tmp_path / ".merged.partial"
     partial.mkdir()
-    with merge_module._only_one(partial, tmp_path), pytest.raises(MergeError, match="another process"):
+    with (
+        unfinished._only_one(partial, ""),
+        pytest.raises(MergeError, match="another process is writing this merge"),
+    ):
         merge(adapter, tmp_path / "merged")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(MergeError, match="GB more, and 0.0 GB are free"):

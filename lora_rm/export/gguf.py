@@ -24,11 +24,10 @@ from lora_rm.console import say
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ConfigError, MergeError, ModelError
 from lora_rm.export.proof import (
+    export_folder,
     need,
     prove,
-    read_parity,
     score_in_fresh_process,
-    whole_folder,
     write_parity,
 )
 from lora_rm.model.tensor_files import StoredTensor, stored_tensors
@@ -87,10 +86,9 @@ def export_gguf(
         raise ConfigError(f"--dtype is {dtype!r}; --to gguf can write {', '.join(DTYPES)}.")
     dtype = known[dtype.lower()]
     need("gguf", "gguf")
-    with whole_folder(out, overwrite) as folder:
-        parity = read_parity(merged)
-        source = Source(merged)
-        write(source, folder / FILE, dtype)
+    with export_folder(merged, out, "gguf", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
+        folder, source = unfinished.path, Source(merged)
+        unfinished.once(FILE, lambda file: write(source, file, dtype))
         is_exact = check_tensors(source, folder / FILE, dtype)
         check_tokenizer(source.chat, folder / FILE, parity)
         (folder / "README.md").write_text(USAGE, encoding="utf-8")

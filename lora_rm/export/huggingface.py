@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import MergeError
 from lora_rm.export.proof import (
     NUM_PADDED,
+    export_folder,
     largest_difference,
     prove,
-    read_parity,
     score_in_fresh_process,
-    whole_folder,
     write_parity,
 )
 
@@ -40,10 +40,12 @@ def export_huggingface(
     Raises:
         MergeError: If the model was not verified, `out` exists, or the pipeline gives other rewards.
     """
-    with whole_folder(out, overwrite) as folder:
-        parity = read_parity(merged)
-        for file in merged.iterdir():
-            _link_or_copy(file, folder / file.name)
+    with export_folder(merged, out, "huggingface", overwrite=overwrite) as (unfinished, parity):
+        folder = unfinished.path
+        for file in sorted(merged.iterdir()):
+            if file.name == "parity.json":  # the export's own is written below
+                continue
+            unfinished.once(file.name, partial(_link_or_copy, file))
         proved = check_pipeline(folder, parity)
         write_parity(folder, proved)
         card = model_card(parity | {"changes": parity["changes"] | proved["changes"]}, run, out.name)

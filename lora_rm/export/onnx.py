@@ -4,22 +4,21 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import ConfigError, MergeError
-from lora_rm.export.graph import batches, load_graph, noise_floor, trace
+from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
     copy_tokenizer,
+    export_folder,
     need,
     prove,
-    read_parity,
     score_in_fresh_process,
     text_note,
-    whole_folder,
     write_parity,
 )
 
@@ -60,14 +59,11 @@ def export_onnx(
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; --to onnx can write {', '.join(DTYPES)}.")
     need("onnx", "onnx", "onnxscript", "onnxruntime")
-    with whole_folder(out, overwrite) as folder:
-        parity = read_parity(merged)
-        graph = load_graph(merged)
+    with export_folder(merged, out, "onnx", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
+        folder, graph = unfinished.path, load_graph(merged)
         noise = noise_floor(graph, parity)
-        _write(trace(graph), folder / FILE, num_bytes=sum(p.nbytes for p in graph.parameters()))
+        unfinished.once(FILE, partial(_write, graph, dtype))
         del graph
-        if dtype == "int8":
-            _quantize(folder / FILE)
         copy_tokenizer(merged, folder)
         (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
         answers = parity["answers"]
@@ -99,8 +95,9 @@ def export_onnx(
     return out
 
 
-def _write(program: Any, file: Path, num_bytes: int) -> None:
-    """A traced graph as an ONNX file."""
+def _write(graph: RewardGraph, dtype: str, file: Path) -> None:
+    """A model as an ONNX file."""
+    program, num_bytes = trace(graph), sum(p.nbytes for p in graph.parameters())
     axes = {0: "batch", 1: "length"}
     with _quiet():
         torch.onnx.export(
@@ -114,6 +111,8 @@ def _write(program: Any, file: Path, num_bytes: int) -> None:
             verbose=False,
             external_data=num_bytes > ONE_FILE_BYTES,
         )
+    if dtype == "int8":
+        _quantize(file)
 
 
 def _quantize(file: Path) -> None:

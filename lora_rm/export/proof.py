@@ -17,11 +17,13 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora_rm.console import say, show_table
 from lora_rm.errors import ConfigError, MergeError
+from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
 from lora_rm.verify import measure_change
 
 TOLERANCE = 0.02
@@ -80,26 +82,29 @@ def read_parity(merged: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` to write into, which gets that name when the block ends without an error.
+def export_folder(
+    merged: Path, out: Path, target: str, *, overwrite: bool, dtype: str = ""
+) -> Iterator[tuple[UnfinishedFolder, dict[str, Any]]]:
+    """The folder that an export is written into, and the rewards that it must give.
+
+    An export that was interrupted goes on: the steps that it had finished (`UnfinishedFolder.once`) are not done
+    again, unless the merged model, the type or the version of lora_rm is another.
 
     Raises:
-        MergeError: If `out` exists and is not to be replaced.
+        MergeError: If `out` exists and is not to be replaced, or the merged model was not verified.
     """
     if out.exists() and not overwrite:
         raise MergeError(f"{out}: exists already. Remove it, choose another --out, or use --overwrite.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield partial
-        for file in partial.iterdir():
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        partial.chmod(0o755)
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    parity = read_parity(merged)
+    stats = {file.name: file.stat() for file in sorted(merged.iterdir())}
+    identity = {
+        "version": version("lora_rm"),
+        "target": target,
+        "dtype": dtype,
+        "merged": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+    with unfinished_folder(out, identity, "export") as folder:
+        yield folder, parity
 
 
 def copy_tokenizer(merged: Path, folder: Path) -> None:

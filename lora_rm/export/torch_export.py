@@ -1,19 +1,19 @@
 """A `.pt2` file that torch alone opens, without transformers and without this library."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import ConfigError
-from lora_rm.export.graph import batches, load_graph, noise_floor, trace
+from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
     copy_tokenizer,
+    export_folder,
     prove,
-    read_parity,
     score_in_fresh_process,
     text_note,
-    whole_folder,
     write_parity,
 )
 
@@ -46,12 +46,11 @@ def export_torch_export(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; --to torch-export can write {', '.join(DTYPES)}.")
-    with whole_folder(out, overwrite) as folder:
-        parity = read_parity(merged)
-        graph = load_graph(merged)
+    with export_folder(merged, out, "torch-export", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
+        folder, graph = unfinished.path, load_graph(merged)
         noise = noise_floor(graph, parity)
         graph.backbone.to(getattr(torch, dtype))
-        torch.export.save(trace(graph), folder / FILE)
+        unfinished.once(FILE, partial(_write, graph))
         del graph
         copy_tokenizer(merged, folder)
         (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
@@ -70,6 +69,11 @@ def export_torch_export(
         )
         write_parity(folder, proved)
     return out
+
+
+def _write(graph: RewardGraph, file: Path) -> None:
+    """A model as a .pt2 file."""
+    torch.export.save(trace(graph), file)
 
 
 PROGRAM = """\

@@ -18,7 +18,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import say
 from lora_rm.errors import MergeError
 from lora_rm.export.huggingface import hub_id
-from lora_rm.export.proof import prove, read_parity, score_in_fresh_process, whole_folder, write_parity
+from lora_rm.export.proof import export_folder, prove, score_in_fresh_process, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import merge
 from lora_rm.model.base import read_json
@@ -50,17 +50,17 @@ def export_vllm_lora(
             f"{merged}: --to vllm-lora needs the adapter. Give the run folder, not the merged model."
         )
     max_rank = check_adapter(run.adapter)
-    with whole_folder(out, overwrite) as folder:
-        parity = read_parity(merged)
-        base = folder / "base"
-        write_base(run.adapter, base)
+    adapter = run.adapter
+    with export_folder(merged, out, "vllm-lora", overwrite=overwrite) as (unfinished, parity):
+        folder, base = unfinished.path, unfinished.path / "base"
+        unfinished.once("base", lambda made: write_base(adapter, made))
         check_servable(base, parity)
         config = read_json(base / "config.json")
-        _copy_adapter(run.adapter, folder / "adapter", parity["merge"]["base"])
+        _copy_adapter(adapter, folder / "adapter", parity["merge"]["base"])
         from lora_rm.export.graph import load_graph, noise_floor
 
         noise = noise_floor(load_graph(merged), parity)
-        kind = read_record(run.adapter)["quantization"]["kind"]
+        kind = read_record(adapter)["quantization"]["kind"]
         way = "PEFT, adapter on the dequantised base"
         request = {"folder": str(folder.resolve()), "rows": [answer["ids"] for answer in parity["answers"]]}
         found = score_in_fresh_process(f"{out} in PEFT", PROGRAM, request)
