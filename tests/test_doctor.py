@@ -17,14 +17,16 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.cli import main
 from lora_rm.config import DataSettings, MergeSettings, ModelSettings, Settings
 from lora_rm.data.preference import Preference
+from lora_rm.data.split import BUILTIN
 from lora_rm.data.tokens import PLAIN_TEMPLATE, ChatTokenizer
 from lora_rm.errors import ConfigError, DataError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.checkpointing import MODES
 from lora_rm.model.memory import Held
-from lora_rm.model.reward_model import HEAD_KEY, RECORD
+from lora_rm.model.reward_model import HEAD_KEY, RECORD, RewardModel
 from lora_rm.plan import GIB, UNMEASURED, Peak, Plan
+from lora_rm.score import load_reward_model
 from lora_rm.verify import score_rows
 from lora_rm.workflow import train_run
 
@@ -48,11 +50,18 @@ def is_found(finding, *words, status="fault"):
 
 
 def test_every_check_has_a_clean_case_and_a_planted_fault():
-    checks = [name for name, _ in inspect.getmembers(doctor, inspect.isfunction) if name.startswith("check_")]
+    parts = [
+        part for _, part in inspect.getmembers(doctor, inspect.ismodule) if doctor.__name__ in part.__name__
+    ]
+    checks = {
+        name
+        for part in parts
+        for name, check in inspect.getmembers(part, inspect.isfunction)
+        if name.startswith("check_") and check.__module__ == part.__name__
+    }
     tests = set(vars(sys.modules[__name__]))
     for name in checks:
-        if vars(doctor)[name].__module__ == "lora_rm.doctor":
-            assert {f"test_{name}_passes", f"test_{name}_finds"} <= tests, name
+        assert {f"test_{name}_passes", f"test_{name}_finds"} <= tests, name
     assert len(checks) >= 25
 
 
@@ -60,87 +69,97 @@ def test_every_check_has_a_clean_case_and_a_planted_fault():
 
 
 def test_check_versions_passes():
-    assert is_clean(doctor.check_versions())
-    assert any(text.startswith("torch>=") for text in doctor.own_requirements())
-    assert is_clean(doctor.check_versions(["torch>=1.0", "absent-library>=1; extra == 'gguf'"]))
+    assert is_clean(doctor.machine.check_versions())
+    assert any(text.startswith("torch>=") for text in doctor.machine.own_requirements())
+    assert is_clean(doctor.machine.check_versions(["torch>=1.0", "absent-library>=1; extra == 'gguf'"]))
 
 
 def test_check_versions_finds():
-    found = doctor.check_versions(["torch>=999", "absent-library>=1.5", "pyyaml>=6.0"])
+    found = doctor.machine.check_versions(["torch>=999", "absent-library>=1.5", "pyyaml>=6.0"])
     assert is_found(found, f"torch is {torch.__version__}", "absent-library is missing")
     assert found.remedy == 'pip install "torch>=999" "absent-library>=1.5"'
     assert found.value == 2
 
 
 def test_check_gpu_passes():
-    assert is_clean(doctor.check_gpu(num_usable=0, has_driver=False))
+    assert is_clean(doctor.machine.check_gpu(num_usable=0, has_driver=False))
 
 
 def test_check_gpu_finds():
-    assert is_found(doctor.check_gpu(num_usable=0, has_driver=True), "finds no GPU", "CUDA build")
+    assert is_found(doctor.machine.check_gpu(num_usable=0, has_driver=True), "finds no GPU", "CUDA build")
 
 
 def test_check_bitsandbytes_passes():
-    found = doctor.check_bitsandbytes(CPU)
+    found = doctor.machine.check_bitsandbytes(CPU)
     assert is_clean(found)
     assert 0.08 < found.value < 0.11
 
 
 def test_check_bitsandbytes_finds(monkeypatch):
-    real = doctor.bnb_functional.dequantize_4bit
+    real = doctor.machine.bnb_functional.dequantize_4bit
     with monkeypatch.context() as patch:  # what a repacked weight gives: values in another order
-        patch.setattr(doctor.bnb_functional, "dequantize_4bit", lambda *a, **k: real(*a, **k).flip(0))
-        assert is_found(doctor.check_bitsandbytes(CPU), "changes a weight by 1", "python -m bitsandbytes")
+        patch.setattr(doctor.machine.bnb_functional, "dequantize_4bit", lambda *a, **k: real(*a, **k).flip(0))
+        assert is_found(
+            doctor.machine.check_bitsandbytes(CPU), "changes a weight by 1", "python -m bitsandbytes"
+        )
 
     def fails(*arguments, **more):
         raise RuntimeError("no kernel image is available\nsecond line")
 
     with monkeypatch.context() as patch:
-        patch.setattr(doctor.bnb.nn.Params4bit, "_quantize", fails)
-        assert is_found(doctor.check_bitsandbytes(CPU), "no kernel image is available", "quantization none")
+        patch.setattr(doctor.machine.bnb.nn.Params4bit, "_quantize", fails)
+        assert is_found(
+            doctor.machine.check_bitsandbytes(CPU), "no kernel image is available", "quantization none"
+        )
     with monkeypatch.context() as patch:  # gradients that do not reach what lies below
         patch.setattr(
             "lora_rm.model.quantization._ExactProduct.backward", lambda ctx, gradient: (None, None, None)
         )
-        assert is_found(doctor.check_bitsandbytes(CPU), "gradients by inf")
+        assert is_found(doctor.machine.check_bitsandbytes(CPU), "gradients by inf")
 
 
 def test_check_bfloat16_passes():
     slow = {torch.float32: 1.0, torch.bfloat16: 3.0}
-    assert is_clean(doctor.check_bfloat16(CPU, "float32", slow))
-    assert is_clean(doctor.check_bfloat16(CPU, "bfloat16", {torch.float32: 1.0, torch.bfloat16: 0.4}))
-    assert doctor.check_bfloat16(CPU).value > 0
+    assert is_clean(doctor.machine.check_bfloat16(CPU, "float32", slow))
+    assert is_clean(doctor.machine.check_bfloat16(CPU, "bfloat16", {torch.float32: 1.0, torch.bfloat16: 0.4}))
+    assert doctor.machine.check_bfloat16(CPU).value > 0
 
 
 def test_check_bfloat16_finds():
     slow = {torch.float32: 1.0, torch.bfloat16: 3.0}
-    found = doctor.check_bfloat16(CPU, "bfloat16", slow)
+    found = doctor.machine.check_bfloat16(CPU, "bfloat16", slow)
     assert is_found(found, "3.0 times as slow", "--model.compute-dtype float32", status="warning")
     fast = {torch.float32: 1.0, torch.bfloat16: 0.25}
-    found = doctor.check_bfloat16(CPU, "float32", fast)
+    found = doctor.machine.check_bfloat16(CPU, "float32", fast)
     assert is_found(found, "4.0 times as fast", "--model.compute-dtype bfloat16", status="warning")
 
 
 def test_check_disk_passes(tmp_path):
-    assert is_clean(doctor.check_disk(tmp_path / "not" / "there", needed=1.0))
+    assert is_clean(doctor.machine.check_disk(tmp_path / "not" / "there", needed=1.0))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_check_disk_finds(tmp_path, monkeypatch):
-    assert is_found(doctor.check_disk(tmp_path, needed=1e18), "GiB free for", "Free 9", status="warning")
-    assert is_found(doctor.check_disk(Path("/proc/lora_rm")), "/proc cannot be written to", "--output-dir")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0.3 * GIB}))
-    assert is_found(doctor.check_disk(tmp_path), "0.3 GiB free", "Free 19.7 GiB")
+    assert is_found(
+        doctor.machine.check_disk(tmp_path, needed=1e18), "GiB free for", "Free 9", status="warning"
+    )
+    assert is_found(
+        doctor.machine.check_disk(Path("/proc/lora_rm")), "/proc cannot be written to", "--output-dir"
+    )
+    monkeypatch.setattr(
+        doctor.machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0.3 * GIB})
+    )
+    assert is_found(doctor.machine.check_disk(tmp_path), "0.3 GiB free", "Free 19.7 GiB")
 
 
 def test_check_memory_passes():
-    assert is_clean(doctor.check_memory(16 * GIB))
-    assert 0.05 * GIB < doctor.free_memory(CPU) < 2**50
+    assert is_clean(doctor.machine.check_memory(16 * GIB))
+    assert 0.05 * GIB < doctor.machine.free_memory(CPU) < 2**50
 
 
 def test_check_memory_finds():
-    assert is_found(doctor.check_memory(1.5 * GIB), "1.5 GiB free", "Close other programs")
-    assert is_found(doctor.check_memory(4 * GIB), "4.0 GiB free", status="warning")
+    assert is_found(doctor.machine.check_memory(1.5 * GIB), "1.5 GiB free", "Close other programs")
+    assert is_found(doctor.machine.check_memory(4 * GIB), "4.0 GiB free", status="warning")
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +182,14 @@ def planned(base, tmp_path_factory):
 
 
 def test_check_fit_passes(planned):
-    assert is_clean(doctor.check_fit(planned.settings, planned, 64 * GIB))
+    assert is_clean(doctor.machine.check_fit(planned.settings, planned, 64 * GIB))
 
 
 def test_check_fit_finds(planned):
     small = dataclasses.replace(planned, memory=2**20)
-    found = doctor.check_fit(planned.settings, small, 64 * GIB)
+    found = doctor.machine.check_fit(planned.settings, small, 64 * GIB)
     assert is_found(found, "0.0 GiB are there", "What would help: ")
-    found = doctor.check_fit(planned.settings, planned, 1.0)
+    found = doctor.machine.check_fit(planned.settings, planned, 1.0)
     assert is_found(found, "0.0 free", "Close other programs", status="warning")
 
 
@@ -207,89 +226,97 @@ def row(number, **more):
 
 def test_check_rows_passes(tmp_path):
     wanted = DataSettings(train=write_rows(tmp_path / "a.jsonl", [row(n) for n in range(20)]))
-    train, held_out, bad = doctor.read_sides(wanted)
+    train, held_out, bad = doctor.preferences.read_sides(wanted)
     assert (len(train), len(held_out), bad) == (18, 2, [])
-    assert is_clean(doctor.check_rows(20, bad, wanted))
+    assert is_clean(doctor.preferences.check_rows(20, bad, wanted))
 
 
 def test_check_rows_finds(tmp_path):
     rows = [*(row(n) for n in range(37)), "{broken\n", {"prompt": "a"}, row(40, chosen="")]
     wanted = DataSettings(train=write_rows(tmp_path / "a.jsonl", rows))
-    train, held_out, bad = doctor.read_sides(wanted)
+    train, held_out, bad = doctor.preferences.read_sides(wanted)
     assert len(train) + len(held_out) == 37
-    found = doctor.check_rows(37, bad, wanted)
+    found = doctor.preferences.check_rows(37, bad, wanted)
     assert is_found(found, "3 (7.5%) cannot", "broken JSON: 1", "line 38", "--data.on-bad-row skip")
     skipping = dataclasses.replace(wanted, on_bad_row="skip")
-    assert is_found(doctor.check_rows(37, bad, skipping), "3 (7.5%)", "left out", status="warning")
+    assert is_found(
+        doctor.preferences.check_rows(37, bad, skipping), "3 (7.5%)", "left out", status="warning"
+    )
     strict = dataclasses.replace(skipping, max_dropped_share=0.05)
-    assert is_found(doctor.check_rows(37, bad, strict), "3 (7.5%)")
-    assert is_found(doctor.check_rows(0, bad, skipping), "0 rows can be used")
+    assert is_found(doctor.preferences.check_rows(37, bad, strict), "3 (7.5%)")
+    assert is_found(doctor.preferences.check_rows(0, bad, skipping), "0 rows can be used")
 
 
 def test_check_duplicates_passes(preferences):
-    assert is_clean(doctor.check_duplicates(preferences[0]))
-    assert is_clean(doctor.check_duplicates([pair(), pair(worse="other"), pair(margin=1.0, prompt="q")]))
+    assert is_clean(doctor.preferences.check_duplicates(preferences[0]))
+    assert is_clean(
+        doctor.preferences.check_duplicates([pair(), pair(worse="other"), pair(margin=1.0, prompt="q")])
+    )
 
 
 def test_check_duplicates_finds(preferences):
     rows = [*preferences[0], preferences[0][7]]
-    found = doctor.check_duplicates(rows)
+    found = doctor.preferences.check_duplicates(rows)
     assert is_found(found, f"1 of {len(rows)} rows", "stands 2 times", status="warning")
-    assert is_found(doctor.check_duplicates([pair()] * 3), "2 of 3 rows (66.7%)", "stands 3 times", "Remove")
+    assert is_found(
+        doctor.preferences.check_duplicates([pair()] * 3), "2 of 3 rows (66.7%)", "stands 3 times", "Remove"
+    )
 
 
 def test_check_conflicts_passes(preferences):
-    assert is_clean(doctor.check_conflicts(preferences[0]))
+    assert is_clean(doctor.preferences.check_conflicts(preferences[0]))
     tie = pair(better="a bad answer", worse="the good answer", probability=0.5)
-    assert is_clean(doctor.check_conflicts([pair(), tie, rating(1.0), rating(2.0, answer="b")]))
+    assert is_clean(doctor.preferences.check_conflicts([pair(), tie, rating(1.0), rating(2.0, answer="b")]))
 
 
 def test_check_conflicts_finds(preferences):
     turned = pair(better="a bad answer", worse="the good answer", source="line 2")
-    found = doctor.check_conflicts([pair(source="line 1"), turned])
+    found = doctor.preferences.check_conflicts([pair(source="line 1"), turned])
     assert is_found(found, "1 of 1 comparisons (100.0%)", "line 1 and line 2", "Decide which")
     many = [pair(prompt=str(n)) for n in range(500)]
-    found = doctor.check_conflicts([*many, pair(), turned])
+    found = doctor.preferences.check_conflicts([*many, pair(), turned])
     assert is_found(found, "1 of 501 comparisons (0.2%)", status="warning")
     good, bad, other = (({"role": "assistant", "content": text},) for text in ("good", "bad", "other"))
     ranking = Preference(prompt=pair().prompt, answers=(good, other, bad), kind="ranking", scores=(3, 2, 1))
-    found = doctor.check_conflicts([ranking, pair(better="bad", worse="good")])
+    found = doctor.preferences.check_conflicts([ranking, pair(better="bad", worse="good")])
     assert is_found(found, "1 of 3 comparisons")
-    assert is_found(doctor.check_conflicts([rating(1.0), rating(2.0)]), "1 of 1 comparisons")
+    assert is_found(doctor.preferences.check_conflicts([rating(1.0), rating(2.0)]), "1 of 1 comparisons")
 
 
 def test_check_ties_passes(preferences):
-    assert is_clean(doctor.check_ties(preferences[0]))
-    assert is_clean(doctor.check_ties([rating(1.0), rating(2.0)]))
+    assert is_clean(doctor.preferences.check_ties(preferences[0]))
+    assert is_clean(doctor.preferences.check_ties([rating(1.0), rating(2.0)]))
 
 
 def test_check_ties_finds():
     tie = pair(probability=0.5)
-    assert is_found(doctor.check_ties([tie, pair()]), "1 of 2 rows (50.0%)", status="warning")
-    assert is_found(doctor.check_ties([tie] * 4), "4 of 4 rows", "labels were read rightly")
+    assert is_found(doctor.preferences.check_ties([tie, pair()]), "1 of 2 rows (50.0%)", status="warning")
+    assert is_found(doctor.preferences.check_ties([tie] * 4), "4 of 4 rows", "labels were read rightly")
 
 
 def test_check_length_bias_passes(preferences):
-    assert is_clean(doctor.check_length_bias(preferences[0]))
-    assert is_clean(doctor.check_length_bias([pair()] * 2))  # two pairs prove nothing
-    assert doctor.check_length_bias([rating(1.0)]).status == "unchecked"
+    assert is_clean(doctor.preferences.check_length_bias(preferences[0]))
+    assert is_clean(doctor.preferences.check_length_bias([pair()] * 2))  # two pairs prove nothing
+    assert doctor.preferences.check_length_bias([rating(1.0)]).status == "unchecked"
 
 
 def test_check_length_bias_finds():
     long, short = pair(better="x" * 9, worse="x"), pair(better="x", worse="x" * 9)
-    found = doctor.check_length_bias([long] * 90 + [short] * 10)
+    found = doctor.preferences.check_length_bias([long] * 90 + [short] * 10)
     assert is_found(found, "'the longer answer wins' is right on 90.0% of 100 pairs")
-    found = doctor.check_length_bias([short] * 90 + [long] * 10)
+    found = doctor.preferences.check_length_bias([short] * 90 + [long] * 10)
     assert is_found(found, "'the shorter answer wins' is right on 90.0%")
     assert found.value == pytest.approx(0.1)
-    found = doctor.check_length_bias([long] * 70 + [short] * 30)
+    found = doctor.preferences.check_length_bias([long] * 70 + [short] * 30)
     assert is_found(found, "70.0%", status="warning")
 
 
 def test_check_disjoint_passes(preferences):
-    assert is_clean(doctor.check_disjoint(*preferences, DataSettings()))
+    assert is_clean(doctor.preferences.check_disjoint(*preferences, DataSettings()))
     assert is_clean(
-        doctor.check_disjoint(*doctor.read_sides(DataSettings(train=doctor.BUILTIN))[:2], DataSettings())
+        doctor.preferences.check_disjoint(
+            *doctor.preferences.read_sides(DataSettings(train=BUILTIN))[:2], DataSettings()
+        )
     )
 
 
@@ -298,16 +325,16 @@ def test_check_disjoint_finds(preferences):
     shouted = dataclasses.replace(
         held_out[0], prompt=tuple({**m, "content": f" {m['content'].upper()}\n"} for m in held_out[0].prompt)
     )
-    found = doctor.check_disjoint([*train, shouted], held_out, DataSettings())
+    found = doctor.preferences.check_disjoint([*train, shouted], held_out, DataSettings())
     assert is_found(found, "0 of 61 training rows", "1 one that differs", "Remove these rows")
-    found = doctor.check_disjoint([*train, held_out[0]], held_out, DataSettings())
+    found = doctor.preferences.check_disjoint([*train, held_out[0]], held_out, DataSettings())
     assert is_found(found, "1 of 61 training rows", status="warning")
-    found = doctor.check_disjoint(train, [*held_out, *train[:20]], DataSettings())
+    found = doctor.preferences.check_disjoint(train, [*held_out, *train[:20]], DataSettings())
     assert is_found(found, "20 of 60 training rows")
 
 
 def test_check_length_passes(preferences, chat):
-    found = doctor.check_length(preferences[0], chat, DataSettings(max_length=512))
+    found = doctor.preferences.check_length(preferences[0], chat, DataSettings(max_length=512))
     assert is_clean(found)
     assert found.value == 0
 
@@ -315,18 +342,20 @@ def test_check_length_passes(preferences, chat):
 def test_check_length_finds(preferences, chat):
     prefs = preferences[0]
     long = pair(prompt="word " * 600)
-    found = doctor.check_length([*prefs, long], chat, DataSettings(max_length=512))
+    found = doctor.preferences.check_length([*prefs, long], chat, DataSettings(max_length=512))
     assert is_found(found, "dropped: longer than 512 tokens: 1 of 61", status="warning")
     cut = DataSettings(max_length=512, length_policy="truncate_prompt")
-    assert is_found(doctor.check_length([*prefs, long], chat, cut), "prompt cut", status="warning")
-    found = doctor.check_length(prefs, chat, DataSettings(max_length=16))
+    assert is_found(
+        doctor.preferences.check_length([*prefs, long], chat, cut), "prompt cut", status="warning"
+    )
+    found = doctor.preferences.check_length(prefs, chat, DataSettings(max_length=16))
     assert is_found(found, "60 of 60", "--data.max-length", "truncate_prompt")
     same = pair(better="x", worse="x ")  # a template that strips makes them one
     stripping = ChatTokenizer(make_tokenizer())
     stripping.tokenizer.chat_template = stripping.tokenizer.chat_template.replace(
         "m['content']", "m['content'] | trim"
     )
-    found = doctor.check_length([same, pair()], stripping, DataSettings())
+    found = doctor.preferences.check_length([same, pair()], stripping, DataSettings())
     assert is_found(found, "answers identical as tokens: 1 of 2", "Remove rows")
     assert "max-length" not in found.remedy
 
@@ -343,56 +372,56 @@ def templated(template):
 
 
 def test_check_template_passes(chat):
-    assert is_clean(doctor.check_template(chat))
-    assert is_clean(doctor.check_template(templated(PLAIN_TEMPLATE)))
+    assert is_clean(doctor.template.check_template(chat))
+    assert is_clean(doctor.template.check_template(templated(PLAIN_TEMPLATE)))
 
 
 def test_check_template_finds():
     deaf = TURNS.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'user' %}")
     assert is_found(
-        doctor.check_template(templated(deaf)), "does not show the question", "--data.chat-template"
+        doctor.template.check_template(templated(deaf)), "does not show the question", "--data.chat-template"
     )
     shouting = TURNS.replace(
         "m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])"
     )
-    assert is_found(doctor.check_template(templated(shouting)), "does not show the answer")
+    assert is_found(doctor.template.check_template(templated(shouting)), "does not show the answer")
 
 
 def test_check_bos_passes(chat):
-    found = doctor.check_bos(chat)
+    found = doctor.template.check_bos(chat)
     assert is_clean(found)
     assert found.value == 1
     assert "add_special_tokens=False" in found.found  # template and tokenizer both write one
-    assert "add_special_tokens=False" not in doctor.check_bos(templated(TURNS)).found
+    assert "add_special_tokens=False" not in doctor.template.check_bos(templated(TURNS)).found
     # families whose BOS begins every turn, as SmolLM2's <|im_start|>
     turns = templated(
         "{% for m in messages %}{{ bos_token }}{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
     )
-    assert is_clean(doctor.check_bos(turns))
+    assert is_clean(doctor.template.check_bos(turns))
     system = templated("{{ bos_token }}system You help.{{ eos_token }}" + turns.tokenizer.chat_template)
-    assert is_clean(doctor.check_bos(system))
+    assert is_clean(doctor.template.check_bos(system))
 
 
 def test_check_bos_finds(monkeypatch):
-    found = doctor.check_bos(templated("{{ bos_token }} {{ bos_token }}" + TURNS))
+    found = doctor.template.check_bos(templated("{{ bos_token }} {{ bos_token }}" + TURNS))
     assert is_found(found, "2 at the start", "followed by no space")
     chat = templated("{{ bos_token }}" + TURNS)
     monkeypatch.setattr(chat, "text_ids", lambda texts: [chat.tokenizer(text).input_ids for text in texts])
-    assert is_found(doctor.check_bos(chat), "2 at the start")
+    assert is_found(doctor.template.check_bos(chat), "2 at the start")
     chat = templated(TURNS)
     monkeypatch.setattr(
         chat, "text_ids", lambda texts: chat.tokenizer(list(texts), add_special_tokens=False).input_ids
     )
-    assert is_found(doctor.check_bos(chat), "0 at the start of a conversation (right: one)")
+    assert is_found(doctor.template.check_bos(chat), "0 at the start of a conversation (right: one)")
 
 
 def test_check_generation_prompt_passes(chat):
     for sound in (chat, templated(TURNS), templated(PLAIN_TEMPLATE)):
-        assert is_clean(doctor.check_generation_prompt(sound))
+        assert is_clean(doctor.template.check_generation_prompt(sound))
 
 
 def test_check_generation_prompt_finds():
-    found = doctor.check_generation_prompt(templated(TURNS + "<|assistant|>"))
+    found = doctor.template.check_generation_prompt(templated(TURNS + "<|assistant|>"))
     assert is_found(
         found, "'</s><|assistant|>', the start of another answer", "{% if add_generation_prompt %}"
     )
@@ -400,30 +429,32 @@ def test_check_generation_prompt_finds():
         TURNS
         + "{% if add_generation_prompt or messages[-1]['role'] == 'assistant' %}<|assistant|>{% endif %}"
     )
-    assert is_found(doctor.check_generation_prompt(templated(silent)), "the start of another answer")
+    assert is_found(doctor.template.check_generation_prompt(templated(silent)), "the start of another answer")
 
 
 def test_check_end_passes(chat):
     for sound in (chat, templated(TURNS), templated(PLAIN_TEMPLATE), templated(TURNS + "\n")):
-        assert is_clean(doctor.check_end(sound))
+        assert is_clean(doctor.template.check_end(sound))
 
 
 def test_check_end_finds():
     bare = templated(TURNS.replace("{{ eos_token }}", ""))
-    assert is_found(doctor.check_end(bare), "nothing follows the answer, with no end mark", "{{ eos_token }}")
+    assert is_found(
+        doctor.template.check_end(bare), "nothing follows the answer, with no end mark", "{{ eos_token }}"
+    )
     words = templated(TURNS.replace("{{ eos_token }}", " (end)"))
-    assert is_found(doctor.check_end(words), "' (end)', with no end mark", status="warning")
+    assert is_found(doctor.template.check_end(words), "' (end)', with no end mark", status="warning")
 
 
 def test_check_prefix_passes(chat, preferences):
-    assert is_clean(doctor.check_prefix(chat, preferences[0]))
+    assert is_clean(doctor.template.check_prefix(chat, preferences[0]))
     bare = Preference(prompt=(), answers=pair().answers)
-    assert doctor.check_prefix(chat, [bare]).status == "unchecked"
+    assert doctor.template.check_prefix(chat, [bare]).status == "unchecked"
 
 
 def test_check_prefix_finds(preferences):
     counting = templated("{{ messages | length }} turns: " + TURNS)
-    found = doctor.check_prefix(counting, preferences[0])
+    found = doctor.template.check_prefix(counting, preferences[0])
     assert is_found(found, "60 of 60 prompts are written differently", "cannot be shared", status="warning")
 
 
@@ -437,7 +468,7 @@ def fresh(base):
 
 @pytest.fixture(scope="module")
 def few(trees):
-    return sorted(trees, key=lambda tree: len(tree.prompt_ids))[: doctor.NUM_PAIRS]
+    return sorted(trees, key=lambda tree: len(tree.prompt_ids))[: doctor.finding.NUM_PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -464,31 +495,31 @@ def doctor_settings(base, folder):
 
 
 def test_check_head_passes(fresh, run):
-    assert is_clean(doctor.check_head(fresh.head))
-    assert is_clean(doctor.check_head(doctor.stored_head(run.adapter)))
-    assert is_clean(doctor.check_head(doctor.stored_head(run.merged)))
+    assert is_clean(doctor.rewards.check_head(fresh.head))
+    assert is_clean(doctor.rewards.check_head(doctor.rewards.stored_head(run.adapter)))
+    assert is_clean(doctor.rewards.check_head(doctor.rewards.stored_head(run.merged)))
 
 
 def test_check_head_finds(base, run, tmp_path):
     import bitsandbytes.functional as functional
 
-    assert is_found(doctor.check_head(doctor.stored_head(base)), "there is no score head")
+    assert is_found(doctor.rewards.check_head(doctor.rewards.stored_head(base)), "there is no score head")
     head = torch.randn(1, 64)
     codes, _ = functional.quantize_4bit(head, quant_type="nf4")
-    assert is_found(doctor.check_head(codes), "uint8", "it was quantised")
-    assert is_found(doctor.check_head(torch.randn(2, 64)), "2 logits", "num_labels=1")
+    assert is_found(doctor.rewards.check_head(codes), "uint8", "it was quantised")
+    assert is_found(doctor.rewards.check_head(torch.randn(2, 64)), "2 logits", "num_labels=1")
     broken = head.clone()
     broken[0, 5:8] = math.nan
-    assert is_found(doctor.check_head(broken), "3 of its 64 values are NaN", "learning-rate")
-    assert is_found(doctor.check_head(torch.zeros(1, 64)), "every reward is 0")
-    assert is_found(doctor.check_head(head.bfloat16()), "bfloat16", "float32", status="warning")
+    assert is_found(doctor.rewards.check_head(broken), "3 of its 64 values are NaN", "learning-rate")
+    assert is_found(doctor.rewards.check_head(torch.zeros(1, 64)), "every reward is 0")
+    assert is_found(doctor.rewards.check_head(head.bfloat16()), "bfloat16", "float32", status="warning")
     tensors = load_file(run.adapter / WEIGHTS)
     for name, planted in (("two", torch.randn(2, 64)), ("none", None)):
         folder = tmp_path / name
         folder.mkdir()
         kept = {key: value for key, value in tensors.items() if key != HEAD_KEY}
         save_file(kept if planted is None else {**kept, HEAD_KEY: planted}, folder / WEIGHTS)
-        assert doctor.check_head(doctor.stored_head(folder)).status == "fault"
+        assert doctor.rewards.check_head(doctor.rewards.stored_head(folder)).status == "fault"
 
 
 def conversations(trees):
@@ -496,33 +527,35 @@ def conversations(trees):
 
 
 def test_check_padding_passes(fresh, run, few):
-    ways = doctor.padded_rewards(fresh, conversations(few))
+    ways = doctor.rewards.padded_rewards(fresh, conversations(few))
     assert set(ways) == {"library", "padded right", "padded left", "one by one"}
-    assert is_clean(doctor.check_padding(ways))
+    assert is_clean(doctor.rewards.check_padding(ways))
     assert fresh.batching == "shared"
-    assert is_clean(doctor.check_padding(score_rows(run.merged, conversations(few), "merged")))
+    assert is_clean(doctor.rewards.check_padding(score_rows(run.merged, conversations(few), "merged")))
 
 
 def test_check_padding_finds(base, run, few, tmp_path):
     model = make_model(base)
     model.classifier.config.pad_token_id = model.chat.end_id  # pad = EOS, the trap of many tokenizers
-    found = doctor.check_padding(doctor.padded_rewards(model, conversations(few)))
+    found = doctor.rewards.check_padding(doctor.rewards.padded_rewards(model, conversations(few)))
     assert is_found(found, "padded right", "pad_token_id in config.json")
     assert found.value > 0.1
     for file in run.merged.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((run.merged / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": model.chat.end_id}))
-    assert is_found(doctor.check_padding(score_rows(tmp_path, conversations(few), "merged")))
-    assert is_found(doctor.check_padding({"library": [1.0, 2.0], "padded left": [1.0, math.nan]}), "inf")
+    assert is_found(doctor.rewards.check_padding(score_rows(tmp_path, conversations(few), "merged")))
+    assert is_found(
+        doctor.rewards.check_padding({"library": [1.0, 2.0], "padded left": [1.0, math.nan]}), "inf"
+    )
 
 
 def test_check_swap_passes(fresh, few):
-    found = doctor.check_swap(fresh, few)
+    found = doctor.rewards.check_swap(fresh, few)
     assert is_clean(found)
     assert found.value == pytest.approx(1.0)
     ranking = dataclasses.replace(few[0], kind="ranking", scores=(2.0, 1.0))
-    assert is_clean(doctor.check_swap(fresh, [ranking, *few[1:]]))
+    assert is_clean(doctor.rewards.check_swap(fresh, [ranking, *few[1:]]))
 
 
 def test_check_swap_finds(base, few):
@@ -531,70 +564,76 @@ def test_check_swap_finds(base, few):
     model.rewards = lambda batch: (
         real(batch) + torch.arange(len(batch.score_index)) % 2
     )  # a place that counts
-    assert is_found(doctor.check_swap(model, few), "together", "--train.batching padded")
+    assert is_found(doctor.rewards.check_swap(model, few), "together", "--train.batching padded")
 
 
 def test_check_swap_finds_answers_that_see_each_other(base, few):
     model = shake(make_model(base))
     model.backbone.set_attn_implementation("sdpa")  # a packed row taken for one text
-    assert is_found(doctor.check_swap(model, few))
+    assert is_found(doctor.rewards.check_swap(model, few))
 
 
 def test_check_remembered_passes(run):
-    model = doctor.load_reward_model(run.adapter).model
-    expected, found = doctor.remembered_rewards(run.adapter, model)
+    model = load_reward_model(run.adapter).model
+    expected, found = doctor.rewards.remembered_rewards(run.adapter, model)
     assert len(found) == 32
-    assert is_clean(doctor.check_remembered(expected, found))
+    assert is_clean(doctor.rewards.check_remembered(expected, found))
     assert (
-        doctor.check_remembered(*doctor.remembered_rewards(run.merged, make_merged(run))).status
+        doctor.rewards.check_remembered(
+            *doctor.rewards.remembered_rewards(run.merged, make_merged(run))
+        ).status
         == "unchecked"
     )
 
 
 def make_merged(run):
-    return doctor.load_reward_model(run.merged).model
+    return load_reward_model(run.merged).model
 
 
 def test_check_remembered_finds(run):
-    model = shake(doctor.RewardModel.load_adapter(run.adapter).requires_grad_(False))
-    expected, found = doctor.remembered_rewards(run.adapter, model)
-    assert is_clean(doctor.check_remembered(expected, found))  # nothing is trained, so nothing was shaken
+    model = shake(RewardModel.load_adapter(run.adapter).requires_grad_(False))
+    expected, found = doctor.rewards.remembered_rewards(run.adapter, model)
+    assert is_clean(
+        doctor.rewards.check_remembered(expected, found)
+    )  # nothing is trained, so nothing was shaken
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data *= 1.5
-    expected, found = doctor.remembered_rewards(run.adapter, model)
-    assert is_found(doctor.check_remembered(expected, found), "of their spread", "base's revision")
-    assert is_found(doctor.check_remembered([1.0, 2.0], [math.nan, 2.0]))
+    expected, found = doctor.rewards.remembered_rewards(run.adapter, model)
+    assert is_found(doctor.rewards.check_remembered(expected, found), "of their spread", "base's revision")
+    assert is_found(doctor.rewards.check_remembered([1.0, 2.0], [math.nan, 2.0]))
 
 
 # A small training.
 
 
 def test_check_head_moves_passes(trained):
-    assert is_clean(doctor.check_head_moves(*trained))
+    assert is_clean(doctor.training.check_head_moves(*trained))
 
 
 @pytest.fixture(scope="module")
 def trained(base, few, tmp_path_factory):
     """Trained values before and after five steps."""
     model = make_model(base)
-    before = doctor.trained_values(model)
-    doctor.take_steps(model, few, doctor_settings(base, tmp_path_factory.mktemp("never")), 5, rate=1e-5)
-    return before, doctor.trained_values(model)
+    before = doctor.training.trained_values(model)
+    doctor.training.take_steps(
+        model, few, doctor_settings(base, tmp_path_factory.mktemp("never")), 5, rate=1e-5
+    )
+    return before, doctor.training.trained_values(model)
 
 
 def test_check_head_moves_finds(base, few, settings, trained):
     model = make_model(base)
     model.head.requires_grad_(False)
-    before = doctor.trained_values(model)
-    doctor.take_steps(model, few, settings, 2)
-    found = doctor.check_head_moves(before, doctor.trained_values(model))
+    before = doctor.training.trained_values(model)
+    doctor.training.take_steps(model, few, settings, 2)
+    found = doctor.training.check_head_moves(before, doctor.training.trained_values(model))
     assert is_found(found, "not trained at all", "SEQ_CLS")
-    assert is_found(doctor.check_head_moves(trained[0], trained[0]), "0.000% of its norm")
+    assert is_found(doctor.training.check_head_moves(trained[0], trained[0]), "0.000% of its norm")
 
 
 def test_check_values_move_passes(trained):
-    found = doctor.check_values_move(*trained, 1e-5)
+    found = doctor.training.check_values_move(*trained, 1e-5)
     assert is_clean(found)
     assert found.value < 0.01
 
@@ -604,22 +643,24 @@ def test_check_values_move_finds(base, few, settings, trained):
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # what some trainers do to every trained value of a 4-bit model
             parameter.data = parameter.data.bfloat16()
-    before = doctor.trained_values(model)
-    doctor.take_steps(model, few, settings, 5, rate=1e-5)
-    found = doctor.check_values_move(before, doctor.trained_values(model), 1e-5)
+    before = doctor.training.trained_values(model)
+    doctor.training.take_steps(model, few, settings, 5, rate=1e-5)
+    found = doctor.training.check_values_move(before, doctor.training.trained_values(model), 1e-5)
     assert is_found(found, "bfloat16", "learning rate of 1e-05", "float32")
-    assert is_found(doctor.check_values_move({"other": torch.ones(2)}, trained[1], 1e-5), "are not those")
+    assert is_found(
+        doctor.training.check_values_move({"other": torch.ones(2)}, trained[1], 1e-5), "are not those"
+    )
 
 
 def test_check_overfit_passes(base, few, settings):
-    found = doctor.check_overfit(make_model(base), few, settings)
+    found = doctor.training.check_overfit(make_model(base), few, settings)
     assert is_clean(found)
     assert found.value == 1.0
 
 
 def test_check_overfit_finds(base, few, settings):
-    both = [tree for one in few[:4] for tree in (one, doctor.swapped(one))]
-    found = doctor.check_overfit(make_model(base), both, settings, num_rounds=1)
+    both = [tree for one in few[:4] for tree in (one, doctor.rewards.swapped(one))]
+    found = doctor.training.check_overfit(make_model(base), both, settings, num_rounds=1)
     assert is_found(found, "50.0% of 8 pairs", "contradictions")
 
 
@@ -632,18 +673,18 @@ def lines(losses, skipped=0):
 
 def test_check_course_passes():
     falling = lines([0.7 - 0.02 * n for n in range(20)])
-    assert is_clean(doctor.check_course([*falling, {"step": 20, "eval": {}}]))
-    assert is_clean(doctor.check_course(lines([0.6, 0.7])))  # two steps prove nothing
-    assert doctor.check_course([]).status == "unchecked"
+    assert is_clean(doctor.run.check_course([*falling, {"step": 20, "eval": {}}]))
+    assert is_clean(doctor.run.check_course(lines([0.6, 0.7])))  # two steps prove nothing
+    assert doctor.run.check_course([]).status == "unchecked"
 
 
 def test_check_course_finds():
     assert is_found(
-        doctor.check_course(lines([0.69] * 30)), "0.690 in the first tenth and 0.690", "learning-rate"
+        doctor.run.check_course(lines([0.69] * 30)), "0.690 in the first tenth and 0.690", "learning-rate"
     )
-    assert is_found(doctor.check_course(lines([0.5] * 18 + [None, None])), "inf in the last")
+    assert is_found(doctor.run.check_course(lines([0.5] * 18 + [None, None])), "inf in the last")
     falling = lines([0.7 - 0.02 * n for n in range(20)], skipped=3)
-    assert is_found(doctor.check_course(falling), "3 steps skipped", status="warning")
+    assert is_found(doctor.run.check_course(falling), "3 steps skipped", status="warning")
 
 
 def evaluation(accuracy, low, high, longer=0.5, words=None):
@@ -656,15 +697,17 @@ def evaluation(accuracy, low, high, longer=0.5, words=None):
 
 
 def test_check_evaluation_passes():
-    assert is_clean(doctor.check_evaluation(evaluation(0.85, 0.8, 0.89)))
-    assert doctor.check_evaluation(None).status == "unchecked"
-    assert doctor.check_evaluation(evaluation(None, 0.0, 1.0)).status == "unchecked"
+    assert is_clean(doctor.run.check_evaluation(evaluation(0.85, 0.8, 0.89)))
+    assert doctor.run.check_evaluation(None).status == "unchecked"
+    assert doctor.run.check_evaluation(evaluation(None, 0.0, 1.0)).status == "unchecked"
 
 
 def test_check_evaluation_finds():
-    assert is_found(doctor.check_evaluation(evaluation(0.52, 0.46, 0.58)), "46.0% to 58.0%", "proves nothing")
+    assert is_found(
+        doctor.run.check_evaluation(evaluation(0.52, 0.46, 0.58)), "46.0% to 58.0%", "proves nothing"
+    )
     for shortcut in ({"longer": 0.7}, {"longer": 0.3}, {"words": 0.7}):
-        found = doctor.check_evaluation(evaluation(0.72, 0.66, 0.77, **shortcut))
+        found = doctor.run.check_evaluation(evaluation(0.72, 0.66, 0.77, **shortcut))
         assert is_found(found, "reach 70.0%", status="warning")
 
 
@@ -677,14 +720,14 @@ def parity(passed=True, flips=0, largest=0.003):
 
 
 def test_check_merge_passes():
-    assert is_clean(doctor.check_merge(parity()))
-    assert doctor.check_merge(None).status == "unchecked"
+    assert is_clean(doctor.run.check_merge(parity()))
+    assert doctor.run.check_merge(None).status == "unchecked"
 
 
 def test_check_merge_finds():
-    found = doctor.check_merge(parity(passed=False, largest=0.62))
+    found = doctor.run.check_merge(parity(passed=False, largest=0.62))
     assert is_found(found, "62.00%", "--merge.base dequantized")
-    assert is_found(doctor.check_merge(parity(flips=2)), "flipped 2 pairs", status="warning")
+    assert is_found(doctor.run.check_merge(parity(flips=2)), "flipped 2 pairs", status="warning")
 
 
 # What is examined, and the command.
@@ -732,13 +775,15 @@ def test_a_sound_run_is_free_of_faults(run):
 
 def test_a_run_whose_adapter_never_moved_is_found(run, base, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        doctor, "check_overfit", lambda *arguments: doctor.unchecked("16 pairs learnt", "slow")
+        doctor, "check_overfit", lambda *arguments: doctor.finding.unchecked("16 pairs learnt", "slow")
     )
     copy = tmp_path / "run"
     (copy / "adapter").mkdir(parents=True)
     for file in run.adapter.iterdir():
         (copy / "adapter" / file.name).write_bytes(file.read_bytes())
-    start = {name: value.contiguous() for name, value in doctor.trained_values(make_model(base)).items()}
+    start = {
+        name: value.contiguous() for name, value in doctor.training.trained_values(make_model(base)).items()
+    }
     assert start.keys() == load_file(run.adapter / WEIGHTS).keys()
     save_file(start, copy / "adapter" / WEIGHTS)
     (copy / "config.yaml").write_text(run.config.read_text())
@@ -774,8 +819,8 @@ def test_an_unfinished_run_and_a_broken_head_are_told(run, tmp_path):
 
 
 def test_a_sound_base_and_a_merged_model_are_free_of_faults(base, run, planned, monkeypatch):
-    monkeypatch.setattr(doctor, "plan", lambda settings: planned)
-    monkeypatch.setattr(doctor, "free_memory", lambda device: 64 * GIB)
+    monkeypatch.setattr(doctor.machine, "plan", lambda settings: planned)
+    monkeypatch.setattr(doctor.machine, "free_memory", lambda device: 64 * GIB)
     settings = dataclasses.replace(run.settings(), data=DataSettings())
     findings = examined(base, settings)
     assert [f for f in findings.values() if f.status != "ok"] == []
@@ -796,7 +841,7 @@ def test_a_sound_base_and_a_merged_model_are_free_of_faults(base, run, planned, 
 
 
 def test_a_model_that_does_not_fit_is_not_trained(base, planned, monkeypatch):
-    monkeypatch.setattr(doctor, "plan", lambda settings: dataclasses.replace(planned, memory=2**20))
+    monkeypatch.setattr(doctor.machine, "plan", lambda settings: dataclasses.replace(planned, memory=2**20))
     findings = examined(base, Settings(model=ModelSettings(compute_dtype="float32")))
     assert is_found(findings["memory for the model"], "0.0 GiB are there")
     assert findings["16 pairs learnt"].status == "unchecked"
@@ -806,13 +851,13 @@ def test_a_check_that_breaks_is_a_finding():
     def breaks(message):
         raise KeyError(message)
 
-    found = doctor.attempt("name", breaks, "gone")
+    found = doctor.finding.attempt("name", breaks, "gone")
     assert is_found(found, "KeyError: 'gone'")
 
     def refuses():
         raise DataError("a.jsonl line 3: is bad.")
 
-    assert is_found(doctor.attempt("name", refuses), "a.jsonl line 3: is bad.")
+    assert is_found(doctor.finding.attempt("name", refuses), "a.jsonl line 3: is bad.")
 
 
 def test_the_command_shows_writes_and_ends_with_1_on_a_fault(tmp_path, capsys, monkeypatch, base):

@@ -19,6 +19,7 @@ from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
 from lora_rm.train import train
+from lora_rm.unfinished import unfinished_folder
 from lora_rm.workflow import open_model, score_file, train_run
 
 SMALL_DISK = """\
@@ -352,3 +353,22 @@ def trained(base, tmp_path_factory):
         "train": {"max_steps": 1, "preferences_per_step": 8},
     }
     return train_run(check_settings(values)).adapter
+
+
+def test_output_folders_may_be_links(settings, tmp_path):
+    """What a link points to is replaced; the link, its neighbours and what links inside it point to stay."""
+    disk = tmp_path / "disk"
+    (disk / "target").mkdir(parents=True)
+    for name in ("neighbour", "target/config.yaml", "elsewhere"):
+        (disk / name).write_text("{}")
+    (disk / "target" / "merged").symlink_to(disk / "elsewhere")
+    link = tmp_path / "link"
+    link.symlink_to(disk / "target")
+    RunFolder.create(changed(settings, output_dir=str(link), overwrite=True))
+    assert [path.name for path in link.iterdir()] == ["config.yaml"]
+    assert (link / "config.yaml").read_text() != "{}"
+    with unfinished_folder(link, 1, "merge") as folder:
+        folder.once("a", lambda file: file.write_text("a"))
+    assert [path.name for path in (disk / "target").iterdir()] == ["a"]
+    assert link.is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["elsewhere", "neighbour", "target"]

@@ -1,0 +1,185 @@
+"""Checks of a model that is there: its score head, padding, and the rewards it gave when it was saved."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_rm.data.tokens import TokenTree
+from lora_rm.doctor.finding import Finding, judge, unchecked
+from lora_rm.errors import ModelError
+from lora_rm.evaluate import evaluate, ordered_pairs
+from lora_rm.model import base as bases
+from lora_rm.model.adapter import WEIGHTS
+from lora_rm.model.reward_model import HEAD_KEY, RewardModel
+from lora_rm.score import Scorer
+from lora_rm.verify import measure_change, standard_deviation
+
+
+def stored_head(folder: Path) -> torch.Tensor | None:
+    """The score head as the files of an adapter or a model hold it, or None."""
+    adapter = folder / WEIGHTS
+    files = [(adapter, HEAD_KEY)] if adapter.is_file() else []
+    files += [(file, "score.weight") for file in sorted(folder.glob("*.safetensors")) if not files]
+    for file, name in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 - not a dict
+                    return tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: is damaged ({error}). Copy it again, or make it anew.") from None
+    return None
+
+
+def check_head(head: torch.Tensor | None) -> Finding:
+    """One logit, floating point, finite, not zero; float32, or rewards are rounded."""
+    again = "Train again with lora-rm, or copy the folder again: the head cannot be recovered from the other weights."
+    if head is None:
+        found = "there is no score head in the files; a program that opens them draws a random one"
+        return judge("score head", found, again, fault=True, value=0)
+    dtype = str(head.dtype).removeprefix("torch.")
+    if not head.is_floating_point():
+        found = f"it is stored as {dtype} of shape {list(head.shape)}: it was quantised"
+        return judge("score head", found, f"Leave the head out of the quantisation. {again}", fault=True)
+    if head.dim() != 2 or head.shape[0] != 1:
+        found = f"its shape is {list(head.shape)}: {head.shape[0]} logits where a reward model has one"
+        remedy = "Load the model with num_labels=1 before training it as a reward model."
+        return judge("score head", found, remedy, fault=True, value=head.shape[0])
+    broken = int((~torch.isfinite(head)).sum())
+    if broken:
+        found = f"{broken} of its {head.numel()} values are NaN or infinite"
+        remedy = f"Training diverged: lower --train.learning-rate. {again}"
+        return judge("score head", found, remedy, fault=True, value=broken)
+    if not head.any():
+        return judge(
+            "score head",
+            "all its values are 0, so every reward is 0",
+            f"It was never trained. {again}",
+            fault=True,
+        )
+    found = f"one logit over {head.shape[1]} values in {dtype}, finite, norm {float(head.detach().float().norm()):.3f}"
+    remedy = (
+        "It works, but 16 bits round rewards: in bfloat16 they are 1/16 apart from 8 on, and close answers become ties. "
+        "Store score.weight in float32."
+    )
+    return judge("score head", found, remedy, fault=False, warning=head.dtype.itemsize < 4, value=1)
+
+
+def padded_rewards(model: RewardModel, rows: Sequence[Sequence[int]]) -> dict[str, list[float]]:
+    """Rewards of whole conversations in float32 by this library and by transformers' own pooling."""
+    batching = model.batching
+    with model.precise():
+        ways = {"library": Scorer(model.eval()).score_ids(rows)}
+        model.set_batching("padded")
+        config = model.classifier.config.get_text_config()
+        try:
+            ways["padded right"] = _pooled(model, rows, "right")
+            if hasattr(config, "rope_parameters"):  # absolute positions cannot be padded left
+                ways["padded left"] = _pooled(model, rows, "left")
+            ways["one by one"] = [_pooled(model, [row], "right")[0] for row in rows]
+        finally:
+            model.set_batching(batching)
+    return ways
+
+
+@torch.no_grad()
+def _pooled(model: RewardModel, rows: Sequence[Sequence[int]], side: str) -> list[float]:
+    """Rewards where transformers pools them: at the last token that is not the configured pad id."""
+    pad = model.classifier.config.get_text_config().pad_token_id
+    longest = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        blank = longest - len(row)
+        ids.append([*row, *[pad] * blank] if side == "right" else [*[pad] * blank, *row])
+        mask.append([1] * len(row) + [0] * blank if side == "right" else [0] * blank + [1] * len(row))
+    given = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    logits = model.classifier(input_ids=given[0], attention_mask=given[1], use_cache=False).logits
+    return logits[:, 0].float().tolist()
+
+
+def check_padding(ways: Mapping[str, Sequence[float]], tolerance: float = 1e-3) -> Finding:
+    """Whether the reward is read at the same token, padded on the right, on the left, or not at all.
+
+    Args:
+        ways: Rewards of the same conversations by way of scoring; the first is compared with.
+        tolerance: Largest difference allowed, as a share of the spread of rewards.
+    """
+    (_, expected), *others = ways.items()
+    spread = standard_deviation(expected) or 1.0
+    changes = {name: measure_change(expected, found).largest for name, found in others}
+    worst = max(changes.values())
+    text = ", ".join(f"{name} {change:.2%}" for name, change in changes.items())
+    found = f"largest change of {len(expected)} rewards, in shares of their spread {spread:.3f}: {text}"
+    remedy = (
+        "The pad token is a token that conversations end with, or the attention mask is not used. Set pad_token_id in "
+        "config.json to a special token that ends no conversation (lora-rm merge does)."
+    )
+    return judge("padding", found, remedy, fault=not worst <= tolerance, value=worst)
+
+
+def check_swap(model: RewardModel, trees: Sequence[TokenTree]) -> Finding:
+    """Whether the accuracy on swapped labels is one minus the accuracy.
+
+    It is not if a reward depends on where its answer stands in the row, or on the answers beside it.
+    """
+    trees = [tree for tree in trees if ordered_pairs(tree)]
+    if not trees:
+        return unchecked("swapped labels", "no row says which of two answers is better")
+    with model.precise():
+        right, wrong = (
+            evaluate(model, side).pairs.accuracy for side in (trees, [swapped(tree) for tree in trees])
+        )
+    found = f"accuracy {right:.1%}, with swapped labels {wrong:.1%}, together {right + wrong:.1%}"
+    remedy = (
+        "A reward depends on the place of its answer. Set --train.batching padded; if that mends it, the model's attention "
+        "does not take several answers in a row: please report it with the model's name."
+    )
+    return judge("swapped labels", found, remedy, fault=abs(right + wrong - 1) > 1e-6, value=right + wrong)
+
+
+def swapped(tree: TokenTree) -> TokenTree:
+    """A preference whose worse answers are called the better ones, in the opposite order."""
+    scores = tuple(-score for score in reversed(tree.scores))
+    return dataclasses.replace(tree, answer_ids=tree.answer_ids[::-1], scores=scores)
+
+
+def remembered_rewards(folder: Path, model: RewardModel) -> tuple[list[float], list[float]]:
+    """The rewards that a folder says its model gives, and those it gives, in float32.
+
+    Raises:
+        ModelError: If it has none.
+    """
+    if model.record:
+        answers = [(answer["ids"], answer["reward"]) for answer in model.record.get("canaries", [])]
+    else:
+        parity = bases.read_json(folder / "parity.json") if (folder / "parity.json").is_file() else {}
+        stored: Any = parity.get("answers", [])
+        answers = [(answer["ids"], answer["merged"]) for answer in stored]
+    if not answers:
+        return [], []
+    with model.precise():
+        return [reward for _, reward in answers], Scorer(model).score_ids([ids for ids, _ in answers])
+
+
+def check_remembered(expected: Sequence[float], found: Sequence[float], allowed: float = 0.02) -> Finding:
+    """Whether a saved model still gives the rewards that were saved with it.
+
+    Args:
+        expected: As saved.
+        found: Now.
+        allowed: Largest change, as a share of the spread.
+    """
+    if not expected:
+        return unchecked(
+            "rewards as saved", "no rewards were saved with it", "lora-rm saves some with every model."
+        )
+    change = measure_change(expected, found)
+    text = f"{len(expected)} rewards differ from those saved by {change.largest:.2%} of their spread at most"
+    remedy = (
+        "Adapter, base or libraries are not those it was saved with. Compare versions and the base's revision; copy the "
+        "folder again if it was copied."
+    )
+    return judge("rewards as saved", text, remedy, fault=not change.largest <= allowed, value=change.largest)
