@@ -1,6 +1,6 @@
 """Time and memory of a merge, beside `cp` of the same files and PEFT's way.
 
-    python benchmarks/merge.py [--gigabytes 4] [--shape 7B | 70B] [--quick] [--json FILE]
+    python benchmarks/merge.py [--gigabytes 4] [--shape 7B | 70B] [--quick] [--no-peft] [--json FILE]
 
 Makes a random sharded checkpoint in the shapes of Llama-2-7B or Llama-3-70B (fewer layers, whole embedding) with
 a rank-16 adapter on every linear layer, and merges it without and with the NF4 round trip, each in a process of
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint (default: 4)")
     parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="of layers and embedding")
     parser.add_argument("--quick", action="store_true", help="0.7 GB")
+    parser.add_argument("--no-peft", action="store_true", help="leave out PEFT's way")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -88,6 +89,8 @@ def main() -> None:
             ("merge, NF4 round trip", "nf4", "dequantized"),
             ("PEFT: load, merge_and_unload, save", "none", "peft"),
         ):
+            if way == "peft" and options.no_peft:
+                continue
             if not (folder / kind).exists():
                 make_adapter(folder / kind, folder / "base", linear, num_layers, kind)
             if way != "peft":

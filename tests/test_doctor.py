@@ -775,7 +775,9 @@ def test_a_sound_run_is_free_of_faults(run):
 
 def test_a_run_whose_adapter_never_moved_is_found(run, base, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        doctor, "check_overfit", lambda *arguments: doctor.finding.unchecked("16 pairs learnt", "slow")
+        doctor.training,
+        "check_overfit",
+        lambda *arguments: doctor.finding.unchecked("16 pairs learnt", "slow"),
     )
     copy = tmp_path / "run"
     (copy / "adapter").mkdir(parents=True)

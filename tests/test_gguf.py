@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, MergeError, ModelError
 from lora_rm.export import gguf as module
+from lora_rm.export import proof
 from lora_rm.export.gguf import (
     FILE,
     HEAD,
@@ -100,7 +101,7 @@ def test_an_export_is_proven_in_a_fresh_process(merged, tmp_path, dtype):
 def test_a_type_that_loses_the_adapter_is_refused(merged, tmp_path, monkeypatch):
     parity = parity_of(merged)
     parity["without_adapter"]["mean"] = 0.05  # a small delta: the base alone gives nearly the same rewards
-    monkeypatch.setattr(module, "read_parity", lambda _: parity)
+    monkeypatch.setattr(proof, "read_parity", lambda _: parity)
     with pytest.raises(MergeError, match=r"Q4_0.*The adapter was lost.*Choose a type with more bits"):
         export_gguf(merged, tmp_path / "out", dtype="Q4_0")
     assert not (tmp_path / "out").exists()

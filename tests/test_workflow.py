@@ -317,7 +317,14 @@ def test_the_benchmark_of_merging_prints_every_way(job, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_a_merge_needs_little_memory(tmp_path, monkeypatch):
     """0.7 GB of random weights in 7B shapes; above the imports at most three times the largest adapted tensor."""
-    command = [sys.executable, ROOT / "benchmarks/merge.py", "--quick", "--json", tmp_path / "rows.json"]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/merge.py",
+        "--quick",
+        "--no-peft",
+        "--json",
+        tmp_path / "rows.json",
+    ]
     subprocess.run(
         command, check=True, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def export_folder(
     """The folder that an export is written into, and the rewards that it must give.
 
     An export that was interrupted goes on: the steps that it had finished (`UnfinishedFolder.once`) are not done
-    again, unless the merged model, the type or the version of lora_rm is another.
+    again, unless the merged model or the type is another.
 
     Raises:
         MergeError: If `out` exists and is not to be replaced, or the merged model was not verified.
@@ -98,7 +97,7 @@ def export_folder(
     parity = read_parity(merged)
     stats = {file.name: file.stat() for file in sorted(merged.iterdir())}
     identity = {
-        "version": version("lora_rm"),
+        "version": 1,  # of the writing
         "target": target,
         "dtype": dtype,
         "merged": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
