@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=200, help="kills in all (default: 200)")
     parser.add_argument("--signals", nargs="+", choices=["KILL", "TERM", "INT"], default=["KILL"])
-    parser.add_argument("--quick", action="store_true", help="20 kills: under a minute")
+    parser.add_argument("--quick", action="store_true", help="12 kills: under a minute")
     parser.add_argument("--trl", type=int, default=0, metavar="N", help="kill TRL's trainer so often too")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = make_base(Path(scratch, "base"))
         rows = kill_ours(
-            base, Path(scratch), 20 if options.quick else options.kills, options.signals, options.seed
+            base, Path(scratch), 12 if options.quick else options.kills, options.signals, options.seed
         )
         if options.trl:
             rows += kill_trl(base, Path(scratch), options.trl, options.seed)

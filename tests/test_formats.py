@@ -1,5 +1,6 @@
 """Preference files of every format and type, good and bad."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_rm.data import files
 from lora_rm.data.formats import BadRow, Row, RowError, parse_row, read_preferences, read_rows
 from lora_rm.data.preference import Preference
 from lora_rm.errors import DataError
@@ -298,6 +300,34 @@ def test_csv(tmp_path, suffix):
     path = tmp_path / f"pairs.csv{suffix}"
     path.write_bytes(gzip.compress(content) if suffix else content)
     check_mixed(path, ["line 2", "line 3"])
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 7, 16, 64])
+def test_rows_do_not_depend_on_the_blocks_they_are_read_in(tmp_path, monkeypatch, size):
+    cells = [["q\u2028é🙂", "two\n\n\r\nlines, \"quoted\"\n", "c"], ["", "", ""], ["x" * 70, "b\x85", "é\n"]]
+    names = ["prompt", "chosen", "rejected"]
+    sources = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.csv.gz")]
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in cells]
+    packed = codecs.BOM_UTF8 + "\r\n\n".join([*lines, "[1]", "{broken", "[2]"]).encode()
+    table = csv_bytes(names, cells, tmp_path / "table") + b'"a"b,1\n\xff,2,\xc3\n1,2,"no end\n'
+    for path, content in zip(sources, (packed, gzip.compress(packed), table, gzip.compress(table)), strict=True):
+        path.write_bytes(content)
+    expected = [list(read_rows(str(path))) for path in sources]
+    assert [len(rows) for rows in expected] == [6, 6, 5, 5]
+    monkeypatch.setattr(files, "BLOCK", size)
+    assert [list(read_rows(str(path))) for path in sources] == expected
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_a_line_beyond_the_longest_is_named(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 20)
+    monkeypatch.setattr(files, "BLOCK", size)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + b"9" * 19 + b"\n{}")
+    assert len(list(read_rows(str(path)))) == 3
+    path.write_bytes(b'{"a": 1}\n\n' + b"9" * 20 + b"\n{}")
+    with pytest.raises(DataError, match="line 3: is longer than"):
+        list(read_rows(str(path)))
 
 
 def test_csv_lines_numbers_and_texts_that_look_like_json(tmp_path):

@@ -7,11 +7,13 @@ count it and go on. What is wrong with a whole file is a `DataError`.
 import codecs
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from lora_rm.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 MAX_ROW_BYTES = 32 * 2**20
 """Longest row, as JSON or CSV: ten times a pair of a million tokens; unpacked it takes up to 25 times as much."""
+
+BLOCK = 2**20
+"""Bytes that are read at once."""
 
 MAX_JSON_BYTES = 2**30
 """Largest .json file, which is read as a whole; .jsonl has no limit."""
@@ -62,6 +67,9 @@ MESSAGE_COLUMNS = {
     "completion",
 }
 JSON_COLUMNS = LIST_COLUMNS | MESSAGE_COLUMNS
+LIST_OR_OBJECT = re.compile(r"\s*[\[{]")
+"""How a cell begins that may hold messages; most hold a text, of which `json.loads` takes longer to find out."""
+
 # What `Dataset.to_csv` makes of a list of messages: Python's notation, which JSON cannot read.
 PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{'(role|content|from|value)'")
 
@@ -145,21 +153,35 @@ def _lines(source: str, path: Path) -> Iterator[bytes]:
 
     Lines end at `\n` only: a text may hold U+2028 and the others that `str.splitlines` splits at.
     """
+    return chain.from_iterable(map(io.BytesIO, _blocks(source, path)))
+
+
+def _blocks(source: str, path: Path) -> Iterator[bytes]:
+    """Yields whole lines by the mebibyte: a loop over lines in Python takes as long as parsing them as CSV."""
     is_packed = path.name.lower().endswith(".gz")
+    number, parts, size = 0, list[bytes](), 0
     try:
+        unpacked = _Unpacked(source, path)
         with gzip.open(path) if is_packed else path.open("rb") as file:
-            unpacked = _Unpacked(source, path) if is_packed else None
-            number = 0
-            while line := file.readline(MAX_ROW_BYTES + 1):
-                number += 1
-                if unpacked is not None:
-                    unpacked.add(len(line))
-                if len(line) > MAX_ROW_BYTES:
+            while block := file.read(BLOCK):
+                if is_packed:
+                    unpacked.add(len(block))
+                if not number and not parts:
+                    block = block.removeprefix(codecs.BOM_UTF8)
+                end = block.rfind(b"\n") + 1
+                size += block.find(b"\n") + 1 if end else len(block)
+                # only a line that goes through blocks can be as long
+                if size > MAX_ROW_BYTES:
                     raise DataError(
-                        f"{source} line {number}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
+                        f"{source} line {number + 1}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
                         "Each line holds one row; see what wrote the file."
                     )
-                yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if end:
+                    number += block.count(b"\n")
+                    yield b"".join([*parts, block[:end]])
+                    parts, size = [], len(block) - end
+                parts.append(block[end:])
+            yield b"".join(parts)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
 
@@ -260,7 +282,8 @@ def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
     # Conversations outgrow the default of 131,072 characters a cell.
     csv.field_size_limit(MAX_ROW_BYTES)
     # Bytes that are not UTF-8 pass as lone surrogates, which UTF-8 cannot hold, and are found in their row.
-    reader = csv.reader((line.decode(errors="surrogateescape") for line in _lines(source, path)), strict=True)
+    texts = (block.decode(errors="surrogateescape") for block in _blocks(source, path))
+    reader = csv.reader(chain.from_iterable(io.StringIO(text, newline="\n") for text in texts), strict=True)
     columns: list[str] = []
     last_line = 0
     while True:
@@ -314,9 +337,11 @@ def _decode_cell(column: str, cell: str) -> Any:
         return _decode_number(cell)
     if column in JSON_COLUMNS:
         try:
-            value = json.loads(cell)
+            value = json.loads(cell) if LIST_OR_OBJECT.match(cell) else None
         except (ValueError, RecursionError):
-            return None if column in LIST_COLUMNS and not cell.strip() else cell
+            return cell
+        if column in LIST_COLUMNS and not cell.strip():
+            return None
         # "[1, 2]" is a text to be answered, unless the column can hold nothing but a list.
         if (column in LIST_COLUMNS and isinstance(value, list)) or _is_messages(value):
             return value
