@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections import deque
@@ -33,7 +34,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError, storing
-from lora_rm.model.base import BaseModel, find_base, read_auto_config
+from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
@@ -360,6 +361,18 @@ def merge(
     return _merge(Plan(adapter, replace(settings, dtype="bfloat16"), base), output)
 
 
+def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
+    """Whether `output` is this very merge, whose verification was interrupted: it need not be written again."""
+    file = output / RECORD
+    if settings.overwrite or not file.is_file() or (output / "parity.json").is_file():
+        return False
+    plan, made = Plan(adapter, settings), read_json(file)
+    # auto ends with bfloat16 where a value does not fit float16
+    roundings = (plan.rounding, "bfloat16" if settings.dtype == "auto" else plan.rounding)
+    is_same = made.get("adapter_sha256") == _sha256(adapter / "adapter_model.safetensors")
+    return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
+
+
 def _merge(plan: Plan, output: Path) -> MergeReport:
     with unfinished_folder(output, plan.identity(), "merge") as folder:
         _check_space(plan, output, folder)
@@ -395,17 +408,23 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
     Args:
         adapters: Folders written by `RewardModel.save`.
         weights: One for each.
-        folder: To make; an earlier one is replaced.
+        folder: To make; an earlier combined adapter is replaced, and nothing else.
 
     Raises:
-        MergeError: If they do not share a base, its quantisation and the tokenizer, or one is a DoRA or has
-            trained biases.
+        MergeError: If they do not share a base, its quantisation and the tokenizer, one is a DoRA or has
+            trained biases, or something else lies in `folder`.
     """
+    folder = Path(os.path.realpath(folder))  # a link stays, and what it points to is replaced
     if len(weights) != len(adapters) or not all(math.isfinite(weight) and weight for weight in weights):
         raise MergeError(
             f"There are {len(adapters)} adapters and the weights {list(weights)}. Give one number each, not 0."
         )
     records = [read_record(adapter) for adapter in adapters]
+    is_combined = (folder / RECORD_OF_ADAPTER).is_file() and "combined" in read_record(folder)
+    if folder.exists() and (not is_combined or folder in map(Path.resolve, adapters)):
+        raise MergeError(
+            f"{folder}: exists, and is no combined adapter or one of those to combine. Move it, or choose another --out."
+        )
     for part in ("base", "load_dtype", "quantization", "tokens"):
         for adapter, record in zip(adapters, records, strict=True):
             if record.get(part) != records[0].get(part):

@@ -93,7 +93,7 @@ def unfinished_folder(out: Path, identity: Any, what: str) -> Iterator[Unfinishe
         MergeError: If another process makes the same folder.
         StorageError: If it cannot be written.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))  # `resolve` fails at a link to itself before Python 3.13
     with storing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f".{out.name}.*.partial"):  # of versions before 0.2
@@ -112,12 +112,12 @@ def unfinished_folder(out: Path, identity: Any, what: str) -> Iterator[Unfinishe
             shutil.rmtree(partial)
             raise
         with storing(out):
-            (partial / NOTES).unlink(missing_ok=True)
             for file in partial.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
             partial.chmod(0o755)
             if out.exists():
-                shutil.rmtree(out)
+                shutil.rmtree(out)  # takes its time: until it is done, the notes let the next call go on
+            (partial / NOTES).unlink(missing_ok=True)
             partial.rename(out)
 
 

@@ -113,6 +113,7 @@ def verify(
         MergeError: If the weights are wrong, the trained adapter no longer gives its canaries' rewards, or the
             merged model's rewards changed by more than allowed.
     """
+    from lora_rm.checkpoint import write_atomically
     from lora_rm.merge import RECORD, Plan, check_weights
     from lora_rm.model.base import read_json
     from lora_rm.model.reward_model import read_record
@@ -163,7 +164,7 @@ def verify(
             )
         ],
     }
-    (merged / "parity.json").write_text(json.dumps(parity, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_atomically(merged / "parity.json", json.dumps(parity, indent=1, ensure_ascii=False))
     show_table(
         f"Change of {len(rows)} rewards by the merge, in shares of their spread ({parity['spread']:.3f})",
         ["scored by", "mean", "largest", "tau", "pairs flipped", "any two answers"],

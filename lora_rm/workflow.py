@@ -18,7 +18,7 @@ from lora_rm.data.split import Data, load_data, read_side
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
-from lora_rm.merge import combine, merge
+from lora_rm.merge import combine, is_unverified, merge
 from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.quantization import code_hashes
@@ -206,10 +206,13 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     read_record(adapter)
     if out is None:
         out = run.merged if run else path.with_name(path.name + "-merged")
-    report = merge(adapter, out, settings.merge)
-    say(
-        f"{report.num_updated} of {report.num_tensors} tensors updated ({report.base_weights} base, {report.dtype})."
-    )
+    if is_unverified(adapter, out, settings.merge):
+        say(f"{out}: was merged by a call that was interrupted while it verified the rewards.")
+    else:
+        report = merge(adapter, out, settings.merge)
+        say(
+            f"{report.num_updated} of {report.num_tensors} tensors updated ({report.base_weights} base, {report.dtype})."
+        )
     parity = verify(adapter, out, settings.verify, held_out=run.path / HELD_OUT if run else None)
     if run:
         run.write_json("parity.json", {key: value for key, value in parity.items() if key != "answers"})

@@ -875,6 +875,7 @@ def test_the_command_shows_writes_and_ends_with_1_on_a_fault(tmp_path, capsys, m
         main([*words, "--model.base", str(base)])
     assert end.value.code == 1
     page = capsys.readouterr().out
+    assert "[" not in page.replace(str(file), "")  # no markup, no backslash before a bracket
     assert "broken JSON: 1" in page
     assert "1 warning, 1 fault." in page
     written = json.loads(out.read_text())

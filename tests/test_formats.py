@@ -304,13 +304,15 @@ def test_csv(tmp_path, suffix):
 
 @pytest.mark.parametrize("size", [3, 4, 5, 7, 16, 64])
 def test_rows_do_not_depend_on_the_blocks_they_are_read_in(tmp_path, monkeypatch, size):
-    cells = [["q\u2028é🙂", "two\n\n\r\nlines, \"quoted\"\n", "c"], ["", "", ""], ["x" * 70, "b\x85", "é\n"]]
+    cells = [["q\u2028é🙂", 'two\n\n\r\nlines, "quoted"\n', "c"], ["", "", ""], ["x" * 70, "b\x85", "é\n"]]
     names = ["prompt", "chosen", "rejected"]
     sources = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.csv.gz")]
     lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in cells]
     packed = codecs.BOM_UTF8 + "\r\n\n".join([*lines, "[1]", "{broken", "[2]"]).encode()
     table = csv_bytes(names, cells, tmp_path / "table") + b'"a"b,1\n\xff,2,\xc3\n1,2,"no end\n'
-    for path, content in zip(sources, (packed, gzip.compress(packed), table, gzip.compress(table)), strict=True):
+    for path, content in zip(
+        sources, (packed, gzip.compress(packed), table, gzip.compress(table)), strict=True
+    ):
         path.write_bytes(content)
     expected = [list(read_rows(str(path))) for path in sources]
     assert [len(rows) for rows in expected] == [6, 6, 5, 5]

@@ -613,6 +613,28 @@ def test_adapters_that_cannot_be_combined_are_refused(base, tmp_path):
     assert not (tmp_path / "combined").exists()
 
 
+def test_combining_replaces_nothing_but_a_combined_adapter(base, tmp_path):
+    """The command writes beside --out, where somebody's own adapter may lie; a link to another disk stays one."""
+    lora = saved(shake(make_model(base)), tmp_path / "lora")
+    before = contents(lora)
+    (tmp_path / "mine").mkdir()
+    for folder in (lora, tmp_path / "mine"):
+        with pytest.raises(MergeError, match="exists, and is no combined adapter"):
+            combine([lora, lora], (0.5, 0.5), folder)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "combined")
+    for weights in ((0.5, 0.5), (1.0, -0.5)):
+        combine([lora, lora], weights, link)
+    assert link.is_symlink()
+    assert [row["weight"] for row in json.loads((link / "lora_rm.json").read_text())["combined"]] == [
+        1.0,
+        -0.5,
+    ]
+    with pytest.raises(MergeError, match="one of those to combine"):
+        combine([link, lora], (0.5, 0.5), tmp_path / "combined")
+    assert contents(lora) == before
+
+
 def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify_module, "score_in_fresh_process", verify_module.score_rows)  # 15 s of imports
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")

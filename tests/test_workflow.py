@@ -230,6 +230,35 @@ def test_a_lone_adapter_is_merged_beside_itself(job, tmp_path):
         merge_run(tmp_path / "mine", job.settings())
 
 
+def test_a_merge_killed_in_its_verification_is_verified_and_not_written_again(job, tmp_path):
+    program = """
+import os, signal, sys
+from pathlib import Path
+import lora_rm.verify as verify
+from lora_rm.checkpoint import RunFolder
+from lora_rm.workflow import merge_run
+
+verify.score_in_fresh_process = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+merge_run(Path(sys.argv[1]), RunFolder(Path(sys.argv[2])).settings())
+"""
+    shutil.copytree(job.adapter, tmp_path / "mine")
+    words = [sys.executable, "-c", program, str(tmp_path / "mine"), str(job.path)]
+    assert subprocess.run(words, check=False).returncode == -9
+    merged, settings = tmp_path / "mine-merged", job.settings()
+    before = {file.name: file.stat().st_ino for file in merged.iterdir()}
+    assert "parity.json" not in before
+    other = dataclasses.replace(settings, merge=dataclasses.replace(settings.merge, dtype="float32"))
+    with pytest.raises(MergeError, match="exists already"):
+        merge_run(tmp_path / "mine", other)
+    merge_run(tmp_path / "mine", settings)
+    after = {file.name: file.stat().st_ino for file in merged.iterdir()}
+    assert after == before | {"parity.json": after["parity.json"]}
+    for name in before:
+        assert (merged / name).read_bytes() == (job.merged / name).read_bytes(), name
+    with pytest.raises(MergeError, match="exists already"):
+        merge_run(tmp_path / "mine", settings)
+
+
 @pytest.mark.parametrize(
     ("mean", "largest", "fault"),
     [

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import DataSettings, Settings
@@ -275,9 +276,8 @@ def show(title: str, findings: Sequence[Finding]) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("what was found, and what to do", overflow="fold")
     for finding in findings:
-        style = styles[finding.status]
         text = finding.found + (f"\n-> {finding.remedy}" if finding.remedy else "")
-        table.add_row(_plain(finding.check), f"[{style}]{finding.status}[/{style}]", _plain(text))
+        table.add_row(finding.check, Text(finding.status, styles[finding.status]), text)
     console.print(table)
     count = Counter(finding.status for finding in findings)
     words = [
@@ -286,8 +286,3 @@ def show(title: str, findings: Sequence[Finding]) -> None:
     ]
     left = f", {count['unchecked']} not made" if count["unchecked"] else ""
     say(f"{len(findings)} checks: {', '.join(words)}{left}.")
-
-
-def _plain(text: str) -> str:
-    """Text that rich shows as it is."""
-    return text.replace("[", r"\[")
