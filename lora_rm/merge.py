@@ -124,13 +124,14 @@ class Plan:
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
-        if self.mode != "dequantized" and is_stored_in_4_bit(read_auto_config(self.base)):
+        self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
+        self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
+        stored = (tensor for shard in self.shards.values() for tensor in shard.values())
+        if self.mode != "dequantized" and any(isinstance(tensor, StoredCodes) for tensor in stored):
             raise MergeError(
                 f"{self.base.name}: is stored in 4 bit and has no other values; --merge.base {self.mode} needs "
                 "original weights. Use --merge.base dequantized."
             )
-        self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
-        self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
         self._check_base(biases)
         for shard in self.shards.values():
             shard |= {name: bias for name, bias in biases.items() if name in shard}
@@ -228,17 +229,21 @@ class Plan:
         dtype = self.load_dtype or tensor.dtype
         if not self.is_quantized(name):
             return (lambda start, stop: read(start, stop).to(dtype)), lambda: None
-        if isinstance(tensor, StoredCodes):
-            weight, found = tensor.dequantize()
+        # not by pieces
+        if (
+            isinstance(tensor, StoredCodes)
+            or self.transposed[name]
+            or not self.quantization.by_rows(tensor.shape)
+        ):
+            if isinstance(tensor, StoredCodes):
+                weight, found = tensor.dequantize()
+            elif self.transposed[name]:
+                weight, found = self.quantization.round_trip(tensor.read().T.contiguous())
+                weight = weight.T.contiguous()
+            else:
+                weight, found = self.quantization.round_trip(tensor.read())
             self._check_codes(name, found)
             flat = weight.view(-1)
-            return (lambda start, stop: flat[start:stop].clone()), lambda: None
-        if self.transposed[name] or not self.quantization.by_rows(tensor.shape):
-            weight = tensor.read()
-            weight = weight.T.contiguous() if self.transposed[name] else weight
-            weight, found = self.quantization.round_trip(weight)
-            self._check_codes(name, found)
-            flat = (weight.T.contiguous() if self.transposed[name] else weight).view(-1)
             return (lambda start, stop: flat[start:stop].clone()), lambda: None
         num_rows, columns = tensor.shape
         rows = max(1, QUANTIZED_PIECE // columns)

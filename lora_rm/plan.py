@@ -396,8 +396,8 @@ def _time(planned: Plan) -> str:
     except (LoraRmError, OSError, ValueError) as error:
         return f"{text}; the data cannot be counted ({str(error).splitlines()[0][:120]})"
     trees = data.train.trees
-    share = count_steps(len(trees), settings) * settings.train.preferences_per_step / len(trees)
-    total = num_tokens(trees, planned.batching) * share
+    epochs = count_steps(len(trees), settings) / math.ceil(len(trees) / settings.train.preferences_per_step)
+    total = num_tokens(trees, planned.batching) * epochs
     return f"{total / speed[0] / 3600:.2f} hours for {total:,.0f} tokens, at {text}"
 
 

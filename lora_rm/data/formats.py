@@ -110,9 +110,7 @@ def read_preferences(
     dropped: Counter[str] = Counter()
     for row in read_rows(source, split=split):
         try:
-            if isinstance(row, BadRow):
-                raise RowError(row.reason, f"{row.source}: {row.message}")
-            preferences.append(parse_row(row.values, row.source))
+            preferences.append(to_preference(row))
         except RowError as error:
             if on_bad_row == "raise":
                 advice = "Mend the row, or leave such rows out with on_bad_row='skip'."
@@ -129,6 +127,17 @@ def read_preferences(
             f"{source} has no row that can be used{where} ({counts}). Read it with on_bad_row='raise'."
         )
     return preferences, dropped
+
+
+def to_preference(row: Row | BadRow) -> Preference:
+    """What `read_rows` yields as a preference.
+
+    Raises:
+        RowError: If the row cannot be read, or is none.
+    """
+    if isinstance(row, BadRow):
+        raise RowError(row.reason, f"{row.source}: {row.message}")
+    return parse_row(row.values, row.source)
 
 
 def parse_row(values: Mapping[str, Any], source: str) -> Preference:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lora_rm.config import DataSettings
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.files import BadRow, read_rows
-from lora_rm.data.formats import RowError, parse_row
+from lora_rm.data.files import read_rows
+from lora_rm.data.formats import RowError, to_preference
 from lora_rm.data.preference import Messages, Preference
 from lora_rm.data.split import BUILTIN, split_by_prompt
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
@@ -32,9 +32,7 @@ def read_sides(
         found = []
         for row in read_rows(source, split=split):
             try:
-                if isinstance(row, BadRow):
-                    raise RowError(row.reason, f"{row.source}: {row.message}")
-                found.append(parse_row(row.values, row.source))
+                found.append(to_preference(row))
             except RowError as error:
                 bad.append(error)
         return found
