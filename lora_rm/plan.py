@@ -43,7 +43,7 @@ from lora_rm.model.memory import (
 )
 from lora_rm.model.quantization import DTYPES
 from lora_rm.model.reward_model import pick_compute_dtype, pick_device, read_config
-from lora_rm.train import count_steps
+from lora_rm.train import count_steps, rows_of_steps
 
 GIB = 2**30
 
@@ -396,8 +396,9 @@ def _time(planned: Plan) -> str:
     except (LoraRmError, OSError, ValueError) as error:
         return f"{text}; the data cannot be counted ({str(error).splitlines()[0][:120]})"
     trees = data.train.trees
-    epochs = count_steps(len(trees), settings) / math.ceil(len(trees) / settings.train.preferences_per_step)
-    total = num_tokens(trees, planned.batching) * epochs
+    num_steps = count_steps(len(trees), settings)
+    steps = rows_of_steps(trees, settings, num_steps, planned.batching, settings.train.row)
+    total = sum(num_tokens(row, planned.batching) for rows in steps for row in rows)
     return f"{total / speed[0] / 3600:.2f} hours for {total:,.0f} tokens, at {text}"
 
 

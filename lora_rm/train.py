@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from lora_rm.checkpoint import (
 from lora_rm.config import Settings
 from lora_rm.console import say
 from lora_rm.data.batches import (
+    Batching,
     TreeBatch,
     microbatches,
     num_passes,
@@ -34,6 +36,7 @@ from lora_rm.data.batches import (
     training_order,
 )
 from lora_rm.data.split import Data
+from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
 from lora_rm.losses import preference_losses
@@ -272,18 +275,28 @@ def _rows(
     model: RewardModel, data: Data, settings: Settings, done: int, num_steps: int, budget: int
 ) -> Iterator[_Step]:
     """Every step after the first `done`, cut into rows of at most `budget` tokens."""
-    trees = data.train.trees
-    groups = [tree.group for tree in trees]
-    order = training_order(len(trees), num_steps, settings.train.preferences_per_step, settings.seed, groups)
-    for step, numbers in enumerate(order, start=1):
-        if step <= done:
-            continue
-        preferences = [trees[number] for number in numbers]
-        rows = microbatches(preferences, budget, model.batching, processes.count())
+    found = rows_of_steps(data.train.trees, settings, num_steps, model.batching, budget, done)
+    for step, rows in enumerate(found, start=done + 1):
         own = share_of_rows(rows, model.batching, processes.rank(), processes.count())
         num_idle = num_passes(rows, model.batching, processes.count()) - len(own)
         can_be_cut = any(len(row) > 1 for row in rows)
-        yield _Step(step, len(preferences), [model.batch(row) for row in own], num_idle, can_be_cut)
+        num_preferences = sum(map(len, rows))
+        yield _Step(step, num_preferences, [model.batch(row) for row in own], num_idle, can_be_cut)
+
+
+def rows_of_steps(
+    trees: Sequence[TokenTree],
+    settings: Settings,
+    num_steps: int,
+    batching: Batching,
+    budget: int,
+    done: int = 0,
+) -> Iterator[list[list[TokenTree]]]:
+    """The rows of at most `budget` tokens into which the preferences of every step after the first `done` are cut."""
+    groups = [tree.group for tree in trees]
+    order = training_order(len(trees), num_steps, settings.train.preferences_per_step, settings.seed, groups)
+    for numbers in islice(order, done, None):
+        yield microbatches([trees[number] for number in numbers], budget, batching, processes.count())
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -12,16 +12,26 @@ from hypothesis import strategies as st
 from lora_rm.data.batches import Tree, build_batch, microbatches, num_tokens, training_order
 from lora_rm.data.tokens import TokenTree
 
-EXAMPLE = [TokenTree([11, 12, 13], ([21, 22], [31])), TokenTree([41], ([51, 52],), kind="rating")]
+EXAMPLE = [TokenTree([11, 12, 13], ([21, 22], [31])), TokenTree([11, 41], ([51, 52],), kind="rating")]
 """The two trees of the docstring of TreeBatch."""
 
 
-def make_tree(prompt_length, answer_lengths):
-    return TokenTree([7] * prompt_length, tuple([8 + n] * k for n, k in enumerate(answer_lengths)))
+def make_tree(prompt_length, answer_lengths, number=0, stem=0):
+    """A tree of its own number; its prompt begins with so many tokens that trees of all numbers have."""
+    prompt = [7] * stem + [1000 + number] * prompt_length
+    return TokenTree(prompt, tuple([8 + n] * k for n, k in enumerate(answer_lengths)))
+
+
+def make_trees(count, prompt_length, answer_lengths):
+    return [make_tree(prompt_length, answer_lengths, number) for number in range(count)]
 
 
 LENGTHS = st.tuples(st.integers(0, 12), st.lists(st.integers(1, 12), min_size=1, max_size=4))
-TREES = st.lists(LENGTHS.map(lambda lengths: make_tree(*lengths)), min_size=1, max_size=30)
+TREES = st.builds(
+    lambda lengths, stem: [make_tree(*one, number, stem) for number, one in enumerate(lengths)],
+    st.lists(LENGTHS, min_size=1, max_size=30),
+    st.integers(0, 10),
+)
 BATCHINGS = ["shared", "packed", "padded"]
 
 
@@ -33,10 +43,10 @@ def cost(row, batching):
 def test_shared_the_worked_example_of_the_docstring():
     batch = build_batch(EXAMPLE)
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 41, 51, 52]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 1, 2, 3]]
     assert batch.score_index.tolist() == [4, 5, 8]
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.score_index.dtype == torch.int64
-    assert batch.plan.trees == (Tree(0, 3, (2, 1)), Tree(6, 1, (2,)))
+    assert batch.plan.trees == (Tree(0, 3, (2, 1)), Tree(6, 1, (2,), 1))
     assert [tree.end for tree in batch.plan.trees] == [6, 9]
     assert batch.plan.lengths == [5, 1, 3]
     assert batch.attention_mask is None
@@ -45,31 +55,32 @@ def test_shared_the_worked_example_of_the_docstring():
 
 def test_packed_each_answer_has_its_own_prompt():
     batch = build_batch(EXAMPLE, "packed")
-    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 11, 12, 13, 31, 41, 51, 52]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
-    assert batch.score_index.tolist() == [4, 8, 11]
-    assert batch.plan.trees == (Tree(0, 3, (2,)), Tree(5, 3, (1,)), Tree(9, 1, (2,)))
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 11, 12, 13, 31, 11, 41, 51, 52]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.score_index.tolist() == [4, 8, 12]
+    assert batch.plan.trees == (Tree(0, 3, (2,)), Tree(5, 3, (1,)), Tree(9, 2, (2,)))
 
 
 def test_padded_one_row_an_answer():
     batch = build_batch(EXAMPLE, "padded")
-    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22], [11, 12, 13, 31, 0], [41, 51, 52, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22], [11, 12, 13, 31, 0], [11, 41, 51, 52, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
-    assert batch.score_index.tolist() == [4, 8, 12]
+    assert batch.score_index.tolist() == [4, 8, 13]
     assert batch.plan is None
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 @settings(deadline=None)
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=6))
-def test_every_token_stands_where_it_stands_in_its_conversation(batching, lengths):
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=6), stem=st.integers(0, 5))
+def test_every_token_stands_where_it_stands_in_its_conversation(batching, lengths, stem):
     number = iter(range(1000, 9999))  # every id once, so that an id tells its place
 
     def draw(n):
         return [next(number) for _ in range(n)]
 
-    trees = [TokenTree(draw(prompt), tuple(draw(n) for n in answers)) for prompt, answers in lengths]
+    first = draw(stem)
+    trees = [TokenTree(first + draw(prompt), tuple(draw(n) for n in answers)) for prompt, answers in lengths]
     batch = build_batch(trees, batching)
     conversations = [row for tree in trees for row in tree.conversations()]
     place = {token: position for row in conversations for position, token in enumerate(row)}
@@ -101,15 +112,25 @@ def test_rows_differ_by_less_than_one_preference(batching, trees, budget):
     assert max(loads) - min(loads) <= max(num_tokens([tree], batching) for tree in trees)
 
 
+def test_a_system_prompt_stands_once_a_row_and_leaves_room_for_more():
+    trees = [make_tree(6, (2, 2), number, stem=50) for number in range(20)]
+    (row,) = microbatches(trees, 250)
+    batch = build_batch(row)
+    assert batch.input_ids.numel() == num_tokens(row, "shared") == 50 + 20 * 10
+    assert [tree.stem_length for tree in batch.plan.trees] == [0, *[50] * 19]
+    assert [len(row) for row in microbatches(trees, 249)] == [10, 10]
+    assert num_tokens(trees, "packed") == 20 * 2 * 58
+
+
 @pytest.mark.parametrize("num_trees", [21, 41, 64, 99])
 def test_the_last_row_is_no_crumb(num_trees):
-    rows = microbatches([make_tree(6, (2, 2))] * num_trees, 200)
+    rows = microbatches(make_trees(num_trees, 6, (2, 2)), 200)
     assert len(rows) == -(-num_trees // 20)
     assert 2 * min(map(len, rows)) >= max(map(len, rows))
 
 
 def test_one_preference_above_the_budget_leaves_the_others_together():
-    rows = microbatches([make_tree(300, (100, 100)), *[make_tree(6, (2, 2))] * 20], 100)
+    rows = microbatches([make_tree(300, (100, 100)), *make_trees(20, 6, (2, 2))], 100)
     assert sorted(map(len, rows))[0] == 1
     assert len(rows) <= 4, f"{len(rows)} rows for one long preference and 20 that fill two rows"
 
@@ -171,7 +192,7 @@ def test_pairs_of_one_prompt_are_one_tree_with_every_answer_once():
     assert first.prompt_length == 2
     # rewards in the order of the preferences' answers; the shared answer of pairs 1 and 2 is read twice
     assert batch.score_index.tolist()[:6] == [5, 8, 5, 11, 8, 12]
-    assert batch.plan.ends.tolist() == [5, 8, 11, 12, 17, 18, 21]
+    assert batch.plan.ends.tolist() == [5, 8, 11, 12, 17, 18, 22]
     assert num_tokens(grouped(GROUP), "shared") == first.end
 
 
@@ -186,7 +207,15 @@ def test_rewards_come_in_the_order_of_the_preferences_even_when_groups_are_mixed
 @settings(deadline=None)
 @given(budget=st.integers(8, 60), num_groups=st.integers(1, 6))
 def test_groups_stay_together_where_they_fit(budget, num_groups):
-    trees = [tree for n in range(num_groups) for tree in grouped(GROUP, f"g{n}")]
+    trees = [
+        TokenTree(
+            [100 * n + i for i in tree.prompt_ids],
+            tuple([100 * n + i for i in ids] for ids in tree.answer_ids),
+            group=f"g{n}",
+        )
+        for n in range(num_groups)
+        for tree in GROUP
+    ]
     rows = microbatches(trees, budget)
     assert sorted(id(tree) for row in rows for tree in row) == sorted(map(id, trees))
     assert all(len(row) == 1 or num_tokens(row, "shared") <= budget for row in rows)

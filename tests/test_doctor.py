@@ -112,9 +112,7 @@ def test_check_bitsandbytes_finds(monkeypatch):
             doctor.machine.check_bitsandbytes(CPU), "no kernel image is available", "quantization none"
         )
     with monkeypatch.context() as patch:  # gradients that do not reach what lies below
-        patch.setattr(
-            "lora_rm.model.quantization._ExactProduct.backward", lambda ctx, gradient: (None, None, None)
-        )
+        patch.setattr("lora_rm.model.quantization._ExactProduct.backward", lambda ctx, gradient: (None, None))
         assert is_found(doctor.machine.check_bitsandbytes(CPU), "gradients by inf")
 
 

@@ -259,8 +259,7 @@ def test_the_time_of_a_run_is_that_of_the_tokens_it_computes(
     tokens = float(
         re.search(r"hours for ([\d,]+) tokens", " ".join(capsys.readouterr().out.split()))[1].replace(",", "")
     )
-    # whole epochs exactly; of a third of an epoch, the average preference
-    assert tokens == pytest.approx(computed, rel=0.1 if max_steps else 1e-9)
+    assert tokens == pytest.approx(computed, rel=1e-9)
 
 
 def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):

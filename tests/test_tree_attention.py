@@ -1,5 +1,7 @@
 """Rewards and every gradient of a packed, prefix-shared row equal those of separate conversations."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import FAMILIES, make_base, make_model, shake
@@ -61,6 +63,33 @@ def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, ba
     for name, gradient in expected_gradients.items():
         # 1e-5 of the largest entry: single entries near zero are sums that cancel
         distance = float((found_gradients[name] - gradient).abs().max() / gradient.abs().max())
+        assert distance < 1e-5, f"{name}: {distance:.1e}"
+
+
+@pytest.mark.parametrize("core", ["answers", "gathered"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_conversations_begin_with_is_computed_once(tmp_path, family, core):
+    """Two groups of prompts after one system prompt, which is longer than the windows of 8."""
+    base = make_base(tmp_path / family, family, dtype=torch.float32)
+    model = shake(make_model(base, quantization="none", load_dtype="float32"))
+    model.train()
+    first = list(range(3, 14))
+    trees = [
+        dataclasses.replace(tree, prompt_ids=first + tree.prompt_ids)
+        for tree in some_trees(model.classifier.config.vocab_size)
+    ]
+    trees += [TokenTree(first, ([5, 6, 7], [8]))]  # its prompt is the stem and nothing else
+    expected = separate(model, trees)
+    expected_gradients = gradients(model, expected)
+    model.set_batching("shared")
+    batch = build_batch(trees, "shared", core)
+    assert batch.input_ids.numel() == 11 + 46 + 4
+    found = model.rewards(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model, found).items():
+        distance = float(
+            (gradient - expected_gradients[name]).abs().max() / expected_gradients[name].abs().max()
+        )
         assert distance < 1e-5, f"{name}: {distance:.1e}"
 
 
@@ -204,6 +233,21 @@ def test_what_the_varlen_core_looks_up():
     assert plan.indices["key_starts"].tolist() == [0, 13, 29, 39, 52, 56, 65]
     assert plan.indices["keys"].tolist()[13:29] == [*range(9), *range(13, 20)]
     assert plan.longest == (13, 16)
+
+
+def test_what_the_varlen_core_looks_up_after_a_system_prompt():
+    trees = [
+        TokenTree([1, 2, 3], ([4, 5], [6])),
+        TokenTree([1, 2, 7, 8], ([9],)),
+        TokenTree([1, 2], ([3, 9],)),
+    ]
+    plan = build_batch(trees, "shared", "varlen").plan
+    # row: 1 2 3 | 4 5 | 6 || 7 8 | 9 || 3 9
+    assert plan.lengths == [5, 1, 3, 2]
+    assert plan.indices["query_starts"].tolist() == [0, 5, 6, 9, 11]
+    assert plan.indices["key_starts"].tolist() == [0, 5, 9, 14, 18]
+    assert plan.indices["keys"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 6, 7, 8, 0, 1, 9, 10]
+    assert plan.longest == (5, 5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ class Tree:
     start: int
     prompt_length: int
     answer_lengths: tuple[int, ...]
+
+    stem_length: int = 0
+    """Tokens at the row's start that come before the tree's own in its conversations; 0 where the tree is first."""
 
     @property
     def end(self) -> int:
@@ -50,7 +53,7 @@ class TreePlan:
     calls: list[int] = field(default_factory=list)
     """One entry for every layer that has attended by this plan: its number of queries."""
 
-    masks: dict[tuple[int, int, int | None, torch.device], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -84,11 +87,14 @@ class TreePlan:
             return replace(self, core=core, indices={})
         rows, own = [], []
         for tree in self.trees:
-            prompt = torch.arange(tree.start, tree.start + tree.prompt_length)
+            stem, prompt = (
+                torch.arange(tree.stem_length),
+                torch.arange(tree.start, tree.start + tree.prompt_length),
+            )
             start = tree.start + tree.prompt_length
             for number, length in enumerate(tree.answer_lengths):
-                rows.append(torch.cat((prompt, torch.arange(start, start + length))))
-                own.append(len(rows[-1]) if number == 0 else length)
+                rows.append(torch.cat((stem, prompt, torch.arange(start, start + length))))
+                own.append(length if number else tree.prompt_length + length)
                 start += length
         sizes = torch.tensor([len(row) for row in rows])
         if core == "varlen":
@@ -110,16 +116,20 @@ class TreePlan:
     @cached_property
     def longest(self) -> tuple[int, int]:
         """The most queries and the most keys of an answer."""
-        return max(self.lengths), max(t.prompt_length + max(t.answer_lengths) for t in self.trees)
+        keys = (t.stem_length + t.prompt_length + max(t.answer_lengths) for t in self.trees)
+        return max(self.lengths), max(keys)
 
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Which of the keys the last `queries` positions may see, (Q, K) booleans, kept for the next layer."""
-        key = (queries, keys, window, device)
+    def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """What to add to the scores of the last `queries` positions: 0 where a key is seen, else -inf, (Q, K).
+
+        Of the type and on the device of `like`; kept for the next layer, which booleans would be turned into each time.
+        """
+        key = (queries, keys, window, like.dtype, like.device)
         if key not in self.masks:
-            query_position = torch.arange(keys - queries, keys, device=device)[:, None]
-            distance = query_position - torch.arange(keys, device=device)[None, :]
-            allowed = distance >= 0
-            self.masks[key] = allowed & (distance < window) if window else allowed
+            query_position = torch.arange(keys - queries, keys, device=like.device)[:, None]
+            distance = query_position - torch.arange(keys, device=like.device)[None, :]
+            hidden = (distance < 0) | (distance >= (window or keys))
+            self.masks[key] = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, float("-inf"))
         return self.masks[key]
 
 
@@ -127,10 +137,10 @@ class TreePlan:
 class TreeBatch:
     """N preferences with R answers in all, in one row of T tokens.
 
-    Two trees, of two answers and of one:
+    Two trees, of two answers and of one, whose prompts s p p and s q begin with the same token:
 
-        input_ids     p p p | a a | b | q | c c
-        position_ids  0 1 2   3 4   3   0   1 2
+        input_ids     s p p | a a | b | q | c c
+        position_ids  0 1 2   3 4   3   1   2 3
         score_index           ^4    ^5       ^8      R = 3: the last token of every answer
     """
 
@@ -173,8 +183,9 @@ def build_batch(
     Args:
         preferences: Trees; rewards come in the order of their answers.
         batching: `shared`: a prompt stands once, before its answers, and preferences of one `group` are one
-            tree, in which an answer that several of them name stands once too. `packed`: every answer has its own copy
-            of the prompt. `padded`: one row an answer, padded on the right, for models without tree attention.
+            tree, in which an answer that several of them name stands once too; what all prompts begin with, a system
+            prompt most often, stands once at the row's start. `packed`: every answer has its own copy of the prompt.
+            `padded`: one row an answer, padded on the right, for models without tree attention.
         core: How the attention will be computed.
     """
     if batching == "padded":
@@ -184,10 +195,13 @@ def build_batch(
     trees: list[Tree] = []
     ends: list[int] = []
     found: dict[tuple[int, int], int] = {}  # (preference, answer) -> index of its last token
-    for prompt, answers in _trees(preferences, batching):
-        trees.append(Tree(len(ids), len(prompt), tuple(len(answer) for answer in answers)))
-        ids += prompt
-        positions += range(len(prompt))
+    prompts_and_answers = list(_trees(preferences, batching))
+    stem = _stem([prompt for prompt, _ in prompts_and_answers], batching)
+    for prompt, answers in prompts_and_answers:
+        before = stem if trees else 0
+        trees.append(Tree(len(ids), len(prompt) - before, tuple(map(len, answers)), before))
+        ids += prompt[before:]
+        positions += range(before, len(prompt))
         for answer, named_by in answers.items():
             ids += answer
             positions += range(len(prompt), len(prompt) + len(answer))
@@ -228,6 +242,11 @@ def _trees(preferences: Sequence[TokenTree], batching: Batching) -> Iterator[tup
         yield prompt, answers
 
 
+def _stem(prompts: Sequence[list[int]], batching: Batching) -> int:
+    """How many tokens all prompts begin with, which then stand once; 0 where nothing is shared."""
+    return common_length(prompts) if batching == "shared" else 0
+
+
 def families(preferences: Sequence[TokenTree]) -> list[list[int]]:
     """Preferences by number, those of one group together, in the order of their first."""
     found: dict[str | int, list[int]] = {}
@@ -256,7 +275,9 @@ def num_tokens(preferences: Sequence[TokenTree], batching: Batching) -> int:
     """Tokens that preferences take in a row (in a padded batch: without padding)."""
     if batching == "padded":
         return sum(len(p.prompt_ids) * len(p.answer_ids) + sum(map(len, p.answer_ids)) for p in preferences)
-    return sum(len(prompt) + sum(map(len, answers)) for prompt, answers in _trees(preferences, batching))
+    trees = list(_trees(preferences, batching))
+    spared = (len(trees) - 1) * _stem([prompt for prompt, _ in trees], batching)
+    return sum(len(prompt) + sum(map(len, answers)) for prompt, answers in trees) - spared
 
 
 def microbatches(
@@ -279,11 +300,13 @@ def microbatches(
         for family in together
         for piece in _fitting([preferences[number] for number in family], budget, batching)
     ]
-    ordered = sorted(((num_tokens(piece, batching), piece) for piece in pieces), key=lambda x: -x[0])
+    stem = _stem([preference.prompt_ids for preference in preferences], batching)
+    budget -= stem  # any row has at least these tokens in common, and they count once
+    ordered = sorted(((num_tokens(piece, batching) - stem, piece) for piece in pieces), key=lambda x: -x[0])
     alone = [piece for cost, piece in ordered if cost > budget]
     ordered = ordered[len(alone) :]
     num_rows = max(
-        -(-sum(cost for cost, _ in ordered) // budget), min(at_least - len(alone), len(ordered)), 1
+        -(-sum(cost for cost, _ in ordered) // max(1, budget)), min(at_least - len(alone), len(ordered)), 1
     )
     while ordered:
         rows: list[list[TokenTree]] = [[] for _ in range(num_rows)]

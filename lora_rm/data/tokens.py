@@ -451,8 +451,9 @@ def _tokenize_all(
                     advance(len(rows))
         except BrokenProcessPool:
             raise DataError(
-                f"One of {workers} processes that tokenise has died; most often the machine's memory is full. Close other "
-                "programs, or set data.num_workers 1. Nothing was written."
+                f"One of {workers} processes that tokenise has died. Most often the machine's memory is full: close other "
+                "programs, or set data.num_workers 1. Or they were started by a script that does its work when it is "
+                "imported: put it under `if __name__ == '__main__':`. Nothing was written."
             ) from None
     return flat
 

@@ -29,6 +29,7 @@ from lora_rm.data.batches import Batching
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.losses import preference_losses
+from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.quantization import codes_8bit, make_exact, quantized_layers
@@ -174,6 +175,7 @@ def empty_model(
         compute_dtype=compute_dtype,
     )
     make_exact(made)
+    join_products(made)
     made.set_batching(batching)
     made.set_checkpointing([mode] * len(made.layers))
     if batching != "padded":

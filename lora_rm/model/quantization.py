@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -308,28 +308,36 @@ class ExactLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes h
         if dtype != torch.float32:
             bias = None if self.bias is None else self.bias.to(dtype)
             return bnb.matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state).to(x.dtype)
-        y = _ExactProduct.apply(x.float(), weight, state)
+        y = _ExactProduct.apply(x.float(), dense_weight(self))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class _ExactProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Any, state: Any) -> torch.Tensor:
-        ctx.weight, ctx.state = weight, state
-        return x @ _dequantized(weight, state).T
+    def forward(ctx: Any, x: torch.Tensor, weight: Callable[[torch.dtype], torch.Tensor]) -> torch.Tensor:
+        ctx.weight = weight
+        return x @ weight(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient @ _dequantized(ctx.weight, ctx.state), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.weight(gradient.dtype), None
+
+
+def dense_weight(layer: Any) -> Callable[[torch.dtype], torch.Tensor]:
+    """A function that gives the weight a linear layer has now, (out, in), in the type asked for.
+
+    Of a sharded base the tensor is there whenever the layer computes, forward and backward.
+    """
+    weight = layer.weight
+    if not isinstance(layer, bnb.nn.Linear4bit):
+        return weight.to  # type: ignore[no-any-return]
+    state = quant_state(layer)
+    return lambda dtype: bnb_functional.dequantize_4bit(weight.data, state).to(dtype)
 
 
 def _whole(weight: Any) -> torch.Tensor:
     """The codes; those of a sharded weight are gathered, for which every process must call this."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
-
-
-def _dequantized(weight: Any, state: Any) -> torch.Tensor:
-    return bnb_functional.dequantize_4bit(weight.data, state).float()
 
 
 def make_exact(model: torch.nn.Module) -> None:

@@ -35,6 +35,7 @@ from lora_rm.data.batches import (
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError
 from lora_rm.model import tree_attention
+from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.adapter import (
     WEIGHTS,
     ChangedBase,
@@ -578,6 +579,7 @@ class RewardModel(nn.Module):
 
     def _ready(self) -> "RewardModel":
         make_exact(self)
+        join_products(self)
         self._check_head()
         return self
 

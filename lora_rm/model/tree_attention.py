@@ -1,11 +1,12 @@
 """Attention over a packed row of trees: each prompt is computed once and seen by all of its answers.
 
-A row holds trees one after another; a tree is a prompt followed by its K answers. A token sees the prompt of
-its tree and its own answer up to itself, at the positions it has in its own conversation, so every hidden
-state equals that of the separate conversation and autograd adds the answers' gradients in the prompt.
+A row holds trees one after another; a tree is a prompt followed by its K answers. What all prompts of a row begin
+with, such as a system prompt, is the row's stem: it stands once, in the first tree. A token sees the stem, the prompt
+of its tree and its own answer up to itself, at the positions it has in its own conversation, so every hidden state
+equals that of the separate conversation and autograd adds the gradients of all that saw it.
 
-    row        [ p p p p | a a a | b b ][ q q | c c c | d ]
-    position     0 1 2 3   4 5 6   4 5    0 1   2 3 4   2
+    row        [ s s p p | a a a | b b ][ q q | c c c | d ]
+    position     0 1 2 3   4 5 6   4 5    2 3   4 5 6   4
 
 The plan travels as the model kwarg `tree_plan` down to the attention function, so it is still there when
 checkpointing recomputes a layer. Published for DPO by Wang and Hegde 2024 (arXiv 2410.20305).
@@ -85,16 +86,18 @@ Pieces = Sequence[torch.Tensor]
 def _answers(
     queries: Pieces, keys: Pieces, values: Pieces, plan: TreePlan
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Every answer's queries, and the keys and values of its prompt and itself."""
+    """Every answer's queries, and the keys and values of stem, prompt and itself."""
     pieces = zip(queries, keys, values, strict=True)
+    stem = plan.trees[-1].stem_length
+    of_stem = keys[0][:, :, :stem], values[0][:, :, :stem]
     for tree in plan.trees:
-        prompt = tree.prompt_length
+        shared = of_stem if tree.stem_length else None
         for number, (query, key, value) in zip(range(len(tree.answer_lengths)), pieces, strict=False):
+            if shared:
+                key, value = torch.cat((shared[0], key), dim=2), torch.cat((shared[1], value), dim=2)
             if number == 0:  # prompt and first answer in one piece: the prompt's outputs come with it
-                shared_key, shared_value = key[:, :, :prompt], value[:, :, :prompt]
-            else:
-                key = torch.cat((shared_key, key), dim=2)
-                value = torch.cat((shared_value, value), dim=2)
+                prompt = tree.stem_length + tree.prompt_length
+                shared = key[:, :, :prompt], value[:, :, :prompt]
             yield query, key, value
 
 
@@ -173,7 +176,7 @@ def _attend(
     window = how.window if how.window is not None and how.window < keys else None
     is_causal = queries == keys and window is None
     sees_all = queries == 1 and window is None
-    mask = None if is_causal or sees_all else how.plan.mask(queries, keys, window, query_1HQD.device)
+    mask = None if is_causal or sees_all else how.plan.mask(queries, keys, window, query_1HQD)
     return F.scaled_dot_product_attention(
         query_1HQD,
         key_1GKD,
@@ -198,8 +201,8 @@ def _softcapped(
     scale = query_1HQD.shape[-1] ** -0.5 if how.scaling is None else how.scaling
     assert how.softcap is not None
     scores_1HQK = how.softcap * torch.tanh(query_1HQD @ key.transpose(2, 3) * scale / how.softcap)
-    mask = how.plan.mask(query_1HQD.shape[2], key.shape[2], how.window, key.device)
-    weights = torch.softmax(scores_1HQK.masked_fill(~mask, float("-inf")), dim=-1, dtype=torch.float32)
+    mask = how.plan.mask(query_1HQD.shape[2], key.shape[2], how.window, scores_1HQK)
+    weights = torch.softmax(scores_1HQK + mask, dim=-1, dtype=torch.float32)
     return F.dropout(weights.to(value.dtype), p=how.dropout) @ value
 
 

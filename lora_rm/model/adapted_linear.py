@@ -1,0 +1,85 @@
+"""A frozen linear layer and its LoRA update as one product.
+
+PEFT adds the update to the layer's output in three passes over a tensor as long as the row (four on a 4-bit layer,
+whose output it clones), and autograd adds the gradients toward the input in another. Here the second factor of the
+update accumulates into the base's product, forward and backward, as BLAS can (`addmm`); on two CPU cores that is half of
+what an adapter costs. Same sums, so losses differ by rounding alone.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import Linear4bit as LoraLinear4bit
+from torch import nn
+
+from lora_rm.model.quantization import ExactLinear4bit, dense_weight
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T, of x (T, in), A (rank, in) and B (out, rank); W and bias are frozen.
+
+    Hu et al. 2021 (arXiv 2106.09685), eq. 3. Backward, for a gradient g of y (T, out):
+
+        x: g W + s (g B) A      A: s (g B)^T x      B: s g^T (x A^T)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, base: Any
+    ) -> torch.Tensor:
+        low = x @ a.T
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scale, ctx.weight = scale, dense_weight(base)
+        # not in place: selective checkpointing keeps the base's product and must find it as it was
+        return torch.addmm(base(x), low, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        low_gradient = (gradient @ b).mul_(ctx.scale)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ ctx.weight(gradient.dtype)).addmm_(low_gradient, a)
+        return of_x, low_gradient.T @ x, (gradient.T @ low).mul_(ctx.scale), None, None
+
+
+class _Adapted:
+    """The forward pass of an adapted layer, where it is a plain LoRA on a layer whose weight stands as (out, in)."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base and update; with dropout, DoRA or several adapters as PEFT computes them."""
+        base = self.get_base_layer()
+        is_plain = (
+            type(base) in (nn.Linear, ExactLinear4bit)
+            and self.active_adapters == ["default"]
+            and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
+            and (type(self.lora_dropout["default"]) is nn.Identity or not self.training)
+            and self.lora_B["default"].bias is None
+        )
+        if not is_plain:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc] # of PEFT's class
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+        rows, scale = x.flatten(0, -2).to(dtype), self.scaling["default"]
+        y: torch.Tensor = _AdaptedProduct.apply(rows, a.to(dtype), b.to(dtype), scale, base)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if type(base) is nn.Linear else y.to(x.dtype)
+
+
+class AdaptedLinear(_Adapted, LoraLinear):
+    """On a layer that is not quantised."""
+
+
+class AdaptedLinear4bit(_Adapted, LoraLinear4bit):
+    """On a 4-bit layer."""
+
+
+def join_products(model: nn.Module) -> None:
+    """Lets every adapted layer compute base and update as one product; layers of other kinds stay PEFT's."""
+    for module in model.modules():
+        if type(module) is LoraLinear and not module.fan_in_fan_out:
+            module.__class__ = AdaptedLinear
+        elif type(module) is LoraLinear4bit:
+            module.__class__ = AdaptedLinear4bit
