@@ -11,8 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_rm import processes
 from lora_rm.config import Settings, check_settings, dump_settings, save_settings
 from lora_rm.data.batches import microbatches, num_tokens, share_of_rows
+from lora_rm.data.split import load_data
+from lora_rm.data.tokens import ChatTokenizer
+from lora_rm.model.base import find_base
+from lora_rm.train import rows_of_steps
 from lora_rm.workflow import train_run
 
 TRAIN = ["-m", "lora_rm.cli", "train"]
@@ -48,9 +53,19 @@ def numbers(folder):
     return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
 
 
+def tokens_of_steps(settings: Settings, num_processes: int, monkeypatch) -> list[int]:
+    """What so many processes compute in each of three steps."""
+    chat = ChatTokenizer.load(find_base(settings.model.base).path)
+    trees = load_data(settings.data, chat, seed=settings.seed).train.trees
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "count", lambda: num_processes)
+        steps = list(rows_of_steps(trees, settings, 3, "shared", settings.train.row))
+    return [sum(num_tokens(row, "shared") for row in rows) for rows in steps]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "sharding"), [(2, "none"), (4, "none"), (4, "full")])
-def test_several_processes_train_what_one_does(settings, tmp_path, count, sharding):
+def test_several_processes_train_what_one_does(settings, tmp_path, monkeypatch, count, sharding):
     """Unequal trees, 21 evaluation prompts over the processes, three steps and an evaluation after each."""
     more = {"max_steps": 3, "eval_every_steps": 1, "tokens_per_microbatch": 400, "log_every_steps": 1}
     alone = with_values(settings, tmp_path / "alone", **more)
@@ -66,8 +81,11 @@ def test_several_processes_train_what_one_does(settings, tmp_path, count, shardi
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert found["num_preferences"] == expected["num_preferences"] == 8
-        assert found["num_tokens"] == expected["num_tokens"]
         assert found["accuracy"] == expected["accuracy"]
+    # every row of every process has its own copy of what its conversations begin with
+    for lines, num_processes in ((one, 1), (other, count)):
+        expected = tokens_of_steps(alone, num_processes, monkeypatch)
+        assert [line["num_tokens"] for line in lines] == expected
     for expected, found in zip(one_evaluations, other_evaluations, strict=True):
         assert found["eval"]["accuracy"] == expected["eval"]["accuracy"]
         assert found["eval"]["loss"] == pytest.approx(expected["eval"]["loss"], rel=1e-5)

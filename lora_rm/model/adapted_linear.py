@@ -68,11 +68,11 @@ class _Adapted:
         return y if type(base) is nn.Linear else y.to(x.dtype)
 
 
-class AdaptedLinear(_Adapted, LoraLinear):
+class AdaptedLinear(_Adapted, LoraLinear):  # type: ignore[misc] # PEFT is not checked
     """On a layer that is not quantised."""
 
 
-class AdaptedLinear4bit(_Adapted, LoraLinear4bit):
+class AdaptedLinear4bit(_Adapted, LoraLinear4bit):  # type: ignore[misc]
     """On a 4-bit layer."""
 
 

@@ -214,10 +214,10 @@ def fill(model: RewardModel, device: torch.device) -> None:
             setattr(module, name, torch.ones(buffer.shape, dtype=buffer.dtype, device=device))
 
 
-def one_pair(tokens: int) -> TokenTree:
-    """A pair of so many tokens in all, nearly all of them prompt."""
-    answer = min(32, tokens // 4)
-    return TokenTree([1] * (tokens - 2 * answer), ([1] * answer, [2] * answer))
+def one_pair(tokens: int, answer: int = 32, number: int = 0) -> TokenTree:
+    """A pair of so many tokens in all, two answers among them; pairs of other numbers share nothing with it."""
+    answer = min(answer, tokens // 4)
+    return TokenTree([number] * (tokens - 2 * answer), ([1] * answer, [2] * answer))
 
 
 def rows_to_trace(config: Any, settings: Settings, batching: Batching) -> list[list[TokenTree]]:
@@ -236,10 +236,9 @@ def rows_to_trace(config: Any, settings: Settings, batching: Batching) -> list[l
         return [[one_pair(length)] for length in (lengths if width >= 1024 else (1024, 2048))]
     answer = longest // 3
     size = longest + answer
-    pair = TokenTree([1] * (longest - answer), ([1] * answer, [2] * answer))
     over = math.ceil(1.5 * width / size)
     counts = (1, 2, over, 2 * over) if over > 2 else (over, 3 * over)
-    return [[replace(pair) for _ in range(count)] for count in counts]
+    return [[one_pair(size, answer, number) for number in range(count)] for count in counts]
 
 
 def run_step(model: RewardModel, trees: Sequence[TokenTree], settings: Settings) -> int:

@@ -330,7 +330,7 @@ def dense_weight(layer: Any) -> Callable[[torch.dtype], torch.Tensor]:
     """
     weight = layer.weight
     if not isinstance(layer, bnb.nn.Linear4bit):
-        return weight.to  # type: ignore[no-any-return]
+        return weight.to
     state = quant_state(layer)
     return lambda dtype: bnb_functional.dequantize_4bit(weight.data, state).to(dtype)
 
