@@ -162,7 +162,7 @@ class Contest:
         batches = [size for size in (1, 2, 4, 8) if per_step % size == 0]
         say(f"{name}, {self.quantization}: ours ...")
         with peak_memory() as peak:
-            losses, seconds, tokens = self._train_ours(trees, per_step, steps)
+            losses, seconds, tokens = self.train_ours(trees, per_step, steps)
         found: dict[Any, list[float]] = {}
         differences, padded, peaks = [], {}, {}
         for variant in ["defaults", *batches]:
@@ -174,7 +174,7 @@ class Contest:
                     trees, per_step, steps, size, checkpointing=variant == "defaults"
                 )
             differences.append(max(abs(a - b) for a, b in zip(losses, other, strict=True)))
-        again, more, _ = self._train_ours(trees, per_step, steps)  # the machine may have changed meanwhile
+        again, more, _ = self.train_ours(trees, per_step, steps)  # the machine may have changed meanwhile
         assert again == losses
         allowed = 1e-4 if self.dtype == torch.float32 and self.quantization == "none" else 0.05
         if max(differences) > allowed:
@@ -191,7 +191,7 @@ class Contest:
             "trl_peak_mb": round(peaks[best][0]), "trl_defaults_peak_mb": round(peaks["defaults"][0]),
         }  # fmt: skip
 
-    def _train_ours(
+    def train_ours(
         self, trees: list[TokenTree], per_step: int, steps: int
     ) -> tuple[list[float], list[float], int]:
         put(self.start, self.ours.model)
