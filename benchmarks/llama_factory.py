@@ -141,7 +141,7 @@ def run_theirs(contest: Contest, python: str, folder: Path, per_step: int, batch
 
 def as_sharegpt(chat: Any, conversations: list[list[int]]) -> dict[str, Any]:
     """Two rendered conversations as LLaMA-Factory wants a pair; it renders them in the same template, ChatML."""
-    chosen, rejected = ([message for message in read_chatml(chat, ids)] for ids in conversations)
+    chosen, rejected = (read_chatml(chat, ids) for ids in conversations)
     system = chosen.pop(0)["value"] if chosen[0]["from"] == "system" else ""
     return {"system": system, "conversations": chosen[:-1], "chosen": chosen[-1], "rejected": rejected[-1]}
 
