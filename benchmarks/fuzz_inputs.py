@@ -619,6 +619,7 @@ def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]
     yield data("rows_bomb.jsonl.gz", gzip.compress(b"{}\n" * 2**25), "skip")
     yield data("bomb.json.gz", gzip.compress(b"[" + b"0," * 2**27 + b"0]"))
     yield data("bomb.csv.gz", gzip.compress(b"prompt,chosen,rejected\n" + b"a,b,c\n" * 2**25), "skip")
+    yield data("one_good.jsonl", pair_line + b"{}\n" * 1_000_000, "skip")
     yield data("nested.jsonl.gz", gzip.compress(gzip.compress(pair_line)))
     yield data("zip.jsonl", b"PK\x03\x04" + b"\0" * 100)
     yield data("pairs.txt", pair_line)
@@ -637,6 +638,10 @@ def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]
     same = pa.array(["a"] * 20_000_000).dictionary_encode()
     pq.write_table(pa.table({"prompt": same}), bench.folder / "rows.parquet")
     yield "rows.parquet", lambda: bench.read(str(bench.folder / "rows.parquet"), "skip"), "rows.parquet"
+    same = pa.array(["a"] * 2_000_000).dictionary_encode()
+    other = pa.array(["b"] * 2_000_000).dictionary_encode()
+    pq.write_table(pa.table({"prompt": same, "chosen": same, "rejected": other}), bench.folder / "good.parquet")
+    yield "good.parquet", lambda: bench.read(str(bench.folder / "good.parquet"), "skip"), "good.parquet"
     (bench.folder / "folder.jsonl").mkdir(exist_ok=True)
     yield "folder.jsonl", lambda: bench.read(str(bench.folder / "folder.jsonl"), "raise"), "folder.jsonl"
     pipe = bench.folder / "pipe.jsonl"

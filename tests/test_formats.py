@@ -332,6 +332,32 @@ def test_a_line_beyond_the_longest_is_named(tmp_path, monkeypatch, size):
         list(read_rows(str(path)))
 
 
+def test_rows_of_an_archive_are_limited_by_its_bytes_and_those_of_a_plain_file_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
+    text = b"prompt,chosen,rejected\n" + b"a,b,c\n" * 20_000
+    plain, packed = tmp_path / "pairs.csv", tmp_path / "pairs.csv.gz"
+    plain.write_bytes(text)
+    packed.write_bytes(gzip.compress(text))
+    allowed = packed.stat().st_size // files.MIN_PACKED_ROW
+    assert 50 < allowed < 20_000
+    assert len(read_preferences(str(plain))[0]) == 20_000
+    with pytest.raises(DataError, match=f"pairs.csv.gz: .*more than {allowed:,} rows.*give the plain file"):
+        read_preferences(str(packed))
+    assert len(read_preferences(str(packed), limit=allowed)[0]) == allowed
+    table = pyarrow.table({name: [name] * 20_000 for name in ("prompt", "chosen", "rejected")})
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match=r"pairs.parquet: .*more than [\d,]+ rows"):
+        read_preferences(str(tmp_path / "pairs.parquet"))
+
+
+def test_an_archive_of_short_rows_that_differ_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
+    lines = [f"Is {n} even?,{('yes', 'no')[n % 2]},{('no', 'yes')[n % 2]}\n" for n in range(20_000)]
+    path = tmp_path / "pairs.csv.gz"
+    path.write_bytes(gzip.compress(("prompt,chosen,rejected\n" + "".join(lines)).encode()))
+    assert len(read_preferences(str(path))[0]) == 20_000
+
+
 def test_csv_lines_numbers_and_texts_that_look_like_json(tmp_path):
     long = "x" * 200_000
     rows = [["[1, 2]", "two\nlines", '{"a": 1}', "1"], [], ["q", long, "b", "2"]]
@@ -643,6 +669,16 @@ def test_skipping_counts_by_reason(tmp_path):
     assert dropped == {"unknown format": 2, "empty field": 1}
     with pytest.raises(DataError, match=r"no row that can be used \(unknown format: 1\)"):
         read_preferences(write_lines(tmp_path / "b.jsonl", {"a": 1}), on_bad_row="skip")
+
+
+def test_a_file_with_hardly_a_good_row_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_rm.data.formats.MAX_BAD_START", 50)
+    bad = {"question": "a"}
+    file = write_lines(tmp_path / "pairs.jsonl", PAIR, *[bad] * 200)
+    with pytest.raises(DataError, match=r"1 rows that can be used among its first 102 \(unknown format: 101\)"):
+        read_preferences(file, on_bad_row="skip")
+    file = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR, PAIR, *[bad] * 200, PAIR)
+    assert len(read_preferences(file, on_bad_row="skip")[0]) == 4
 
 
 def test_limit_stops_the_reading(tmp_path):
