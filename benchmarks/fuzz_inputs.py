@@ -585,6 +585,7 @@ SLOW = {"model folders": 0.25, "saved dataset": 0.5, "data sources": 0.5, "model
 def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]:
     """Cases of one of a kind: name, action, and what a refusal must name."""
     pair_line = dumped(VALID[0]) + b"\n"
+    packed = gzip.compress  # an archive may have many parts, one after the other
     million = "word " * 500_000
 
     def data(name: str, content: bytes, mode: str = "raise") -> tuple[str, Callable[[], str | None], str]:
@@ -615,10 +616,10 @@ def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]
     yield data("nests.jsonl", b"[" + b"{}," * 11_000_000 + b"{}]")
     yield data("one_line.jsonl", b"a" * 40_000_000)
     yield data("one_cell.csv", b'prompt,chosen,rejected\n"' + b"a\n" * 18_000_000, "skip")
-    yield data("bomb.jsonl.gz", gzip.compress(b"\0" * 2**29))
-    yield data("rows_bomb.jsonl.gz", gzip.compress(b"{}\n" * 2**25), "skip")
-    yield data("bomb.json.gz", gzip.compress(b"[" + b"0," * 2**27 + b"0]"))
-    yield data("bomb.csv.gz", gzip.compress(b"prompt,chosen,rejected\n" + b"a,b,c\n" * 2**25), "skip")
+    yield data("bomb.jsonl.gz", packed(b"\0" * 2**24) * 32)
+    yield data("rows_bomb.jsonl.gz", packed(b"{}\n" * 2**20) * 32, "skip")
+    yield data("bomb.json.gz", packed(b"[") + packed(b"0," * 2**22) * 32 + packed(b"0]"))
+    yield data("bomb.csv.gz", packed(b"prompt,chosen,rejected\n") + packed(b"a,b,c\n" * 2**20) * 32, "skip")
     yield data("one_good.jsonl", pair_line + b"{}\n" * 1_000_000, "skip")
     yield data("nested.jsonl.gz", gzip.compress(gzip.compress(pair_line)))
     yield data("zip.jsonl", b"PK\x03\x04" + b"\0" * 100)
@@ -640,7 +641,9 @@ def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]
     yield "rows.parquet", lambda: bench.read(str(bench.folder / "rows.parquet"), "skip"), "rows.parquet"
     same = pa.array(["a"] * 2_000_000).dictionary_encode()
     other = pa.array(["b"] * 2_000_000).dictionary_encode()
-    pq.write_table(pa.table({"prompt": same, "chosen": same, "rejected": other}), bench.folder / "good.parquet")
+    pq.write_table(
+        pa.table({"prompt": same, "chosen": same, "rejected": other}), bench.folder / "good.parquet"
+    )
     yield "good.parquet", lambda: bench.read(str(bench.folder / "good.parquet"), "skip"), "good.parquet"
     (bench.folder / "folder.jsonl").mkdir(exist_ok=True)
     yield "folder.jsonl", lambda: bench.read(str(bench.folder / "folder.jsonl"), "raise"), "folder.jsonl"

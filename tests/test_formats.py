@@ -675,7 +675,9 @@ def test_a_file_with_hardly_a_good_row_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_rm.data.formats.MAX_BAD_START", 50)
     bad = {"question": "a"}
     file = write_lines(tmp_path / "pairs.jsonl", PAIR, *[bad] * 200)
-    with pytest.raises(DataError, match=r"1 rows that can be used among its first 102 \(unknown format: 101\)"):
+    with pytest.raises(
+        DataError, match=r"1 rows that can be used among its first 102 \(unknown format: 101\)"
+    ):
         read_preferences(file, on_bad_row="skip")
     file = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR, PAIR, *[bad] * 200, PAIR)
     assert len(read_preferences(file, on_bad_row="skip")[0]) == 4

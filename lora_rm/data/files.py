@@ -150,9 +150,7 @@ def _open(source: str, split: str) -> Iterator[Row | BadRow]:
     return _no_more_than_packed(rows, source, path) if suffix.endswith((".gz", ".parquet")) else rows
 
 
-def _no_more_than_packed(
-    rows: Iterable[Row | BadRow], source: str, path: Path
-) -> Iterator[Row | BadRow]:
+def _no_more_than_packed(rows: Iterable[Row | BadRow], source: str, path: Path) -> Iterator[Row | BadRow]:
     """Stops at an archive of more rows than its bytes can say something in."""
     size = path.stat().st_size
     allowed = max(ALWAYS_ROWS, size // MIN_PACKED_ROW)
