@@ -16,6 +16,7 @@ import faulthandler
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
@@ -178,7 +179,8 @@ def dumped(value: Any, is_ascii: bool = True) -> bytes:
     return json.dumps(value, ensure_ascii=is_ascii).encode(errors="surrogatepass")
 
 
-lines = st.builds(dumped, rows | values, st.booleans()) | st.binary(max_size=60)
+deep = st.sampled_from([b"[" * 9000, b'{"data":' * 9000, b"[" * 9000 + b"]" * 9000])
+lines = st.builds(dumped, rows | values, st.booleans()) | st.binary(max_size=60) | deep
 
 
 @st.composite
@@ -191,7 +193,9 @@ def damaged(draw: Callable[..., Any], whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 jsonl = st.lists(lines, max_size=4).map(b"\n".join)
-json_list = st.lists(rows | values, max_size=4).map(dumped) | values.map(dumped) | st.binary(max_size=60)
+json_list = (
+    st.lists(rows | values, max_size=4).map(dumped) | values.map(dumped) | st.binary(max_size=60) | deep
+)
 cells = (
     st.sampled_from(["a", '"b', 'c""', "1", "-3", "nan", "\0", '[{"role":"user","content":"a"}]', "true"])
     | texts
@@ -308,8 +312,6 @@ class Bench:
 
     def read(self, source: str, policy: str) -> str | None:
         """Reads and tokenises preferences; says what is wrong with them."""
-        import math
-
         from lora_rm.data.formats import read_preferences
         from lora_rm.data.tokens import tokenize
 
@@ -371,8 +373,12 @@ policy = st.sampled_from(["raise", "skip"])
 def _row(_: Bench, drawn: dict[str, Any]) -> tuple[Callable[[], str | None], str]:
     from lora_rm.data.formats import parse_row
 
-    def act() -> None:
-        parse_row(drawn, "pairs.jsonl line 17")
+    def act() -> str | None:
+        found = parse_row(drawn, "pairs.jsonl line 17")
+        json.dumps([found.prompt, found.answers, found.tools], ensure_ascii=False).encode()
+        if not all(map(math.isfinite, (found.probability, found.margin, *found.scores))):
+            return "a target is not finite"
+        return None
 
     return act, "pairs.jsonl line 17"
 

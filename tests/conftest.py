@@ -220,6 +220,13 @@ def _own_cache(tmp_path_factory):
         os.environ["LORA_RM_CACHE"] = str(folder)
 
 
+def forget_hash(adapter):
+    """Lets an adapter be opened whose weights a test has changed on purpose."""
+    record = json.loads((adapter / "lora_rm.json").read_text())
+    del record["weights_sha256"]
+    (adapter / "lora_rm.json").write_text(json.dumps(record))
+
+
 def killed_in_verification(program: str, *words) -> None:
     """Runs a program that exports and is killed with SIGKILL when all is written and nothing is verified."""
     die = "import lora_rm.export.proof as proof, os, signal\n"

@@ -304,7 +304,11 @@ def test_csv(tmp_path, suffix):
 
 @pytest.mark.parametrize("size", [3, 4, 5, 7, 16, 64])
 def test_rows_do_not_depend_on_the_blocks_they_are_read_in(tmp_path, monkeypatch, size):
-    cells = [["q\u2028é🙂", 'two\n\n\r\nlines, "quoted"\n', "c"], ["", "", ""], ["x" * 70, "b\x85", "é\n"]]
+    cells = [
+        ["q\u2028é🙂" + "\ufeff" * 7, 'one\rtwo\n\n\r\nlines, "quoted"\n', "c"],
+        ["", "", ""],
+        ["x" * 70, "b\x85", "é\n"],
+    ]
     names = ["prompt", "chosen", "rejected"]
     sources = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.csv.gz")]
     lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in cells]
@@ -316,6 +320,11 @@ def test_rows_do_not_depend_on_the_blocks_they_are_read_in(tmp_path, monkeypatch
         path.write_bytes(content)
     expected = [list(read_rows(str(path))) for path in sources]
     assert [len(rows) for rows in expected] == [6, 6, 5, 5]
+    assert [row.values for row in expected[0][:3]] == [dict(zip(names, row, strict=True)) for row in cells]
+    assert [list(row.values.values()) for row in expected[2][:2]] == [cells[0], cells[2]]
+    assert expected[2][1].source.endswith(
+        f" line {2 + 1 + 4 + 1}"
+    )  # four of the first row's lines end in a cell
     monkeypatch.setattr(files, "BLOCK", size)
     assert [list(read_rows(str(path))) for path in sources] == expected
 
@@ -350,6 +359,18 @@ def test_rows_of_an_archive_are_limited_by_its_bytes_and_those_of_a_plain_file_a
         read_preferences(str(tmp_path / "pairs.parquet"))
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.csv.gz", "pairs.json.gz"])
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "BLOCK", 1000)
+    monkeypatch.setattr(files, "ALWAYS_UNPACKED", 5000)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"[" * 200_000))
+    with pytest.raises(
+        DataError, match=f"{name}: .*unpack to more than 100 times as many.*plain .jsonl file"
+    ):
+        read_preferences(str(path), on_bad_row="skip")
+
+
 def test_an_archive_of_short_rows_that_differ_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
     lines = [f"Is {n} even?,{('yes', 'no')[n % 2]},{('no', 'yes')[n % 2]}\n" for n in range(20_000)]
@@ -371,6 +392,13 @@ def test_csv_lines_numbers_and_texts_that_look_like_json(tmp_path):
 
     csv_bytes(["prompt", "responses", "scores"], [["q", '["a", "b"]', "[1, 2]"]], path)
     assert read_preferences(str(path))[0][0].margin == 1.0
+
+
+def test_an_empty_cell_of_a_list_is_as_if_not_there(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,response1,response2,overall_preference,responses,scores,tools\nq,a,b,2,,, \n")
+    [preference], _ = read_preferences(str(path))
+    assert preference.answers == ((assistant("b"),), (assistant("a"),))
 
 
 def test_parquet(tmp_path):
