@@ -660,6 +660,14 @@ def test_bad_csv_line(tmp_path, reason, line, words):
     check_bad_line(tmp_path / "pairs.csv", content, 4, reason, words)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_number_that_is_not_finite_is_no_target(number):
+    with pytest.raises(RowError, match=r"line 1: field 'rating' is .*Allowed: a finite number"):
+        parse_row({"prompt": "a", "response": "b", "rating": number}, "line 1")
+    with pytest.raises(RowError, match=r"line 1: field 'scores\[1\]' is .*Allowed: a finite number"):
+        parse_row({"prompt": "a", "responses": ["b", "c"], "scores": [1, number]}, "line 1")
+
+
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(RowError) as caught:
         parse_row(PAIR | {"tie": "y" * 5000}, "here")
