@@ -16,6 +16,7 @@ import faulthandler
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
@@ -178,7 +179,8 @@ def dumped(value: Any, is_ascii: bool = True) -> bytes:
     return json.dumps(value, ensure_ascii=is_ascii).encode(errors="surrogatepass")
 
 
-lines = st.builds(dumped, rows | values, st.booleans()) | st.binary(max_size=60)
+deep = st.sampled_from([b"[" * 9000, b'{"data":' * 9000, b"[" * 9000 + b"]" * 9000])
+lines = st.builds(dumped, rows | values, st.booleans()) | st.binary(max_size=60) | deep
 
 
 @st.composite
@@ -191,7 +193,9 @@ def damaged(draw: Callable[..., Any], whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 jsonl = st.lists(lines, max_size=4).map(b"\n".join)
-json_list = st.lists(rows | values, max_size=4).map(dumped) | values.map(dumped) | st.binary(max_size=60)
+json_list = (
+    st.lists(rows | values, max_size=4).map(dumped) | values.map(dumped) | st.binary(max_size=60) | deep
+)
 cells = (
     st.sampled_from(["a", '"b', 'c""', "1", "-3", "nan", "\0", '[{"role":"user","content":"a"}]', "true"])
     | texts
@@ -308,8 +312,6 @@ class Bench:
 
     def read(self, source: str, policy: str) -> str | None:
         """Reads and tokenises preferences; says what is wrong with them."""
-        import math
-
         from lora_rm.data.formats import read_preferences
         from lora_rm.data.tokens import tokenize
 
@@ -371,8 +373,12 @@ policy = st.sampled_from(["raise", "skip"])
 def _row(_: Bench, drawn: dict[str, Any]) -> tuple[Callable[[], str | None], str]:
     from lora_rm.data.formats import parse_row
 
-    def act() -> None:
-        parse_row(drawn, "pairs.jsonl line 17")
+    def act() -> str | None:
+        found = parse_row(drawn, "pairs.jsonl line 17")
+        json.dumps([found.prompt, found.answers, found.tools], ensure_ascii=False).encode()
+        if not all(map(math.isfinite, (found.probability, found.margin, *found.scores))):
+            return "a target is not finite"
+        return None
 
     return act, "pairs.jsonl line 17"
 
@@ -585,6 +591,7 @@ SLOW = {"model folders": 0.25, "saved dataset": 0.5, "data sources": 0.5, "model
 def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]:
     """Cases of one of a kind: name, action, and what a refusal must name."""
     pair_line = dumped(VALID[0]) + b"\n"
+    packed = gzip.compress  # an archive may have many parts, one after the other
     million = "word " * 500_000
 
     def data(name: str, content: bytes, mode: str = "raise") -> tuple[str, Callable[[], str | None], str]:
@@ -615,10 +622,11 @@ def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]
     yield data("nests.jsonl", b"[" + b"{}," * 11_000_000 + b"{}]")
     yield data("one_line.jsonl", b"a" * 40_000_000)
     yield data("one_cell.csv", b'prompt,chosen,rejected\n"' + b"a\n" * 18_000_000, "skip")
-    yield data("bomb.jsonl.gz", gzip.compress(b"\0" * 2**29))
-    yield data("rows_bomb.jsonl.gz", gzip.compress(b"{}\n" * 2**25), "skip")
-    yield data("bomb.json.gz", gzip.compress(b"[" + b"0," * 2**27 + b"0]"))
-    yield data("bomb.csv.gz", gzip.compress(b"prompt,chosen,rejected\n" + b"a,b,c\n" * 2**25), "skip")
+    yield data("bomb.jsonl.gz", packed(b"\0" * 2**24) * 32)
+    yield data("rows_bomb.jsonl.gz", packed(b"{}\n" * 2**20) * 32, "skip")
+    yield data("bomb.json.gz", packed(b"[") + packed(b"0," * 2**22) * 32 + packed(b"0]"))
+    yield data("bomb.csv.gz", packed(b"prompt,chosen,rejected\n") + packed(b"a,b,c\n" * 2**20) * 32, "skip")
+    yield data("one_good.jsonl", pair_line + b"{}\n" * 1_000_000, "skip")
     yield data("nested.jsonl.gz", gzip.compress(gzip.compress(pair_line)))
     yield data("zip.jsonl", b"PK\x03\x04" + b"\0" * 100)
     yield data("pairs.txt", pair_line)
@@ -637,6 +645,12 @@ def by_hand(bench: Bench) -> Iterator[tuple[str, Callable[[], str | None], str]]
     same = pa.array(["a"] * 20_000_000).dictionary_encode()
     pq.write_table(pa.table({"prompt": same}), bench.folder / "rows.parquet")
     yield "rows.parquet", lambda: bench.read(str(bench.folder / "rows.parquet"), "skip"), "rows.parquet"
+    same = pa.array(["a"] * 2_000_000).dictionary_encode()
+    other = pa.array(["b"] * 2_000_000).dictionary_encode()
+    pq.write_table(
+        pa.table({"prompt": same, "chosen": same, "rejected": other}), bench.folder / "good.parquet"
+    )
+    yield "good.parquet", lambda: bench.read(str(bench.folder / "good.parquet"), "skip"), "good.parquet"
     (bench.folder / "folder.jsonl").mkdir(exist_ok=True)
     yield "folder.jsonl", lambda: bench.read(str(bench.folder / "folder.jsonl"), "raise"), "folder.jsonl"
     pipe = bench.folder / "pipe.jsonl"

@@ -17,6 +17,7 @@ summary.json       the numbers of the last table
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -31,6 +32,7 @@ import torch
 
 from lora_rm.config import Settings, dump_settings, load_settings
 from lora_rm.errors import ConfigError, ModelError, storing
+from lora_rm.model.reward_model import RECORD
 from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.processes import IS_FIRST, wait
 
@@ -83,10 +85,12 @@ class RunFolder:
         if resume:
             _check_same(run, settings, allow)
             run.lock()
-            if allow:
-                write_atomically(run.config, dump_settings(settings))
-            for stale in run.checkpoints.glob(".*"):
-                shutil.rmtree(stale)
+            # written in any case: a folder that became read-only is told before the base is loaded
+            text = dump_settings(settings) if allow else run.config.read_text(encoding="utf-8")
+            write_atomically(run.config, text)
+            with storing(run.checkpoints):
+                for stale in run.checkpoints.glob(".*"):
+                    shutil.rmtree(stale)
             return run
         if run.config.exists():
             if not settings.overwrite:
@@ -141,6 +145,19 @@ class RunFolder:
             )
         return run
 
+    def trained(self) -> Path:
+        """The adapter of a run that is over.
+
+        Raises:
+            ModelError: If training did not reach its end.
+        """
+        if not (self.adapter / RECORD).is_file():
+            raise ModelError(
+                f"{self.path}: holds no adapter yet: its training did not reach the end. Go on with "
+                f"`lora-rm train {self.config} --resume`."
+            )
+        return self.adapter
+
     def settings(self) -> Settings:
         """The settings the run was started with.
 
@@ -188,7 +205,8 @@ def write_atomically(file: Path, text: str) -> None:
                 os.fsync(stream.fileno())
             partial.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that is read-only
+            partial.unlink(missing_ok=True)
 
 
 def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:
@@ -301,6 +319,7 @@ def _write_checkpoint(
         "optimizer": plain,
         "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
         "random": _random_plain(),
+        "versions": _versions(),
     }
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
@@ -334,6 +353,21 @@ def load_checkpoint(
         group["lr"] = rate
     _restore_random(load_tensors(folder / "random.safetensors"), state["random"])
     return state["progress"]
+
+
+def changed_versions(folder: Path) -> list[str]:
+    """Libraries that are not what they were when a checkpoint was saved, in words."""
+    known = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("versions", {})
+    now = _versions()
+    return [
+        f"{name} was {known[name]}, is {now[name]}" for name in now if known.get(name, now[name]) != now[name]
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")
+    }
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

@@ -37,7 +37,13 @@ from lora_rm.errors import MergeError, storing
 from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
-from lora_rm.model.reward_model import HEAD_KEY, read_head, read_record, recorded_quantization
+from lora_rm.model.reward_model import (
+    HEAD_KEY,
+    check_weights_file,
+    read_head,
+    read_record,
+    recorded_quantization,
+)
 from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
 from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
@@ -135,6 +141,7 @@ class Plan:
         self._check_base(biases)
         for shard in self.shards.values():
             shard |= {name: bias for name, bias in biases.items() if name in shard}
+        check_weights_file(adapter, self.record)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -479,6 +486,7 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)
     record = records[0] | {
+        "weights_sha256": _sha256(folder / "adapter_model.safetensors"),
         "canaries": [{**canary, "reward": None} for canary in records[0]["canaries"]],
         "combined": [
             {"adapter_sha256": _sha256(adapter / "adapter_model.safetensors"), "weight": weight}

@@ -33,7 +33,7 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
 
         return Scorer(GGUFModel(gguf, device=device))
     if (folder / "config.yaml").is_file():
-        folder = RunFolder.open(folder).adapter
+        folder = RunFolder.open(folder).trained()
     if (folder / RECORD).is_file():
         model = RewardModel.load_adapter(folder, device=device, compute_dtype=compute_dtype)
     elif (folder / "config.json").is_file():

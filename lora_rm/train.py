@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from lora_rm import processes
 from lora_rm.checkpoint import (
     RunFolder,
+    changed_versions,
     load_checkpoint,
     load_weights,
     newest_checkpoint,
@@ -391,6 +392,11 @@ def _resume(
         say("There is no checkpoint yet: training starts at the first step.")
         return None
     say(f"Going on from {checkpoint}.")
+    if changed := changed_versions(checkpoint):
+        say(
+            f"It was saved with other libraries ({'; '.join(changed)}): what comes is as good, but not the same bit for bit. "
+            "For that, install those versions again."
+        )
     return Progress(**load_checkpoint(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler))
 
 

@@ -163,7 +163,8 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     record["settings"] = run.config.read_text(encoding="utf-8")
     record["length_policy"] = {"max_length": settings.data.max_length, "policy": settings.data.length_policy}
     if processes.IS_FIRST:
-        model.save(run.adapter, record)
+        with storing(run.adapter):
+            model.save(run.adapter, record)
     run.write_json(HELD_OUT, answers[NUM_CANARIES:])
 
 
@@ -187,7 +188,7 @@ def combine_runs(paths: Sequence[Path], weights: Sequence[float], folder: Path) 
 
 def run_adapter(path: Path) -> Path:
     """The adapter of a run, or the folder itself."""
-    return RunFolder(path).adapter if (path / "config.yaml").is_file() else path
+    return RunFolder(path).trained() if (path / "config.yaml").is_file() else path
 
 
 def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
@@ -200,7 +201,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
         MergeError: If it cannot be merged, or rewards changed by more than allowed.
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
-    adapter = run.adapter if run else path
+    adapter = run_adapter(path)
     if run:
         run.lock()
     read_record(adapter)

@@ -1,6 +1,10 @@
 """Tiny models, tokenizers and preferences, made offline."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes test at a time; their threads would spin
@@ -214,3 +218,32 @@ def _own_cache(tmp_path_factory):
         real.mkdir(parents=True, exist_ok=True)
         (folder / "models").symlink_to(real)  # converting the built-in model takes 20 s: once is enough
         os.environ["LORA_RM_CACHE"] = str(folder)
+
+
+def forget_hash(adapter):
+    """Lets an adapter be opened whose weights a test has changed on purpose."""
+    record = json.loads((adapter / "lora_rm.json").read_text())
+    del record["weights_sha256"]
+    (adapter / "lora_rm.json").write_text(json.dumps(record))
+
+
+def killed_in_verification(program: str, *words) -> None:
+    """Runs a program that exports and is killed with SIGKILL when all is written and nothing is verified."""
+    die = "import lora_rm.export.proof as proof, os, signal\n"
+    die += "proof.subprocess.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+    command = [sys.executable, "-c", "import sys\n" + die + program, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+
+def notes_of(out):
+    """What an interrupted export to `out` has finished: its files, and what would tell that they were written again."""
+    partial = out.with_name(f".{out.name}.partial")
+    notes = json.loads((partial / "progress.json").read_text())
+    names = [name for files in notes["finished"].values() for name in files]
+    return {name: written(partial / name) for name in names}
+
+
+def written(file):
+    """Which file it is, and when it was written."""
+    return file.stat().st_ino, file.stat().st_mtime_ns

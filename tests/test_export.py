@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make_base
+from conftest import FAMILIES, killed_in_verification, make_base, notes_of, written
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -104,6 +104,10 @@ def tells_a_path(file):
     )
 
 
+EXPORT = (
+    "from lora_rm.cli import main; main(['export', sys.argv[1], '--to', sys.argv[2], '--out', sys.argv[3]])"
+)
+
 WAYS = [
     "one by one",
     "padded right, 8 together",
@@ -112,10 +116,16 @@ WAYS = [
 ]
 
 
-def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merged, tmp_path):
+def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merged, tmp_path, capsys):
+    """The first attempt is killed in its verification; the second does not write the graph again."""
     import onnxruntime
 
+    killed_in_verification(EXPORT, merged, "onnx", tmp_path / "onnx")
+    finished = notes_of(tmp_path / "onnx")
+    assert finished.keys() == {"model.onnx"}
     out = export_onnx(merged, tmp_path / "onnx")
+    assert "Going on with an interrupted export" in capsys.readouterr().out
+    assert written(out / "model.onnx") == finished["model.onnx"]
     assert {file.name for file in out.iterdir()} == {
         "model.onnx", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "lora_rm_merge.json",
         "parity.json", "README.md",
@@ -161,9 +171,15 @@ def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path,
         export_onnx(merged, tmp_path / "int3", dtype="int3")
 
 
-def test_torch_export_needs_torch_alone(merged, tmp_path):
+def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
+    """The first attempt is killed in its verification; the second does not write the program again."""
     out = tmp_path / "pt2"
+    killed_in_verification(EXPORT, merged, "torch-export", out)
+    finished = notes_of(out)
+    assert finished.keys() == {"model.pt2"}
     assert main(["export", str(merged), "--to", "torch-export", "--out", str(out)]) == 0
+    assert "Going on with an interrupted export" in capsys.readouterr().out
+    assert written(out / "model.pt2") == finished["model.pt2"]
     parity, expected = parity_of(out), parity_of(merged)
     assert parity["target"] == "torch-export"
     assert list(parity["changes"]) == WAYS
@@ -384,7 +400,10 @@ def run(to, name, where=None):
 def finished(to):
     partial = folder / f".{to}-other.partial"
     notes = json.loads((partial / "progress.json").read_text())
-    return {file: (partial / file).stat().st_ino for files in notes["finished"].values() for file in files}
+    return {file: written(partial / file) for files in notes["finished"].values() for file in files}
+
+def written(file):
+    return file.stat().st_ino, file.stat().st_mtime_ns
 
 for to in ("huggingface", "gguf"):
     assert run(to, "whole") == 0
@@ -395,8 +414,8 @@ for to in ("huggingface", "gguf"):
     most = finished(to)
     assert first.items() <= most.items()
     assert run(to, "other") == 0
-    for file, inode in most.items():
-        assert (folder / f"{to}-other" / file).stat().st_ino == inode, file
+    for file, was in most.items():
+        assert written(folder / f"{to}-other" / file) == was, file
 """
 
 

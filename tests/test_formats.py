@@ -304,7 +304,11 @@ def test_csv(tmp_path, suffix):
 
 @pytest.mark.parametrize("size", [3, 4, 5, 7, 16, 64])
 def test_rows_do_not_depend_on_the_blocks_they_are_read_in(tmp_path, monkeypatch, size):
-    cells = [["q\u2028é🙂", 'two\n\n\r\nlines, "quoted"\n', "c"], ["", "", ""], ["x" * 70, "b\x85", "é\n"]]
+    cells = [
+        ["q\u2028é🙂" + "\ufeff" * 7, 'one\rtwo\n\n\r\nlines, "quoted"\n', "c"],
+        ["", "", ""],
+        ["x" * 70, "b\x85", "é\n"],
+    ]
     names = ["prompt", "chosen", "rejected"]
     sources = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.csv.gz")]
     lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in cells]
@@ -316,6 +320,11 @@ def test_rows_do_not_depend_on_the_blocks_they_are_read_in(tmp_path, monkeypatch
         path.write_bytes(content)
     expected = [list(read_rows(str(path))) for path in sources]
     assert [len(rows) for rows in expected] == [6, 6, 5, 5]
+    assert [row.values for row in expected[0][:3]] == [dict(zip(names, row, strict=True)) for row in cells]
+    assert [list(row.values.values()) for row in expected[2][:2]] == [cells[0], cells[2]]
+    assert expected[2][1].source.endswith(
+        f" line {2 + 1 + 4 + 1}"
+    )  # four of the first row's lines end in a cell
     monkeypatch.setattr(files, "BLOCK", size)
     assert [list(read_rows(str(path))) for path in sources] == expected
 
@@ -332,6 +341,44 @@ def test_a_line_beyond_the_longest_is_named(tmp_path, monkeypatch, size):
         list(read_rows(str(path)))
 
 
+def test_rows_of_an_archive_are_limited_by_its_bytes_and_those_of_a_plain_file_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
+    text = b"prompt,chosen,rejected\n" + b"a,b,c\n" * 20_000
+    plain, packed = tmp_path / "pairs.csv", tmp_path / "pairs.csv.gz"
+    plain.write_bytes(text)
+    packed.write_bytes(gzip.compress(text))
+    allowed = packed.stat().st_size // files.MIN_PACKED_ROW
+    assert 50 < allowed < 20_000
+    assert len(read_preferences(str(plain))[0]) == 20_000
+    with pytest.raises(DataError, match=f"pairs.csv.gz: .*more than {allowed:,} rows.*give the plain file"):
+        read_preferences(str(packed))
+    assert len(read_preferences(str(packed), limit=allowed)[0]) == allowed
+    table = pyarrow.table({name: [name] * 20_000 for name in ("prompt", "chosen", "rejected")})
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match=r"pairs.parquet: .*more than [\d,]+ rows"):
+        read_preferences(str(tmp_path / "pairs.parquet"))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.csv.gz", "pairs.json.gz"])
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "BLOCK", 1000)
+    monkeypatch.setattr(files, "ALWAYS_UNPACKED", 5000)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"[" * 200_000))
+    with pytest.raises(
+        DataError, match=f"{name}: .*unpack to more than 100 times as many.*plain .jsonl file"
+    ):
+        read_preferences(str(path), on_bad_row="skip")
+
+
+def test_an_archive_of_short_rows_that_differ_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
+    lines = [f"Is {n} even?,{('yes', 'no')[n % 2]},{('no', 'yes')[n % 2]}\n" for n in range(20_000)]
+    path = tmp_path / "pairs.csv.gz"
+    path.write_bytes(gzip.compress(("prompt,chosen,rejected\n" + "".join(lines)).encode()))
+    assert len(read_preferences(str(path))[0]) == 20_000
+
+
 def test_csv_lines_numbers_and_texts_that_look_like_json(tmp_path):
     long = "x" * 200_000
     rows = [["[1, 2]", "two\nlines", '{"a": 1}', "1"], [], ["q", long, "b", "2"]]
@@ -345,6 +392,13 @@ def test_csv_lines_numbers_and_texts_that_look_like_json(tmp_path):
 
     csv_bytes(["prompt", "responses", "scores"], [["q", '["a", "b"]', "[1, 2]"]], path)
     assert read_preferences(str(path))[0][0].margin == 1.0
+
+
+def test_an_empty_cell_of_a_list_is_as_if_not_there(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,response1,response2,overall_preference,responses,scores,tools\nq,a,b,2,,, \n")
+    [preference], _ = read_preferences(str(path))
+    assert preference.answers == ((assistant("b"),), (assistant("a"),))
 
 
 def test_parquet(tmp_path):
@@ -606,6 +660,14 @@ def test_bad_csv_line(tmp_path, reason, line, words):
     check_bad_line(tmp_path / "pairs.csv", content, 4, reason, words)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_number_that_is_not_finite_is_no_target(number):
+    with pytest.raises(RowError, match=r"line 1: field 'rating' is .*Allowed: a finite number"):
+        parse_row({"prompt": "a", "response": "b", "rating": number}, "line 1")
+    with pytest.raises(RowError, match=r"line 1: field 'scores\[1\]' is .*Allowed: a finite number"):
+        parse_row({"prompt": "a", "responses": ["b", "c"], "scores": [1, number]}, "line 1")
+
+
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(RowError) as caught:
         parse_row(PAIR | {"tie": "y" * 5000}, "here")
@@ -643,6 +705,18 @@ def test_skipping_counts_by_reason(tmp_path):
     assert dropped == {"unknown format": 2, "empty field": 1}
     with pytest.raises(DataError, match=r"no row that can be used \(unknown format: 1\)"):
         read_preferences(write_lines(tmp_path / "b.jsonl", {"a": 1}), on_bad_row="skip")
+
+
+def test_a_file_with_hardly_a_good_row_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_rm.data.formats.MAX_BAD_START", 50)
+    bad = {"question": "a"}
+    file = write_lines(tmp_path / "pairs.jsonl", PAIR, *[bad] * 200)
+    with pytest.raises(
+        DataError, match=r"1 rows that can be used among its first 102 \(unknown format: 101\)"
+    ):
+        read_preferences(file, on_bad_row="skip")
+    file = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR, PAIR, *[bad] * 200, PAIR)
+    assert len(read_preferences(file, on_bad_row="skip")[0]) == 4
 
 
 def test_limit_stops_the_reading(tmp_path):

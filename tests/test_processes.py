@@ -2,10 +2,12 @@
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,12 +31,14 @@ def launched(
     """Trains in so many processes, the way a user starts them."""
     preset = folder / f"{count}.yaml"
     save_settings(settings, preset)
+    command, environment = launch(count, program, str(preset), *words)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def launch(count: int, program: list[str], *words: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment that start so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *program, str(preset), *words],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    return [*command, *program, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def with_values(settings: Settings, folder, **train_values) -> Settings:
@@ -97,22 +101,36 @@ def test_several_processes_train_what_one_does(settings, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_with_dropout_goes_on_as_if_nothing_had_happened(settings, tmp_path):
-    """Killed while it writes a later step; each process draws the dropout it would have drawn."""
-    values = {"max_steps": 4, "save_every_steps": 2}
+def test_a_sharded_run_of_which_a_process_is_killed_goes_on_as_if_nothing_had_happened(settings, tmp_path):
+    """SIGKILL hits one of two processes after a checkpoint; each draws the dropout that it would have drawn."""
+    values = {"max_steps": 6, "save_every_steps": 2, "tokens_per_microbatch": 300, "sharding": "full"}
     whole, cut = (with_values(settings, tmp_path / name, **values) for name in ("whole", "cut"))
     whole, cut = (replace(own, adapter=replace(own.adapter, dropout=0.3)) for own in (whole, cut))
-    assert launched(whole, tmp_path, 2).returncode == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    save_settings(cut, tmp_path / "cut" / "config.yaml")
-    (tmp_path / "cut" / "metrics.jsonl").write_text("")
+    done = launched(whole, tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    save_settings(cut, tmp_path / "2.yaml")
+    command, environment = launch(2, TRAIN, str(tmp_path / "2.yaml"))
+    launcher = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "cut" / "checkpoints" / "step-000002").is_dir():
+        assert launcher.poll() is None, launcher.stderr.read()[-3000:]
+        time.sleep(0.005)
+    victim = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1]
+    os.kill(int(victim), signal.SIGKILL)
+    assert "SIGKILL" in launcher.communicate(timeout=120)[1]
+    assert launcher.returncode != 0
+    assert not (tmp_path / "cut" / "adapter").exists()
     done = launched(cut, tmp_path, 2, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Going on from" in done.stdout
     one, other = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")
     )
     for name, expected in one.items():
         assert torch.equal(other[name], expected), name
+    one, other = (numbers(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert [line["loss"] for line in other] == [line["loss"] for line in one]
 
 
 @pytest.mark.slow

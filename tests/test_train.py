@@ -1,5 +1,6 @@
 """The training loop: what moves, what must not matter, and what happens when something goes wrong."""
 
+import hashlib
 import json
 import os
 import random
@@ -229,6 +230,25 @@ def test_a_checkpoint_puts_every_random_state_back(tmp_path):
     draw()
     assert load_checkpoint(tmp_path / "step-000001", **parts) == {"step": 1}
     assert draw() == expected
+
+
+def test_other_libraries_than_those_of_the_checkpoint_are_named(settings, trees, capsys):
+    own = changed(settings, train={"save_every_steps": 1, "max_steps": 2})
+    run = RunFolder.create(own)
+    train(open_model(own), data_of(trees[:16]), own, run)
+    (state,) = run.checkpoints.glob("step-*/state.json")
+    values = json.loads(state.read_text())
+    assert torch.__version__.startswith(values["versions"]["torch"].split("+")[0])
+    values["versions"]["torch"] = "2.0.0"
+    state.write_text(json.dumps(values))
+    manifest = json.loads((state.parent / "manifest.json").read_text())
+    manifest["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    train(open_model(own), data_of(trees[:16]), own, run, resume=True)
+    said = capsys.readouterr().out
+    assert "other libraries (torch was 2.0.0, is " in said
+    assert "transformers" not in said
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from conftest import make_model, shake
+from conftest import killed_in_verification, make_model, notes_of, shake, written
 from safetensors.torch import load_file, save_file
 from test_gguf import make_merged
 
@@ -117,8 +117,13 @@ def proven(run, base, held_out, tmp_path_factory):
     return folder
 
 
-def test_base_and_adapter_give_the_trained_rewards(run, proven, tmp_path):
-    out = export_vllm_lora(proven, tmp_path / "out", run=run)
+@pytest.fixture(scope="module")
+def exported(run, proven, tmp_path_factory):
+    return export_vllm_lora(proven, tmp_path_factory.mktemp("exported") / "out", run=run)
+
+
+def test_base_and_adapter_give_the_trained_rewards(exported):
+    out = exported
     found = parity_of(out)
     (way,) = found["changes"].values()
     assert way["largest"] < 1e-3
@@ -142,6 +147,29 @@ def test_the_base_is_the_dequantised_one(run, base, tmp_path):
     write_base(tmp_path / "other", tmp_path / "base of other")
     weights = [tmp_path / name / "model.safetensors" for name in ("base", "base of other")]
     assert weights[0].read_bytes() == weights[1].read_bytes()  # one base serves both
+
+
+def test_a_killed_export_goes_on_with_the_same_bytes(run, proven, exported, tmp_path):
+    program = """
+from types import SimpleNamespace
+from pathlib import Path
+from lora_rm.export.vllm_lora import export_vllm_lora
+merged, adapter, out = map(Path, sys.argv[1:])
+export_vllm_lora(merged, out, run=SimpleNamespace(adapter=adapter))
+"""
+    whole, killed = exported, tmp_path / "other"
+    killed_in_verification(program, proven, run.adapter, killed)
+    finished = notes_of(killed)
+    assert "base/model.safetensors" in finished
+    export_vllm_lora(proven, killed, run=run)
+    for name, was in finished.items():
+        assert written(killed / name) == was, name
+    names = {file.relative_to(whole) for file in whole.rglob("*") if file.is_file()}
+    assert names == {file.relative_to(killed) for file in killed.rglob("*") if file.is_file()}
+    for name in names:
+        assert (killed / name).read_bytes().replace(bytes(killed), bytes(whole)) == (
+            whole / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize(

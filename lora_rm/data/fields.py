@@ -109,7 +109,9 @@ def check_objects(value: Any, field: str) -> list[dict[str, Any]]:
 
 def read_tools(row: Fields) -> tuple[dict[str, Any], ...]:
     """Returns the tool definitions of a row, given as a list or as its JSON."""
-    value = row.get("tools", ())
+    if "tools" not in row:
+        return ()
+    value = row["tools"]
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else ()

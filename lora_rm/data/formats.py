@@ -71,7 +71,9 @@ __all__ = ["BadRow", "Row", "RowError", "parse_row", "read_preferences", "read_r
 
 TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
 MAX_BAD_START = 10_000
-"""A source whose first rows are all bad is given up after so many: it is another kind of file."""
+"""A source is given up after so many bad rows, if fewer than one in `MIN_GOOD` was good: it is another kind of file."""
+
+MIN_GOOD = 100
 
 MAX_ANSWERS = 1000
 """Answers to one prompt; a ranking is compared by pairs, so its cost grows with the square."""
@@ -108,6 +110,7 @@ def read_preferences(
     assert limit is None or limit > 0, limit
     preferences: list[Preference] = []
     dropped: Counter[str] = Counter()
+    num_bad = 0
     for row in read_rows(source, split=split):
         try:
             preferences.append(to_preference(row))
@@ -116,17 +119,23 @@ def read_preferences(
                 advice = "Mend the row, or leave such rows out with on_bad_row='skip'."
                 raise RowError(error.reason, f"{error} {advice}") from None
             dropped[error.reason] += 1
-            if not preferences and dropped.total() == MAX_BAD_START:
-                break
+            num_bad += 1
+            if num_bad >= MAX_BAD_START and len(preferences) * MIN_GOOD < num_bad:
+                raise DataError(
+                    f"{source} has {len(preferences):,} rows that can be used among its first "
+                    f"{num_bad + len(preferences):,} ({_counts(dropped)}). Read it with on_bad_row='raise'."
+                ) from None
         if len(preferences) == limit:
             break
     if not preferences:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-        where = f" among its first {MAX_BAD_START:,}" if dropped.total() == MAX_BAD_START else ""
         raise DataError(
-            f"{source} has no row that can be used{where} ({counts}). Read it with on_bad_row='raise'."
+            f"{source} has no row that can be used ({_counts(dropped)}). Read it with on_bad_row='raise'."
         )
     return preferences, dropped
+
+
+def _counts(dropped: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
 
 
 def to_preference(row: Row | BadRow) -> Preference:

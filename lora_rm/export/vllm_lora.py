@@ -22,7 +22,7 @@ from lora_rm.export.proof import export_folder, prove, score_in_fresh_process, w
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import merge
 from lora_rm.model.base import read_json
-from lora_rm.model.reward_model import read_record
+from lora_rm.model.reward_model import RECORD, read_record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -125,6 +125,8 @@ def write_base(adapter: Path, folder: Path) -> None:
         gone = (".lora_B.weight", ".score.weight")
         zeroed = {name: torch.zeros_like(t) if name.endswith(gone) else t for name, t in tensors.items()}
         save_file(zeroed, silent / WEIGHTS, metadata={"format": "pt"})
+        record = {key: value for key, value in read_record(adapter).items() if key != "weights_sha256"}
+        (silent / RECORD).write_text(json.dumps(record), encoding="utf-8")
         merge(silent, folder, MergeSettings(base="auto", dtype="auto"))
 
 

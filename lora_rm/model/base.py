@@ -43,7 +43,7 @@ class BaseModel:
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of config and weights, by file name."""
-        return {file.name: _sha256(file) for file in [self.path / "config.json", *self.weight_files]}
+        return {file.name: file_sha256(file) for file in [self.path / "config.json", *self.weight_files]}
 
 
 def cache_folder() -> Path:
@@ -237,7 +237,7 @@ def _builtin_gguf() -> Path:
 
 def _converted(gguf: Path) -> Path:
     """The safetensors folder of a GGUF file, made once and kept in the cache under the file's hash."""
-    target = cache_folder() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
+    target = cache_folder() / "models" / f"{gguf.stem}-{file_sha256(gguf)[:12]}"
     if (target / "config.json").is_file():
         return target
     import torch
@@ -270,7 +270,8 @@ def _converted(gguf: Path) -> Path:
     return target
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,7 +14,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
@@ -45,7 +45,7 @@ from lora_rm.model.adapter import (
     start_from_residual,
     start_orthogonal,
 )
-from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
+from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.quantization import (
     DTYPES,
@@ -192,8 +192,8 @@ class RewardModel(nn.Module):
             base: Where the base lies now, if not where it lay.
 
         Raises:
-            ModelError: If a file is missing, the head is missing or has not one logit, or the base's quantised
-                codes are not those of training.
+            ModelError: If a file is missing or damaged, the head is missing or has not one logit, or the base's
+                quantised codes are not those of training.
         """
         record = read_record(folder)
         found = find_base(base or record["base"]["name"], record["base"]["revision"])
@@ -208,6 +208,7 @@ class RewardModel(nn.Module):
                 f"{folder}: its score head has shape {list(head.shape)}, the base {found.name} needs "
                 f"{list(model.score.weight.shape)}. The adapter belongs to another base."
             )
+        check_weights_file(folder, record)
         _check_codes(model, record, folder, found)
         with _quiet("peft"):
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
@@ -534,12 +535,17 @@ class RewardModel(nn.Module):
         self.model.peft_config["default"].init_lora_weights = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model.save_pretrained(str(folder))
+            try:
+                self.model.save_pretrained(str(folder))
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(f"{folder}: {error}") from None
         if self.changed_base is not None:
             self.changed_base.convert(folder)
         readme = folder / "README.md"
         readme.unlink(missing_ok=True)  # PEFT's card names a local path as the base model
         self.chat.save(folder)
+        # the record comes last: an adapter that has one is whole
+        record = {**record, "weights_sha256": file_sha256(folder / WEIGHTS)}
         (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
@@ -664,6 +670,20 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
+    """Compares the file of an adapter's weights with the one that was saved, bit by bit.
+
+    Raises:
+        ModelError: If they differ; nothing else would tell of a flipped bit in a matrix.
+    """
+    expected = record.get("weights_sha256")  # absent before version 0.2
+    if expected and file_sha256(folder / WEIGHTS) != expected:
+        raise ModelError(
+            f"{folder / WEIGHTS}: is not the file that was saved (its SHA-256 differs from that in {RECORD}). Copy the folder "
+            "again; in a run, `lora-rm train RUN/config.yaml --resume` writes it anew."
+        )
+
+
 def wanted_quantization(settings: ModelSettings) -> Quantization:
     """How a run's base is to be quantised."""
     return Quantization(
@@ -700,9 +720,14 @@ def read_head(folder: Path) -> torch.Tensor:
 def _stored_head(base: BaseModel) -> torch.Tensor | None:
     """The head that a model folder holds, (1, H) float32, or None."""
     for file in base.weight_files:
-        with safe_open(file, framework="pt") as tensors:
-            if "score.weight" in tensors.keys():  # noqa: SIM118 - not a dict
-                return _one_logit(tensors.get_tensor("score.weight"), base.path)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                has_one = "score.weight" in tensors.keys()  # noqa: SIM118 - not a dict
+                head = tensors.get_tensor("score.weight") if has_one else None
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: is damaged ({error}). Fetch or copy the model again.") from None
+        if head is not None:
+            return _one_logit(head, base.path)
     return None
 
 

@@ -16,11 +16,12 @@ from lora_rm.config import check_settings, dump_settings
 from lora_rm.data import tokens
 from lora_rm.data.split import Data, Side
 from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
+from lora_rm.merge import merge
 from lora_rm.model.reward_model import RewardModel
-from lora_rm.score import Scorer
+from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.workflow import open_model, score_file, train_run
+from lora_rm.workflow import merge_run, open_model, score_file, train_run
 
 SMALL_DISK = """\
 import os, subprocess, sys
@@ -153,6 +154,41 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(sett
         train_run(changed(settings, output_dir=str(tmp_path / "file" / "run")))
 
 
+def test_a_read_only_run_folder_is_named_before_anything_is_loaded(settings, tmp_path):
+    """A file system mounted read-only, which stops root too: for a new run and for one that goes on."""
+    program = f"""\
+import json, subprocess, sys
+from pathlib import Path
+from lora_rm.checkpoint import RunFolder, save_checkpoint
+from lora_rm.config import check_settings, dump_settings
+from lora_rm.errors import StorageError
+from lora_rm.metrics import MetricsLog
+begun, new = (
+    check_settings({{"output_dir": sys.argv[1] + name, "model": {{"base": {settings.model.base!r}}}}}) for name in ("/run", "/new")
+)
+run = RunFolder.create(begun)
+(run.path / "metrics.jsonl").write_text('{{"step": 1}}\\n')
+subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+for act in (
+    lambda: RunFolder.create(new),
+    lambda: RunFolder.create(begun, resume=True),
+    lambda: run.write_json("eval.json", {{}}),
+    lambda: MetricsLog(run.metrics, 9)._write({{"step": 2}}),
+):
+    try:
+        act()
+        print("written")
+    except StorageError as error:
+        print(error)
+"""
+    done = on_a_small_disk(tmp_path / "disk", 1000, program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = done.stdout.splitlines()
+    assert len(messages) == 4
+    for message, name in zip(messages, ("new", "config.yaml", "eval.json", "metrics.jsonl"), strict=True):
+        assert f"{name}: cannot be written (Read-only file system)" in message
+
+
 def test_two_processes_cannot_work_in_one_run_folder(settings):
     """The other one is a real process; it is named, and once it is killed the folder is free."""
     program = """\
@@ -202,6 +238,9 @@ def test_settings_that_change_nothing_may_differ_at_resume_if_that_is_allowed(se
     other = changed(often, train={"learning_rate": 1.0})
     with pytest.raises(ConfigError, match=r"\(train.learning_rate was 0.001, is 1.0\).*another run"):
         RunFolder.create(other, resume=True, allow=True)
+    moved = changed(often, model={"revision": "abc"})
+    with pytest.raises(ConfigError, match=r"\(model.revision was None, is 'abc'\).*another run"):
+        RunFolder.create(moved, resume=True, allow=True)
     assert run.settings() == settings
     assert RunFolder.create(often, resume=True, allow=True).settings() == often
 
@@ -275,20 +314,51 @@ def test_a_preference_that_does_not_fit_alone_stops_the_run(settings, trees, mon
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "lora_rm.json", "tokenizer.json"])
-def test_a_broken_file_of_an_adapter_is_named(settings, tmp_path_factory, trained, tmp_path, name, fault):
-    adapter = tmp_path / "adapter"
-    shutil.copytree(trained, adapter)
-    file = adapter / name
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_broken_file_of_a_base_is_named(base, tmp_path, name, fault):
+    own = shutil.copytree(base, tmp_path / "broken")
+    break_file(own / name, fault)
+    with pytest.raises(ModelError, match=f"(?s){own}.*(Fetch|Convert|Give|Choose) "):
+        RewardModel.load(str(own))
+
+
+def break_file(file, fault):
     good = file.read_bytes()
     if fault == "truncated":
         file.write_bytes(good[: len(good) // 2])
     elif fault == "missing":
         file.unlink()
-    elif name.endswith(".json"):
+    elif file.suffix == ".json":
         file.write_bytes(good.replace(b"{", b"\xff", 1))
     else:  # the length of the header
         file.write_bytes(bytes([good[0] ^ 0x40]) + good[1:])
+
+
+def test_a_flipped_bit_of_an_adapter_is_found(trained, tmp_path):
+    adapter = shutil.copytree(trained, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1000] + bytes([good[-1000] ^ 1]) + good[-999:])
+    for opened in (RewardModel.load_adapter, lambda folder: merge(folder, tmp_path / "merged")):
+        with pytest.raises(ModelError, match=r"adapter_model.safetensors: is not the file that was saved"):
+            opened(adapter)
+    file.write_bytes(good)
+    RewardModel.load_adapter(adapter)
+
+
+def test_a_run_that_did_not_reach_its_end_says_how_to_go_on(settings):
+    run = RunFolder.create(settings)
+    for act in (load_reward_model, lambda path: merge_run(path, settings)):
+        with pytest.raises(ModelError, match=r"holds no adapter yet: .*lora-rm train .*config.yaml --resume"):
+            act(run.path)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "lora_rm.json", "tokenizer.json"])
+def test_a_broken_file_of_an_adapter_is_named(settings, tmp_path_factory, trained, tmp_path, name, fault):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained, adapter)
+    break_file(adapter / name, fault)
     with pytest.raises(ModelError, match=str(adapter)):
         RewardModel.load_adapter(adapter)
 
