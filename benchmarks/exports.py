@@ -3,7 +3,8 @@
     python benchmarks/exports.py runs/quickstart [--quick] [--json FILE]
 
 Runs `lora-rm export RUN --to TARGET --dtype TYPE` into a scratch folder and prints what its own `parity.json` holds, or
-why it was refused. Beside them: the transformers pipeline with products in 16 bits, and OpenVINO where it is installed.
+why it was refused. Beside them: the transformers pipeline on all answers, with products in every type, and OpenVINO
+where it is installed.
 Errors are those of the rewards against the trained adapter, as shares of their spread; rows without
 `llama-cpp-python` say so. vLLM's own numbers are those of vllm_parity.py.
 """
@@ -28,20 +29,20 @@ from lora_rm.verify import measure_change
 
 EXPORTS = (
     ("huggingface", None),
-    ("vllm", None),
-    ("vllm-lora", None),
     ("onnx", "float32"),
     ("onnx", "int8"),
     ("torch-export", "float32"),
-    ("torch-export", "float16"),
-    ("torch-export", "bfloat16"),
-    ("gguf", "float32"),
     ("gguf", "float16"),
     ("gguf", "Q8_0"),
     ("gguf", "Q5_1"),
     ("gguf", "Q5_0"),
     ("gguf", "Q4_1"),
     ("gguf", "Q4_0"),
+    ("gguf", "float32"),
+    ("vllm-lora", None),
+    ("vllm", None),
+    ("torch-export", "float16"),
+    ("torch-export", "bfloat16"),
 )
 """Targets and types."""
 
@@ -72,16 +73,18 @@ def main() -> None:
             out = Path(scratch, target, dtype or "default")
             out.parent.mkdir(exist_ok=True)
             rows += export(run, out, target, dtype)
-            if (target, options.quick) == ("huggingface", False):
-                rows += in_16_bits(out, merged)
             if (target, dtype) == ("onnx", "float32") and importlib.util.find_spec("openvino"):
                 rows.append(in_openvino(out, merged))
+            if options.json:  # after every row: all of them take most of an hour
+                options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        if not options.quick:
+            rows += in_pipelines(Path(scratch, "huggingface", "default"), merged)
     rows.append({"export": "no adapter", **merged["without_adapter"]})
     show_table(
         f"{merged['num_answers']} answers of {run.path}, spread {merged['spread']:.3f}; the merge itself: "
         f"{merged['changes']['library']['mean']:.3%}",
-        ["export", "scored", "answers", "mean", "largest", "flipped", "to merged", "MB"],
-        [[row["export"], *cells(row)] for row in rows],
+        ["export", "answers", "mean", "largest", "flipped", "to merged", "MB"],
+        [[", ".join(filter(None, (row["export"], row.get("scored")))), *cells(row)] for row in rows],
     )
     for row in rows:
         if "refused" in row:
@@ -92,7 +95,6 @@ def main() -> None:
 
 def cells(row: dict[str, Any]) -> Iterator[str]:
     """What the table says of a row behind its first column."""
-    yield row.get("scored", "")
     yield row.get("num_answers", "")
     if "mean" not in row:
         yield from ("refused", "", "", "", "")
@@ -105,7 +107,7 @@ def cells(row: dict[str, Any]) -> Iterator[str]:
 
 
 def export(run: RunFolder, out: Path, target: str, dtype: str | None) -> list[dict[str, Any]]:
-    """The rows of one command: one for each way in which it scored all answers."""
+    """The rows of one command: one for each way in which it scored all answers, or its first way."""
     name = f"{target} {dtype}" if dtype else target
     say(f"{name} ...")
     words = [
@@ -127,11 +129,10 @@ def export(run: RunFolder, out: Path, target: str, dtype: str | None) -> list[di
         raise SystemExit(done.stderr)
     parity = json.loads((out / "parity.json").read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    return [
-        {"export": name, "scored": way, "MB": size, **change}
-        for way, change in parity["changes"].items()
-        if change["num_answers"] == parity["num_answers"]
+    rows = [
+        {"export": name, "scored": way, "MB": size, **change} for way, change in parity["changes"].items()
     ]
+    return [row for row in rows if row["num_answers"] == parity["num_answers"]] or rows[:1]
 
 
 def compare(name: str, way: str, merged: dict[str, Any], found: list[float]) -> dict[str, Any]:
@@ -144,12 +145,14 @@ def compare(name: str, way: str, merged: dict[str, Any], found: list[float]) -> 
     return {"export": name, "scored": way, **changed, **counted}
 
 
-def in_16_bits(out: Path, merged: dict[str, Any]) -> list[dict[str, Any]]:
-    """The transformers pipeline as a user of a GPU calls it."""
+def in_pipelines(out: Path, merged: dict[str, Any]) -> list[dict[str, Any]]:
+    """All answers in the transformers pipeline, with products in every type; the command scores some of them."""
     texts, kinds = [answer["text"] for answer in merged["answers"]], ("float16", "bfloat16")
     request = {"folder": str(out.resolve()), "texts": texts, "stored": dict.fromkeys(kinds, len(texts))}
     found = score_in_fresh_process(f"{out} and the transformers pipeline", PIPELINE, request)
-    return [compare("huggingface", f"pipeline in {kind}, all answers", merged, found[kind]) for kind in kinds]
+    return [
+        compare("huggingface", f"pipeline in {kind}", merged, found[kind]) for kind in ("float32", *kinds)
+    ]
 
 
 def in_openvino(out: Path, merged: dict[str, Any]) -> dict[str, Any]:
