@@ -7,11 +7,13 @@ a rank-16 adapter on every linear layer, and merges it without and with the NF4 
 its own and after a `cp` of the same files. All times include bringing the files to the disk; all files lie in
 the page cache when they are read. PEFT's way: load in bfloat16, `merge_and_unload`, save; it adds to the
 original base, so it stands beside the merge without the round trip. Memory is the peak of anonymous pages
-(RssAnon), read every 5 ms, less what the process holds after its imports.
+(RssAnon), read every 5 ms, less what the process holds after its imports. Processor seconds, of all threads and of
+the system for them, tell the work where other programs share the machine.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -94,7 +96,7 @@ def main() -> None:
             if not (folder / kind).exists():
                 make_adapter(folder / kind, folder / "base", linear, num_layers, kind)
             if way != "peft":
-                rows.append({"what": "cp", "seconds": copy(folder / "base", folder / "copy"), "peak MB": 0.0})
+                rows.append({"what": "cp", **copy(folder / "base", folder / "copy")})
             subprocess.run(["sync"], check=True)
             command = [sys.executable, __file__, "--child", *map(str, (folder / kind, folder / "out", way, folder / "base"))]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -111,11 +113,19 @@ def main() -> None:
     show_table(
         f"{size / 1e9:.2f} GB in {options.shape} shapes, {num_layers} layers, {torch.get_num_threads()} threads; "
         f"largest adapted tensor {largest:.0f} MB",
-        ["what", "seconds", "times cp", "peak MB above imports", *(f"{name}, min" for name in SIZES)],
+        [
+            "what",
+            "seconds",
+            "of a processor",
+            "times cp",
+            "peak MB above imports",
+            *(f"{name}, min" for name in SIZES),
+        ],
         [
             [
                 r["what"],
                 f"{r['seconds']:.1f}",
+                f"{r['processor seconds']:.1f}",
                 f"{r['times cp']:.2f}",
                 f"{r['peak MB']:.0f}",
                 *(f"{minutes:.1f}" for minutes in r["estimated minutes"].values()),
@@ -127,15 +137,22 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds of `cp -r` and of bringing the copy to the disk."""
+def copy(source: Path, target: Path) -> dict[str, float]:
+    """What `cp -r` and bringing the copy to the disk take."""
     subprocess.run(["sync"], check=True)
-    started = time.monotonic()
+    started, used = time.monotonic(), processor_seconds(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "-r", source, target], check=True)
     subprocess.run(["sync", *target.iterdir()], check=True)
     seconds = time.monotonic() - started
+    used = processor_seconds(resource.RUSAGE_CHILDREN) - used
     shutil.rmtree(target)
-    return seconds
+    return {"seconds": seconds, "processor seconds": used, "peak MB": 0.0}
+
+
+def processor_seconds(whose: int) -> float:
+    """Of this process or of those that it started and that have ended."""
+    usage = resource.getrusage(whose)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(adapter: str, out: str, way: str, base_folder: str) -> dict[str, float]:
@@ -150,7 +167,7 @@ def measure(adapter: str, out: str, way: str, base_folder: str) -> dict[str, flo
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.monotonic()
+    started, used = time.monotonic(), processor_seconds(resource.RUSAGE_SELF)
     try:
         if way == "peft":
             merge_with_peft(adapter, out, base_folder)
@@ -158,10 +175,11 @@ def measure(adapter: str, out: str, way: str, base_folder: str) -> dict[str, flo
             settings = MergeSettings(base=way, dtype="float16")  # type: ignore[arg-type]
             merge(Path(adapter), Path(out), settings, base=BaseModel(name="random", path=Path(base_folder)))
         seconds = time.monotonic() - started
+        used = processor_seconds(resource.RUSAGE_SELF) - used
     finally:
         done.set()
         watcher.join()
-    return {"seconds": seconds, "peak MB": peak - before}
+    return {"seconds": seconds, "processor seconds": used, "peak MB": peak - before}
 
 
 def anonymous_mb() -> float:

@@ -58,6 +58,10 @@ PIECE = 2**18
 """Values of a weight that are merged at once: half the calls, in which threads wait for each other, of a piece that
 is quantised, and no passes that a cache would have to serve."""
 
+FLUSHED = 2**24
+"""Bytes of a tensor after which its file is brought to the disk while the next is computed. By itself the system begins
+when a tenth of the memory waits to be written, and a large last file would be waited for in the end."""
+
 FLOAT16_LIMIT = 65520.0
 """The smallest value that float16 rounds to infinity."""
 
@@ -628,14 +632,16 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
                     if next_one is not None:
                         next_one.announce()
                     _write_tensor(plan, name, tensor, writer, workers)
+                    if tensor.num_bytes >= FLUSHED:
+                        flushed.append(flushing.submit(writer.flush))
                     advance(tensor.num_bytes)
                 if file == last:
                     writer.write("score.weight", plan.head)
                 flushed.append(flushing.submit(_finish, unfinished, writer))
             index.update(dict.fromkeys(header, file))
             total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in header.values())
-        for shard in flushed:
-            shard.result()
+        for job in flushed:
+            job.result()
     report.num_tensors = len(plan.stored_as)
     report.num_updated = len(plan.updates)
     if len(plan.shards) > 1:

@@ -77,10 +77,10 @@ def parity_of(folder):
     return json.loads((folder / "parity.json").read_text())
 
 
-def run_snippet(folder, texts, *blocked):
-    """Runs the call that an export's README shows, in its folder, where some packages cannot be imported."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    lines = code.splitlines()
+def run_snippet(folder, texts, *blocked, number=0):
+    """Runs a call that an export's README shows, in its folder, where some packages cannot be imported."""
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    lines = snippets[number].splitlines()
     assert len(lines) <= 6
     program = [
         "import json, sys",
@@ -147,6 +147,31 @@ def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merge
     assert not tells_a_path(out / "model.onnx")
     found = run_snippet(out, [a["text"] for a in expected["answers"][:5]], "torch", "transformers", "lora_rm")
     assert found == pytest.approx([a["reward"] for a in expected["answers"][:5]], abs=1e-4)
+
+
+def test_openvino_gives_the_rewards_of_the_onnx_file(merged, tmp_path):
+    pytest.importorskip("openvino")
+    out, answers = export_onnx(merged, tmp_path / "onnx"), parity_of(merged)["answers"][:5]
+    texts = [answer["text"] for answer in answers]
+    found = run_snippet(out, texts, "torch", "transformers", "lora_rm", "onnxruntime", number=1)
+    assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
+
+
+def test_mlx_gives_the_rewards_of_the_export(merged, tmp_path):
+    pytest.importorskip("mlx_lm")
+    out, answers = tmp_path / "huggingface", parity_of(merged)["answers"][:5]
+    assert main(["export", str(merged), "--to", "huggingface", "--out", str(out)]) == 0
+    text = (Path(__file__).parents[1] / "recipes/mlx.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    program = (
+        f"import json\ntexts = {[answer['text'] for answer in answers]!r}\n{code}print(json.dumps(rewards))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=out, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
 
 
 def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path, monkeypatch):

@@ -387,11 +387,28 @@ def check_codes(values):
 def test_another_bitsandbytes_is_used_itself(monkeypatch):
     values = torch.randn(640, generator=torch.Generator().manual_seed(1)).bfloat16()
     expected = quantization.quantize_4bit(values)
-    quantization._counts_as_bitsandbytes.cache_clear()
+    quantization._computes_as_bitsandbytes.cache_clear()
     monkeypatch.setattr(quantization, "NF4_BOUNDS", [bound + 0.01 for bound in quantization.NF4_BOUNDS])
-    assert not quantization._counts_as_bitsandbytes()
+    assert not quantization._computes_as_bitsandbytes()
     assert torch.equal(quantization.quantize_4bit(values)[0], expected[0])
-    quantization._counts_as_bitsandbytes.cache_clear()
+    quantization._computes_as_bitsandbytes.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "cut"), [(torch.bfloat16, 16), (torch.float16, 13)])
+def test_values_are_rounded_as_bitsandbytes_rounds_them(dtype, cut):
+    """Also those halfway between two of the type, of which -1 and 1 times such a constant are thousands."""
+    random = torch.Generator().manual_seed(0)
+    codes = quantization.Codes4bit((1024, 1024), double=False)
+    codes.packed = torch.randint(0, 256, codes.packed.shape, generator=random, dtype=torch.uint8)
+    bits = torch.rand(codes.constants.shape, generator=random).view(torch.int32)
+    codes.constants = (bits >> cut << cut | 2 ** (cut - 1)).view(torch.float32)
+    state = bnb_functional.QuantState(
+        codes.constants, torch.Size((1024, 1024)), blocksize=64, quant_type="nf4", dtype=dtype
+    )
+    exact = codes.dequantize(0, 1024, torch.float32)
+    assert int((exact.view(torch.int32) % 2**cut == 2 ** (cut - 1)).sum()) > 50_000
+    assert torch.equal(codes.dequantize(0, 1024, dtype), bnb_functional.dequantize_4bit(codes.packed, state))
+    assert not torch.equal(exact, exact.to(dtype).float())
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

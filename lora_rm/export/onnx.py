@@ -187,5 +187,15 @@ batch = tokenizer.encode_batch(texts)  # {note}
 inputs = {"input_ids": [one.ids for one in batch], "attention_mask": [one.attention_mask for one in batch]}
 rewards = session.run(["rewards"], {name: numpy.array(rows, "int64") for name, rows in inputs.items()})[0]
 ```
+
+In OpenVINO (`pip install openvino tokenizers`); without the hint it computes in 16 bits where the processor can:
+
+```python
+import openvino, tokenizers
+tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
+model = openvino.Core().compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+batch = tokenizer.encode_batch(texts)
+rewards = model([[one.ids for one in batch], [one.attention_mask for one in batch]])[0]
+```
 """
 """README of an export."""

@@ -202,12 +202,16 @@ class TensorWriter:
         while len(view):
             view = view[stream.write(view) :]
 
+    def flush(self) -> None:
+        """Brings to the disk what was written so far."""
+        with self.file.open("r+b", buffering=0) as stream:
+            os.fsync(stream.fileno())
+
     def close(self) -> None:
         """Flushes the file to the disk; asserts that all announced bytes have come."""
         assert not self.missing, "tensors written do not match the header"
         self.handles.close()
-        with self.file.open("r+b", buffering=0) as stream:
-            os.fsync(stream.fileno())
+        self.flush()
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
