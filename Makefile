@@ -31,7 +31,7 @@ test: setup
 
 bench: setup
 	$(RUN)/python benchmarks/merge_fidelity.py runs/quickstart
-	$(RUN)/python benchmarks/exports.py runs/quickstart
+	$(RUN)/python benchmarks/exports.py runs/quickstart --quick
 	$(RUN)/python benchmarks/merge.py
 	$(RUN)/python benchmarks/training.py --quick
 	$(RUN)/python benchmarks/memory.py --quick
