@@ -10,7 +10,7 @@ modelscope, av, tiktoken, ...) and an empty package torchaudio. It then runs on 
 Both train rank-16 adapters on every linear layer of SmolLM2-135M, in float32, without checkpointing, on the same pairs in
 the same order and the same template; ours first and last, LLaMA-Factory with batches of 1, 2 and 4 between. Its head
 starts at random and it computes logits over the vocabulary, so losses cannot be compared. Seconds are those of
-optimizer steps, the first of each turn left out; tokens are those of all steps, padding included.
+optimizer steps, and tokens, padding included, those of the same steps; the first of each turn is left out.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def counted(self, rows):
 
 Collator.__call__ = counted
 run_exp(json.load(open(sys.argv[1])), [Clock()])
-json.dump({"seconds": seconds, "tokens": sum(tokens)}, open(sys.argv[2], "w"))
+rows_a_step = len(tokens) // len(seconds)
+json.dump({"seconds": seconds[1:], "tokens": sum(tokens[rows_a_step:])}, open(sys.argv[2], "w"))
 """
 
 
@@ -105,15 +106,15 @@ def compare(contest: Contest, python: str, work: str, per_step: int, steps: int)
     return [
         {
             "work": work, "quantization": contest.quantization, "batch": batch, "pairs_per_second": per_step / own,
-            "tokens": tokens, "its_pairs_per_second": per_step / statistics.median(found["seconds"][1:]),
-            "its_tokens": found["tokens"], "ratio": statistics.median(found["seconds"][1:]) / own,
+            "tokens": tokens, "its_pairs_per_second": per_step / statistics.median(found["seconds"]),
+            "its_tokens": found["tokens"], "ratio": statistics.median(found["seconds"]) / own,
         }
         for batch, found in theirs.items()
     ]  # fmt: skip
 
 
 def run_theirs(contest: Contest, python: str, folder: Path, per_step: int, batch: int) -> dict[str, Any]:
-    """Seconds of every step, and the tokens of all."""
+    """Seconds and tokens of every step but the first."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         settings = {
             "model_name_or_path": str(contest.base.path), "stage": "rm", "do_train": True, "finetuning_type": "lora",

@@ -5,8 +5,8 @@
 
 Both train the same adapter on SmolLM2-135M from the same start, in one process, turn by turn: ours, TRL as it comes
 (gradient checkpointing), and TRL at its best (no checkpointing, the fastest of batches of 1, 2, 4 and 8). Every variant's
-losses are compared with ours before a ratio is printed. Seconds are those of whole optimizer steps, the first of each
-turn left out. Peak memory is that of the process' anonymous pages in a turn, above those at its start. Token ids are
+losses are compared with ours before a ratio is printed. Seconds and tokens are those of whole optimizer steps, the first
+of each turn left out. Peak memory is that of the process' anonymous pages in a turn, above those at its start. Token ids are
 random for the generated shapes, whose lengths are log-normal; `alpaca` and `harmless`
 are real files of ../shared/data.
 
@@ -194,7 +194,7 @@ class Contest:
     def train_ours(
         self, trees: list[TokenTree], per_step: int, steps: int
     ) -> tuple[list[float], list[float], int]:
-        """Our losses of every step, the seconds of all but the first, and the tokens of all."""
+        """Our losses of every step, and the seconds and tokens of all but the first."""
         put(self.start, self.ours.model)
         settings = run_settings(Path(self.scratch.name) / f"run{time.monotonic_ns()}", per_step, steps)
         run = RunFolder.create(settings)
@@ -203,7 +203,7 @@ class Contest:
         return (
             [x["loss"] for x in lines],
             [x["seconds"] for x in lines[1:]],
-            sum(x["num_tokens"] for x in lines),
+            sum(x["num_tokens"] for x in lines[1:]),
         )
 
     def _train_theirs(
@@ -243,7 +243,7 @@ class Contest:
         trainer.train()
         self.theirs.gradient_checkpointing_disable()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return losses, clock.seconds[1:], sum(tokens)
+        return losses, clock.seconds[1:], sum(tokens[per_step // size :])
 
 
 @contextmanager

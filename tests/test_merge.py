@@ -109,6 +109,18 @@ def test_merged_weights_equal_the_dense_merge(tmp_path, kind, shards):
     assert torch.equal(written["score.weight"], model.head.detach())
 
 
+def test_tied_embeddings_are_written_once_and_the_language_head_not_at_all(tmp_path):
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    model = shake(make_model(base))
+    merge(saved(model, tmp_path / "adapter"), tmp_path / "merged", MergeSettings(dtype="float32"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert [name for name in written if "embed" in name or "head" in name] == ["model.embed_tokens.weight"]
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2]]
+    opened = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
+    expected = Scorer(model.eval()).score_ids(rows)
+    assert Scorer(opened).score_ids(rows) == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
     model = shake(make_model(base, quantization="int8"))
     merge(saved(model, tmp_path / "adapter"), tmp_path / "merged", MergeSettings(dtype="float32"))
