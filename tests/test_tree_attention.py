@@ -45,6 +45,14 @@ def gradients(model, rewards):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # 1e-5 of the largest entry: single entries near zero are sums that cancel
+        distance = float((found[name] - gradient).abs().max() / gradient.abs().max())
+        assert distance < 1e-5, f"{name}: {distance:.1e}"
+
+
 @pytest.mark.parametrize("batching", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, batching):
@@ -60,10 +68,7 @@ def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, ba
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found_gradients = gradients(model, found)
     assert len(found_gradients) > 10
-    for name, gradient in expected_gradients.items():
-        # 1e-5 of the largest entry: single entries near zero are sums that cancel
-        distance = float((found_gradients[name] - gradient).abs().max() / gradient.abs().max())
-        assert distance < 1e-5, f"{name}: {distance:.1e}"
+    assert_same_gradients(found_gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("core", ["answers", "gathered"])
@@ -86,11 +91,7 @@ def test_what_all_conversations_begin_with_is_computed_once(tmp_path, family, co
     assert batch.input_ids.numel() == 11 + 46 + 4
     found = model.rewards(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients(model, found).items():
-        distance = float(
-            (gradient - expected_gradients[name]).abs().max() / expected_gradients[name].abs().max()
-        )
-        assert distance < 1e-5, f"{name}: {distance:.1e}"
+    assert_same_gradients(gradients(model, found), expected_gradients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,11 +205,7 @@ def test_groups_of_preferences_give_the_gradients_of_separate_ones(tmp_path, fam
     assert batch.input_ids.numel() == 9 + sum(map(len, answers))
     found = model.rewards(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients(model, found).items():
-        distance = float(
-            (gradient - expected_gradients[name]).abs().max() / expected_gradients[name].abs().max()
-        )
-        assert distance < 1e-5, f"{name}: {distance:.1e}"
+    assert_same_gradients(gradients(model, found), expected_gradients)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
