@@ -16,7 +16,6 @@ summary.json       the numbers of the last table
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -32,6 +31,7 @@ import torch
 
 from lora_rm.config import Settings, dump_settings, load_settings
 from lora_rm.errors import ConfigError, ModelError, storing
+from lora_rm.model.base import file_sha256
 from lora_rm.model.reward_model import RECORD
 from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.processes import IS_FIRST, wait
@@ -322,7 +322,7 @@ def _write_checkpoint(
         "versions": _versions(),
     }
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    manifest = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -432,16 +432,11 @@ def _fault(checkpoint: Path) -> str:
         for name, expected in manifest.items():
             if Path(name).name != name or not (checkpoint / name).is_file():
                 return f"{name[:80]} is missing or no file of its own"
-            if _sha256(checkpoint / name) != expected:
+            if file_sha256(checkpoint / name) != expected:
                 return f"{name} is damaged"
     except (OSError, ValueError) as error:
         return f"its manifest or a file in it cannot be read ({error})"
     return ""
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -34,7 +34,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError, storing
-from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
+from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.reward_model import (
@@ -158,7 +158,7 @@ class Plan:
         return {
             "version": 2,  # of the arithmetic
             "adapter": {
-                file: _sha256(self.adapter / file)
+                file: file_sha256(self.adapter / file)
                 for file in ("adapter_model.safetensors", "adapter_config.json", "lora_rm.json")
             },
             "base": [
@@ -385,7 +385,7 @@ def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     plan, made = Plan(adapter, settings), read_json(file)
     # auto ends with bfloat16 where a value does not fit float16
     roundings = (plan.rounding, "bfloat16" if settings.dtype == "auto" else plan.rounding)
-    is_same = made.get("adapter_sha256") == _sha256(adapter / "adapter_model.safetensors")
+    is_same = made.get("adapter_sha256") == file_sha256(adapter / "adapter_model.safetensors")
     return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
 
 
@@ -490,10 +490,10 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)
     record = records[0] | {
-        "weights_sha256": _sha256(folder / "adapter_model.safetensors"),
+        "weights_sha256": file_sha256(folder / "adapter_model.safetensors"),
         "canaries": [{**canary, "reward": None} for canary in records[0]["canaries"]],
         "combined": [
-            {"adapter_sha256": _sha256(adapter / "adapter_model.safetensors"), "weight": weight}
+            {"adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"), "weight": weight}
             for adapter, weight in zip(adapters, weights, strict=True)
         ],
     }
@@ -608,7 +608,7 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
         base=plan.base.name,
         base_weights=plan.mode,
         dtype=plan.rounding,
-        adapter_sha256=_sha256(plan.adapter / "adapter_model.safetensors"),
+        adapter_sha256=file_sha256(plan.adapter / "adapter_model.safetensors"),
     )
     index: dict[str, str] = {}
     total = 0
@@ -825,8 +825,3 @@ class _DoesNotFit(MergeError):
     def __init__(self, name: str, value: float) -> None:
         super().__init__(name)
         self.name, self.value = name, value
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

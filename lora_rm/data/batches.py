@@ -87,13 +87,10 @@ class TreePlan:
             return replace(self, core=core, indices={})
         rows, own = [], []
         for tree in self.trees:
-            stem, prompt = (
-                torch.arange(tree.stem_length),
-                torch.arange(tree.start, tree.start + tree.prompt_length),
-            )
             start = tree.start + tree.prompt_length
+            before = torch.cat((torch.arange(tree.stem_length), torch.arange(tree.start, start)))
             for number, length in enumerate(tree.answer_lengths):
-                rows.append(torch.cat((stem, prompt, torch.arange(start, start + length))))
+                rows.append(torch.cat((before, torch.arange(start, start + length))))
                 own.append(length if number else tree.prompt_length + length)
                 start += length
         sizes = torch.tensor([len(row) for row in rows])

@@ -676,7 +676,7 @@ def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         ModelError: If they differ; nothing else would tell of a flipped bit in a matrix.
     """
-    expected = record.get("weights_sha256")  # absent before version 0.2
+    expected = record.get("weights_sha256")  # absent where an earlier lora_rm saved it
     if expected and file_sha256(folder / WEIGHTS) != expected:
         raise ModelError(
             f"{folder / WEIGHTS}: is not the file that was saved (its SHA-256 differs from that in {RECORD}). Copy the folder "
