@@ -345,7 +345,7 @@ def load_checkpoint(
     for name, value in [*load_tensors(folder / "optimizer.safetensors").items(), *state["optimizer"].items()]:
         parameter_name, key = name.rsplit("/", 1)
         parameter = by_name[parameter_name]
-        if isinstance(value, torch.Tensor) and key != "step":
+        if isinstance(value, torch.Tensor):  # the step too: fused AdamW counts on the device
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
     scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})

@@ -2,13 +2,14 @@
 
 import hashlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -29,6 +30,7 @@ from lora_rm.config import Settings
 from lora_rm.console import say
 from lora_rm.data.batches import (
     Batching,
+    Core,
     TreeBatch,
     microbatches,
     num_passes,
@@ -59,6 +61,8 @@ class Progress:
     """Hash of what adapter.init pissa or olora took out of the base."""
     row: int = 0
     """Tokens of a microbatch since the device ran out of memory; 0: as it was set."""
+    core: str = ""
+    """How the attention of shared prompts was computed: another way would round otherwise."""
 
 
 def train(
@@ -95,6 +99,9 @@ def train(
     progress = Progress(changed_base=begun_with)
     if resume:
         progress = _resume(model, optimizer, scheduler, run) or progress
+    if progress.core:
+        model.core = cast("Core", progress.core)
+    progress.core = model.core
     if any(other != progress.changed_base for other in processes.gather(begun_with)):
         raise ModelError(
             f"adapter.init {settings.adapter.init} took something else out of the base here than when {run.path} "
@@ -126,7 +133,7 @@ def train(
         remove_old(run.checkpoints, wanted.keep_checkpoints, progress.best_step)
 
     model.train()
-    with metrics.display(), _stop_signals() as stop:
+    with metrics.display(), _stop_signals() as stop, _sums_in_order(model.device):
         for step, num_preferences, batches, num_idle, _ in _steps(model, data, settings, progress, num_steps):
             started = time.monotonic()
             if processes.count() > 1:
@@ -421,6 +428,27 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
     if settings.train.trackers:
         accelerator.init_trackers("lora_rm")
     return accelerator
+
+
+@contextmanager
+def _sums_in_order(device: torch.device) -> Iterator[None]:
+    """Makes a GPU add up what its threads find in one order, so that the same step gives the same bits again.
+
+    Flash attention's gradients are otherwise sums in the order in which blocks happen to end.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch warns without it
+    how: Any = torch.utils.deterministic
+    mode, filled = torch.get_deterministic_debug_mode(), how.fill_uninitialized_memory
+    how.fill_uninitialized_memory = False  # writes every new tensor once more, to find mistakes
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        how.fill_uninitialized_memory = filled
 
 
 @dataclass(slots=True)

@@ -175,7 +175,8 @@ def shake(model: RewardModel, seed: int = 11, size: float = 0.02) -> RewardModel
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 scale = 0.2 * parameter.std() if "magnitude" in name else size
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.device) * scale)
     return model
 
 

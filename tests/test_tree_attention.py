@@ -339,11 +339,11 @@ def test_cores_are_timed_with_their_backward_pass_wherever_scoring_asks_for_them
 def test_a_core_that_the_model_cannot_use_is_given_up(base, monkeypatch, capsys):
     """Flash attention does not run on a CPU, as it does not on a card without it."""
     model = make_model(base)
-    model._cores = dict.fromkeys((torch.float32, torch.bfloat16), "varlen")
+    model._cores = {dtype: ["varlen"] for dtype in (torch.float32, torch.bfloat16)}
     with model._random_head():
         model._check_core(_probe(90), torch.zeros(6))
-    assert model._core() == "answers"
+    assert model.core == "answers"
     assert "the core varlen does not suit this model" in capsys.readouterr().out
-    model._cores = {torch.float32: "gathered"}
+    model._cores = {torch.float32: ["gathered"]}
     model.choose_batching()
-    assert (model.batching, model._core()) == ("shared", "gathered")
+    assert (model.batching, model.core) == ("shared", "gathered")

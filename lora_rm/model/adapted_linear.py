@@ -26,13 +26,15 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, base: Any
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, base: Any, keep: bool
     ) -> torch.Tensor:
         low = x @ a.T
         ctx.save_for_backward(x, low, a, b)
         ctx.scale, ctx.weight = scale, dense_weight(base)
-        # not in place: selective checkpointing keeps the base's product and must find it as it was
-        return torch.addmm(base(x), low, b.T, alpha=scale)
+        product = base(x)
+        if keep:
+            return torch.addmm(product, low, b.T, alpha=scale)
+        return product.addmm_(low, b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -41,11 +43,14 @@ class _AdaptedProduct(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ ctx.weight(gradient.dtype)).addmm_(low_gradient, a)
-        return of_x, low_gradient.T @ x, (gradient.T @ low).mul_(ctx.scale), None, None
+        return of_x, low_gradient.T @ x, (gradient.T @ low).mul_(ctx.scale), None, None, None
 
 
 class _Adapted:
     """The forward pass of an adapted layer, where it is a plain LoRA on a layer whose weight stands as (out, in)."""
+
+    keeps_base_product = False
+    """Whether selective checkpointing keeps what the base computes, and must find it as it was."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base and update; with dropout, DoRA or several adapters as PEFT computes them."""
@@ -63,7 +68,9 @@ class _Adapted:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
         rows, scale = x.flatten(0, -2).to(dtype), self.scaling["default"]
-        y: torch.Tensor = _AdaptedProduct.apply(rows, a.to(dtype), b.to(dtype), scale, base)
+        y: torch.Tensor = _AdaptedProduct.apply(
+            rows, a.to(dtype), b.to(dtype), scale, base, self.keeps_base_product
+        )
         y = y.unflatten(0, x.shape[:-1])
         return y if type(base) is nn.Linear else y.to(x.dtype)
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Mode = Literal["none", "selective", "full"]
@@ -50,6 +51,9 @@ def set_checkpointing(layers: Sequence[torch.nn.Module], modes: Sequence[Mode], 
         context: dict[str, Any] = {}
         if mode == "selective":
             context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy(max_rank))}
+        for module in layer.modules():
+            if isinstance(module, LoraLayer):
+                module.keeps_base_product = mode == "selective"
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)  # type: ignore[assignment]
 
 

@@ -32,6 +32,7 @@ from lora_rm.losses import preference_losses
 from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
+from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import codes_8bit, make_exact, quantized_layers
 from lora_rm.model.reward_model import RewardModel, make_trainable, new_classifier, wanted_quantization
 
@@ -176,6 +177,7 @@ def empty_model(
     )
     make_exact(made)
     join_products(made)
+    fuse_elementwise(made)
     made.set_batching(batching)
     made.set_checkpointing([mode] * len(made.layers))
     if batching != "padded":

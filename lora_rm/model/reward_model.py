@@ -47,6 +47,7 @@ from lora_rm.model.adapter import (
 )
 from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
+from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import (
     DTYPES,
     Quantization,
@@ -105,7 +106,7 @@ class RewardModel(nn.Module):
         self.changed_base: ChangedBase | None = None
         self.is_sharded = False
         self._last_layer: LastLayer | None = None
-        self._cores: dict[torch.dtype, Core] = {}
+        self._cores: dict[torch.dtype, list[Core]] = {}
         self._plain_attention: str = self.classifier.config._attn_implementation
         self.set_compute_dtype(compute_dtype)
 
@@ -323,19 +324,30 @@ class RewardModel(nn.Module):
 
     def batch(self, preferences: list[TokenTree]) -> TreeBatch:
         """Builds a batch the way this model computes it, on its device."""
-        return build_batch(preferences, self.batching, self._core()).to(self.device)
+        return build_batch(preferences, self.batching, self.core).to(self.device)
 
-    def _core(self) -> Core:
+    @property
+    def core(self) -> Core:
         """The attention core that is fastest for the present type of products, found once for each type."""
+        return self._exact_cores()[0]
+
+    @core.setter
+    def core(self, core: Core) -> None:
+        """Takes another core, if it is exact here: which one is the fastest may change from day to day."""
+        cores = self._exact_cores()
+        cores.sort(key=lambda other: other != core)
+
+    def _exact_cores(self) -> list[Core]:
+        """Those that are exact for the present type of products, the one in use first."""
         if self.compute_dtype not in self._cores:
             text = self.classifier.config.get_text_config()
             heads = text.num_attention_heads
             size = getattr(text, "head_dim", None) or text.hidden_size // heads
             groups = getattr(text, "num_key_value_heads", None) or heads
-            seconds: dict[Core, float] = {}
+            seconds: dict[Core, float] = {"answers": 0.0}
             if self.device.type != "cpu":
                 seconds = time_cores(self.device, self.compute_dtype, heads, groups, size)
-            self._cores[self.compute_dtype] = min(seconds, key=lambda core: seconds[core], default="answers")
+            self._cores[self.compute_dtype] = sorted(seconds, key=lambda core: seconds[core])
         return self._cores[self.compute_dtype]
 
     def choose_batching(self, wanted: str = "auto", tolerance: float = 1e-4) -> Batching:
@@ -379,7 +391,7 @@ class RewardModel(nn.Module):
 
     def _check_core(self, probe: list[TokenTree], expected: torch.Tensor) -> None:
         """Picks the core for the type of training's products, and takes `answers` if this model cannot use it."""
-        core = self._core()
+        core = self.core
         if self.batching == "padded" or core == "answers":
             return
         # rounding of a whole model: 16 steps of the type, 13 % in bfloat16; a wrong mask is further off
@@ -388,7 +400,7 @@ class RewardModel(nn.Module):
             say(
                 f"Attention is computed answer by answer, because the core {core} does not suit this model ({reason})."
             )
-            self._cores[self.compute_dtype] = "answers"
+            self._cores[self.compute_dtype] = ["answers"]
 
     @contextlib.contextmanager
     def _random_head(self) -> Iterator[None]:
@@ -586,6 +598,7 @@ class RewardModel(nn.Module):
     def _ready(self) -> "RewardModel":
         make_exact(self)
         join_products(self)
+        fuse_elementwise(self)
         self._check_head()
         return self
 

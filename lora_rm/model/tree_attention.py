@@ -16,10 +16,13 @@ Shape letters: T tokens of the row, H query heads, G key-value heads, D head siz
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from lora_rm.data.batches import Core, Tree, TreePlan
@@ -58,16 +61,21 @@ def tree_attention(
         raise NotImplementedError("tree attention: no plan, attention sinks, or attention that is not causal")
     tree_plan.calls.append(len(tree_plan.ends) if tree_plan.only_ends else query_1HTD.shape[2])
     how = _How(tree_plan, scaling, dropout, sliding_window, softcap)
-    if tree_plan.only_ends:
-        return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
+    # of one layer only the ends are wanted; these two compute all queries there, for a call an answer takes longer
     if tree_plan.core == "gathered" and softcap is None:
         return _gathered(query_1HTD, key_1GTD, value_1GTD, how), None
     if tree_plan.core == "varlen" and softcap is None and not dropout:  # the kernel has no dropout
         return _varlen(query_1HTD, key_1GTD, value_1GTD, how), None
+    if tree_plan.only_ends:
+        return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
     queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
     outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of a GPU. cuDNN's, which torch prefers on an H200, is built anew for each pair of lengths: seconds a row."""
 
 
 class _How(NamedTuple):
@@ -148,17 +156,21 @@ def _varlen(
     )
     keys = how.plan.indices["keys"]
     most_queries, most_keys = how.plan.longest
+    # an argument since torch 2.13; before it the kernel was not asked and always could
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    )
     output_THD: Any = varlen_attn(
         query_THD.contiguous(),
-        key_TGD.index_select(0, keys),
-        value_TGD.index_select(0, keys),
+        key_TGD[keys],  # whose gradient is summed in a fixed order; that of index_select is not
+        value_TGD[keys],
         how.plan.indices["query_starts"],
         how.plan.indices["key_starts"],
         most_queries,
         most_keys,
         scale=how.scaling,
         window_size=(-1 if how.window is None else how.window - 1, 0),
-        enable_gqa=query_1HTD.shape[1] != key_1GTD.shape[1],
+        **grouped,
     )
     return output_THD[None]
 
@@ -177,16 +189,17 @@ def _attend(
     is_causal = queries == keys and window is None
     sees_all = queries == 1 and window is None
     mask = None if is_causal or sees_all else how.plan.mask(queries, keys, window, query_1HQD)
-    return F.scaled_dot_product_attention(
-        query_1HQD,
-        key_1GKD,
-        value_1GKD,
-        attn_mask=mask,
-        dropout_p=how.dropout,
-        is_causal=is_causal,
-        scale=how.scaling,
-        enable_gqa=query_1HQD.shape[1] != key_1GKD.shape[1],
-    )
+    with sdpa_kernel(KERNELS) if query_1HQD.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(
+            query_1HQD,
+            key_1GKD,
+            value_1GKD,
+            attn_mask=mask,
+            dropout_p=how.dropout,
+            is_causal=is_causal,
+            scale=how.scaling,
+            enable_gqa=query_1HQD.shape[1] != key_1GKD.shape[1],
+        )
 
 
 def _softcapped(
@@ -242,7 +255,7 @@ def time_cores(
         own = plan.with_core(core).to(device)
         try:
             runs = [_run(inputs, own) for _ in range(5)]
-        except (RuntimeError, NotImplementedError, ValueError, ImportError):
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError):
             if core == "answers":
                 raise
             continue

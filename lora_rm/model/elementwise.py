@@ -1,0 +1,150 @@
+"""RMS norms and rotary positions in fewer passes over a row.
+
+transformers writes both operation by operation: a norm is 8 passes forward and some 20 backward, rotary positions are 9
+and 16. Here a norm is one kernel each way on a GPU, and positions are three. Same sums, so rewards differ by rounding
+alone; of a norm only its input and a number a token wait for the backward pass.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x / sqrt(mean(x^2) + eps) over the last dimension; w is frozen.
+
+    Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4. With n = x / sqrt(...), the gradient toward x of a gradient g of y is
+    (w g - n mean(w g n)) / sqrt(...).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, scale = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        ctx.save_for_backward(x, scale, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        if x.is_cuda:
+            of_x, _ = torch.ops.aten._fused_rms_norm_backward(
+                gradient.contiguous(), x, weight.shape, scale, weight, [True, False]
+            )
+            return of_x, None, None
+        weighted, normed = (gradient * weight).float(), x.float() * scale
+        mean = (weighted * normed).mean(-1, keepdim=True)
+        return normed.mul_(-mean).add_(weighted).mul_(scale).to(x.dtype), None, None
+
+
+class _FusedNorm(nn.Module):
+    """The forward pass of a norm that is no more than eq. 4."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.weight
+        if weight.requires_grad or weight.dtype != x.dtype:
+            return super().forward(x)
+        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        return _RMSNorm.apply(x, weight, eps)
+
+
+class _Rotation(torch.autograd.Function):
+    """Turns each pair (x_i, x_{i + D/2}) by its token's angle, x (..., T, D); Su et al. 2021 (arXiv 2104.09864), eq. 34."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        low, high = sin.chunk(2, dim=-1)
+        return _turned(x, cos, low.neg(), high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        low, high = sin.chunk(2, dim=-1)
+        return _turned(gradient, cos, high, low.neg()), None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The product of x and cos, plus the upper half times `low` in the lower and the lower times `high` in the upper."""
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], low)
+    y[..., half:].addcmul_(x[..., :half], high)
+    return y
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys turned by their positions, as transformers' function of this name does it.
+
+    Args:
+        q: Queries, (1, H, T, D).
+        k: Keys, (1, G, T, D).
+        cos: Of every angle, (1, T, D).
+        sin: Likewise.
+        unsqueeze_dim: Where cos and sin lack the heads.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+
+def fuse_elementwise(model: nn.Module) -> None:
+    """Lets a model's norms and rotary positions take fewer passes, where they are what the above computes.
+
+    Rotary positions are a function of a module of transformers, so every model of the family in this process gets ours.
+    """
+    for module in list(model.modules()):
+        kind: Any = type(module)
+        if kind.__name__.endswith("RMSNorm") and _is_plain_norm(kind):
+            module.__class__ = _fused(kind)
+        home = sys.modules[kind.__module__]
+        theirs = getattr(home, "apply_rotary_pos_emb", None)
+        if theirs not in (None, apply_rotary_pos_emb) and _is_plain_rotation(theirs):
+            home.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _fused(kind: Any) -> Any:
+    return type(kind.__name__, (_FusedNorm, kind), {})
+
+
+@functools.cache
+def _is_plain_norm(kind: Any) -> bool:
+    """Whether a class of norms computes eq. 4 with its weight; Gemma's adds 1 to it."""
+    if issubclass(kind, _FusedNorm):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.device("cpu"):
+            norm = kind(16, eps=1e-2)
+            weight, x = (torch.randn(shape, generator=generator) for shape in (16, (3, 16)))
+            norm.weight.data = weight
+            found = norm(x)
+    except (TypeError, AttributeError, RuntimeError):
+        return False
+    expected = weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2)
+    return found.shape == expected.shape and bool(torch.allclose(found, expected, atol=1e-5))
+
+
+@functools.cache
+def _is_plain_rotation(function: Any) -> bool:
+    """Whether a function turns pairs half a head apart, and whole heads only."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        q, k, cos, sin = (
+            torch.randn(shape, generator=generator)
+            for shape in ((1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8), (1, 3, 8))
+        )
+    try:
+        found, expected = function(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin)
+        same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    except (TypeError, AttributeError, RuntimeError, ValueError):
+        return False
+    try:
+        function(q, k, cos[..., :4], sin[..., :4])
+    except RuntimeError:
+        return same
+    return False  # it turns parts of heads too
