@@ -79,7 +79,7 @@ PEAK = {
 """Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets."""
 
 
-CAPPED = {8: ["llama3.2-3b"], 12: ["llama3.1-8b"], 16: ["llama3.1-8b"], 24: ["llama3.1-8b", "qwen3-32b"]}
+CAPPED = {8: ["llama3.2-3b"], 12: ["llama3.1-8b"], 16: ["llama3.1-8b"], 24: ["llama3.1-8b"]}
 """Models that are planned for a card of so many GiB."""
 
 
@@ -96,6 +96,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table as a list of rows")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["llama3.1-8b", "qwen3-32b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], help="tokens of a microbatch")
+    parser.add_argument(
+        "--ways", nargs="+", choices=["ours", "padded", "trl"], default=["ours", "padded", "trl"]
+    )
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[4, 8, 16], help="pairs of a batch of TRL's way"
+    )
     parser.add_argument("--pairs", type=int, default=64, help="pairs of a step (default: 64)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -125,17 +131,23 @@ def main() -> None:
     for shape in ["tiny"] if wanted.quick else wanted.model:
         model = random_model(MODELS[shape], device)
         pairs = make_pairs(8 if wanted.quick else wanted.pairs, MODELS[shape]["vocab_size"])
+        sizes = [size for size in wanted.batches if len(pairs) % size == 0]
         for tokens in [1024] if wanted.quick else wanted.tokens:
-            for title, found in ways(model, pairs, tokens, wanted.repeats, peak):
-                keep({"model": shape, "tokens_per_microbatch": tokens, "way": title, **found})
-        for title, found in trl_ways(model, pairs, wanted.repeats, peak):
-            keep({"model": shape, "way": title, **found})
+            if "ours" in wanted.ways:
+                for title, found in our_ways(model, pairs, tokens, wanted.repeats, peak):
+                    keep({"model": shape, "tokens_per_microbatch": tokens, "way": title, **found})
+        if "padded" in wanted.ways:
+            for title, found in padded_ways(model, pairs, sizes, wanted.repeats, peak):
+                keep({"model": shape, "way": title, **found})
+        if "trl" in wanted.ways and importlib.util.find_spec("trl"):
+            for title, found in trl_ways(model, pairs, sizes, wanted.repeats, peak):
+                keep({"model": shape, "way": title, **found})
         del model
         gc.collect()
     show(rows)
 
 
-def ways(
+def our_ways(
     model: RewardModel, pairs: list[TokenTree], tokens: int, repeats: int, peak: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Our ways of a step, in rows of so many tokens."""
@@ -148,28 +160,26 @@ def ways(
     )
 
 
-def trl_ways(
-    model: RewardModel, pairs: list[TokenTree], repeats: int, peak: float
+def padded_ways(
+    model: RewardModel, pairs: list[TokenTree], sizes: list[int], repeats: int, peak: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What TRL computes, in batches of several sizes; with its own trainer too where that is installed."""
-    found: dict[int, dict[str, Any]] = {}
+    """What TRL computes, in random order, each batch as long as its longest conversation; in PEFT's own layers."""
     with peft_layers(model):
-        for size in (2, 4, 8, 16):
-            if len(pairs) % size:
-                continue
-            # in random order, each batch as long as its longest conversation
+        ways: list[tuple[int, Mode]] = [*((size, "none") for size in sizes), (8, "full")]
+        for size, mode in ways:
             rows = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-            found[size] = measure(model, rows, "padded", "none", repeats, peak)
-            yield f"padded, batches of {size}", found[size]
-        rows = [pairs[start : start + 8] for start in range(0, len(pairs), 8)]
-        yield "padded, batches of 8, full", measure(model, rows, "padded", "full", repeats, peak)
-        if importlib.util.find_spec("trl"):
-            best = max(found, key=lambda size: found[size].get("pairs_per_second", 0.0))
-            yield (
-                f"TRL, batches of {best}",
-                measure_trl(model, pairs, best, repeats, peak, checkpointing=False),
-            )
-            yield "TRL's defaults (8, full)", measure_trl(model, pairs, 8, repeats, peak, checkpointing=True)
+            yield f"padded, batches of {size}, {mode}", measure(model, rows, "padded", mode, repeats, peak)
+
+
+def trl_ways(
+    model: RewardModel, pairs: list[TokenTree], sizes: list[int], repeats: int, peak: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """TRL's own trainer, without checkpointing and with its defaults."""
+    with peft_layers(model):
+        for size in sizes:
+            found = measure_trl(model, pairs, size, repeats, peak, checkpointing=False)
+            yield f"TRL, batches of {size}", found
+        yield "TRL's defaults (8, full)", measure_trl(model, pairs, 8, repeats, peak, checkpointing=True)
 
 
 @contextmanager
@@ -469,9 +479,9 @@ def kernels(step: Callable[[], None]) -> str:
         step()
         torch.cuda.synchronize()
     kinds = {
-        "products": ("gemm", "cutlass", "nvjet"),
         "attention": ("flash", "fmha", "attention"),
         "4-bit": ("quantize", "4bit"),
+        "products": ("gemm", "cutlass", "nvjet"),
     }
     shares = dict.fromkeys([*kinds, "other"], 0.0)
     for event in recorded.key_averages():

@@ -69,11 +69,15 @@ class Machine:
     flops: float | None = None
     """Useful operations a second of a step in NF4."""
 
+    workspace: float = 0.0
+    """Memory of the allocator that the libraries keep; cuBLAS takes some for each thread that multiplies."""
+
     is_measured: bool = False
 
 
 UNMEASURED = {
-    "cuda": Machine(kind="cuda", context=0.5 * GIB, slack=1.05),  # published: 0.3 to 0.6 GB, 1.03 to 1.08
+    # context published: 0.3 to 0.6 GB; slack: 1.03 to 1.08; workspace of an H200, 32 MiB forward and backward
+    "cuda": Machine(kind="cuda", context=0.5 * GIB, slack=1.05, workspace=64 * 2**20),
     "cpu": Machine(kind="cpu", context=0.0, slack=1.0),
 }
 
@@ -146,10 +150,9 @@ class Plan:
     @property
     def lasting(self) -> float:
         """Whatever does not depend on the row."""
-        held = self.held
-        return (
-            held.quantized + held.frozen + 2 * held.trained + self.optimizer + self.machine.context
-        )  # parameters and gradients
+        held, machine = self.held, self.machine
+        both = 2 * held.trained  # parameters and gradients
+        return held.quantized + held.frozen + both + self.optimizer + machine.context + machine.workspace
 
     @property
     def checks(self) -> float:
@@ -160,7 +163,10 @@ class Plan:
         held = self.held
         wide = held.frozen * 4 / self.held_bytes
         step = max(self.held_bytes * held.largest_frozen * (self.held_bytes < 4), 6.0 * held.largest_linear)
-        return held.quantized + wide + held.trained + step * self.machine.slack + self.machine.context
+        machine = self.machine
+        return (
+            held.quantized + wide + held.trained + step * machine.slack + machine.context + machine.workspace
+        )
 
     @property
     def workspace(self) -> float:
@@ -415,7 +421,7 @@ def show_plan(planned: Plan) -> None:
         "dequantised weight": planned.workspace,
         f"activations of {planned.row} tokens": max(0.0, step - planned.workspace),
         "allocator": step * (planned.machine.slack - 1),
-        "context": planned.machine.context,
+        "context and cuBLAS": planned.machine.context + planned.machine.workspace,
     }
     rows = [(name, _gib(value)) for name, value in parts.items() if name]
     total = planned.lasting + step * planned.machine.slack
@@ -490,9 +496,13 @@ def calibrate(name: str = "auto") -> Machine:
     )
     model = empty_model(config, settings, "none", dtype, "shared")
     fill(model, device)
-    context, slack, flops = 0.0, 1.0, 0.0
+    context, slack, flops, workspace = 0.0, 1.0, 0.0, 0.0
     if is_cuda:
+        torch._C._cuda_clearCublasWorkspaces()  # those of earlier work in this process
+        before = torch.cuda.memory_allocated(device)
         trace(model, rows[:1], settings)  # the first step loads kernels
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        workspace = float(torch.cuda.memory_allocated(device) - before - gradients)
         torch.cuda.empty_cache()
     held = 0.0
     for row, (tokens, expected) in zip(rows, traced, strict=True):
@@ -514,14 +524,15 @@ def calibrate(name: str = "auto") -> Machine:
             torch.cuda.synchronize(device)
         held = LiveBytes().hold(model).num_linear
         flops = 4 * held * tokens / (time.monotonic() - started)
-    machine = Machine(kind=device.type, context=context, slack=slack, flops=flops, is_measured=True)
+    values = {"context": context, "slack": slack, "flops": flops, "workspace": workspace}
+    machine = Machine(kind=device.type, is_measured=True, **values)
     file = _calibration_file()
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known[_device_key(device)] = {"context": context, "slack": slack, "flops": flops}
+    known[_device_key(device)] = values
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(known, indent=1), encoding="utf-8")
     say(
-        f"{_device_key(device)}: context {_gib(context)} GiB, allocator {slack:.3f} times the traced bytes, "
+        f"{_device_key(device)}: context {_gib(context + workspace)} GiB, allocator {slack:.3f} times the traced bytes, "
         f"{flops / 1e12:.3g} TFLOP/s of a step in NF4. Kept in {file}."
     )
     return machine

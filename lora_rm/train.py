@@ -99,8 +99,8 @@ def train(
     progress = Progress(changed_base=begun_with)
     if resume:
         progress = _resume(model, optimizer, scheduler, run) or progress
-    if progress.core:
-        model.core = cast("Core", progress.core)
+    if progress.core in model.exact_cores():
+        model.set_core(cast("Core", progress.core))
     progress.core = model.core
     if any(other != progress.changed_base for other in processes.gather(begun_with)):
         raise ModelError(
@@ -133,7 +133,7 @@ def train(
         remove_old(run.checkpoints, wanted.keep_checkpoints, progress.best_step)
 
     model.train()
-    with metrics.display(), _stop_signals() as stop, _sums_in_order(model.device):
+    with metrics.display(), _stop_signals() as stop, _sums_in_order(model):
         for step, num_preferences, batches, num_idle, _ in _steps(model, data, settings, progress, num_steps):
             started = time.monotonic()
             if processes.count() > 1:
@@ -431,24 +431,41 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
 
 
 @contextmanager
-def _sums_in_order(device: torch.device) -> Iterator[None]:
+def _sums_in_order(model: RewardModel) -> Iterator[None]:
     """Makes a GPU add up what its threads find in one order, so that the same step gives the same bits again.
 
     Flash attention's gradients are otherwise sums in the order in which blocks happen to end.
     """
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch warns without it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
     how: Any = torch.utils.deterministic
-    mode, filled = torch.get_deterministic_debug_mode(), how.fill_uninitialized_memory
+    before, filled = torch.get_deterministic_debug_mode(), how.fill_uninitialized_memory
     how.fill_uninitialized_memory = False  # writes every new tensor once more, to find mistakes
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("error")  # a mere warning leaves flash attention as it was
+    try:
+        _try_step(model)
+    except RuntimeError as error:
+        say(
+            f"A resumed run will not be the same bit for bit, since this model computes what has no fixed order on a GPU "
+            f"({str(error).splitlines()[0][:120]})."
+        )
+        torch.set_deterministic_debug_mode(before)
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(mode)
+        torch.set_deterministic_debug_mode(before)
         how.fill_uninitialized_memory = filled
+
+
+def _try_step(model: RewardModel) -> None:
+    """Runs a tiny forward and backward pass that leaves no trace."""
+    with torch.random.fork_rng([model.device]):
+        try:
+            model.rewards(model.batch([TokenTree([0] * 8, ([1], [0]))])).sum().backward()
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
+from lora_rm.model import tree_attention as tree_attention_module
 from lora_rm.model.reward_model import _probe
 from lora_rm.model.tree_attention import time_cores, tree_attention
 
@@ -339,11 +340,29 @@ def test_cores_are_timed_with_their_backward_pass_wherever_scoring_asks_for_them
 def test_a_core_that_the_model_cannot_use_is_given_up(base, monkeypatch, capsys):
     """Flash attention does not run on a CPU, as it does not on a card without it."""
     model = make_model(base)
-    model._cores = {dtype: ["varlen"] for dtype in (torch.float32, torch.bfloat16)}
+    model._cores = {dtype: ["varlen", "answers"] for dtype in (torch.float32, torch.bfloat16)}
     with model._random_head():
-        model._check_core(_probe(90), torch.zeros(6))
+        model._check_core(_probe(90), torch.zeros(5), 1e-4)
     assert model.core == "answers"
     assert "the core varlen does not suit this model" in capsys.readouterr().out
-    model._cores = {torch.float32: ["gathered"]}
+    model._cores = {torch.float32: ["gathered", "answers"]}
     model.choose_batching()
     assert (model.batching, model.core) == ("shared", "gathered")
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_core_may_round_as_much_as_the_model_does(base, monkeypatch, fault):
+    """In a model that makes much of rounding all cores are off alike, which is no fault of any."""
+    model = make_model(base)
+    model._cores = {torch.float32: ["gathered", "answers"]}
+    probe = _probe(90)
+    with model._random_head():
+        model.set_core("answers")
+        with torch.no_grad():
+            expected = model.rewards(model.batch(probe)) * 1.01
+        model.set_core("gathered")
+        if fault:
+            real = tree_attention_module._gathered
+            monkeypatch.setattr(tree_attention_module, "_gathered", lambda *args: 0.9 * real(*args))
+        model._check_core(probe, expected, 1e-4)
+    assert model.core == ("answers" if fault else "gathered")

@@ -107,7 +107,8 @@ class TreePlan:
             torch.arange(number * longest + len(row) - queries, number * longest + len(row))
             for number, (row, queries) in enumerate(zip(rows, own, strict=True))
         ]
-        conversations = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        # filled up with the conversation again: one token for all would get the gradients of all, one after the other
+        conversations = torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
         return replace(self, core=core, indices={"conversations": conversations, "places": torch.cat(places)})
 
     @cached_property

@@ -17,6 +17,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +36,8 @@ from lora_rm.model.checkpointing import Mode
 from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import codes_8bit, make_exact, quantized_layers
 from lora_rm.model.reward_model import RewardModel, make_trainable, new_classifier, wanted_quantization
+
+VARLEN_BACKWARD = torch.ops.torch_attn._varlen_attn_backward.default
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +120,8 @@ class LiveBytes(TorchDispatchMode):
         del types
         if func is torch.ops.bitsandbytes.gemm_4bit.default:  # dequantises inside, where no tensor shows
             self.peak = max(self.peak, self.now + math.prod(args[2]) * args[0].element_size())
+        if func is VARLEN_BACKWARD:
+            self.peak = max(self.peak, self.now + _flash_workspace(*args[1:4]))
         result = func(*args, **(kwargs or {}))
         self.see(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
         return result
@@ -144,6 +149,17 @@ class LiveBytes(TorchDispatchMode):
             largest_linear=max(counts),
             largest_frozen=max(p.numel() for p in frozen),
         )
+
+
+def _flash_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """What flash attention's backward pass holds beside its arguments.
+
+    The gradients, that of the queries in float32 first, those of keys and values for each query head where heads share
+    them (torch 2.11, mha_varlen_bwd).
+    """
+    groups = query.shape[1] // key.shape[1]
+    shared = groups * (key.nbytes + value.nbytes) if groups > 1 else 0
+    return 4 * query.numel() + shared + query.nbytes + key.nbytes + value.nbytes
 
 
 def _stored(layer: Any) -> list[torch.Tensor]:
@@ -289,8 +305,7 @@ def trace_without_data(
 ) -> tuple[Held, list[tuple[int, int]]]:
     """Traces a model of that configuration with so many layers, without data.
 
-    The tensors lie on a CPU even for a GPU, which need not be here: the CPU's attention kernel keeps what flash
-    attention keeps. PEFT asks whether autocast is on for CUDA, and if not copies every input to float32.
+    The tensors lie on a CPU even for a GPU, which need not be here. PEFT asks whether autocast is on for CUDA, and if not copies every input to float32.
 
     Raises:
         ModelError: If the step depends on values.
@@ -309,6 +324,8 @@ def trace_without_data(
         model = empty_model(config, settings, mode, compute_dtype, batching)
         with _no_data(autocast_on_gpu=on_gpu and compute_dtype != torch.float32):
             fill(model, torch.device("cpu"))
+            if on_gpu and compute_dtype != torch.float32:
+                model.set_core("varlen")
             return trace(model, rows, settings)
     except ModelError:
         raise

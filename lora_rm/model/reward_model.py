@@ -106,7 +106,7 @@ class RewardModel(nn.Module):
         self.changed_base: ChangedBase | None = None
         self.is_sharded = False
         self._last_layer: LastLayer | None = None
-        self._cores: dict[torch.dtype, list[Core]] = {}
+        self._cores: dict[torch.dtype, Sequence[Core]] = {}
         self._plain_attention: str = self.classifier.config._attn_implementation
         self.set_compute_dtype(compute_dtype)
 
@@ -328,17 +328,15 @@ class RewardModel(nn.Module):
 
     @property
     def core(self) -> Core:
-        """The attention core that is fastest for the present type of products, found once for each type."""
-        return self._exact_cores()[0]
+        """How attention is computed: the fastest core for the present type of products, found once for each type."""
+        return self.exact_cores()[0]
 
-    @core.setter
-    def core(self, core: Core) -> None:
-        """Takes another core, if it is exact here: which one is the fastest may change from day to day."""
-        cores = self._exact_cores()
-        cores.sort(key=lambda other: other != core)
+    def set_core(self, core: Core) -> None:
+        """Computes attention in this way, for the present type of products, without asking whether it is exact."""
+        self._cores[self.compute_dtype] = [core]
 
-    def _exact_cores(self) -> list[Core]:
-        """Those that are exact for the present type of products, the one in use first."""
+    def exact_cores(self) -> Sequence[Core]:
+        """The cores that are exact on this device for the present type of products, fastest first."""
         if self.compute_dtype not in self._cores:
             text = self.classifier.config.get_text_config()
             heads = text.num_attention_heads
@@ -378,7 +376,7 @@ class RewardModel(nn.Module):
                         break
                 else:
                     self.set_batching("padded")
-            self._check_core(probe, expected)
+            self._check_core(probe, expected, tolerance)
         if self.batching != wanted and reasons:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
             if wanted != "auto":
@@ -389,18 +387,30 @@ class RewardModel(nn.Module):
                 say(f"Batches are {self.batching}, because others are not exact for this model ({why}).")
         return self.batching
 
-    def _check_core(self, probe: list[TokenTree], expected: torch.Tensor) -> None:
-        """Picks the core for the type of training's products, and takes `answers` if this model cannot use it."""
+    def _check_core(self, probe: list[TokenTree], expected: torch.Tensor, tolerance: float) -> None:
+        """Picks the core for the type of training's products, and takes `answers` if this model cannot use it.
+
+        A core may round as much as `answers` does in this type and model; a wrong mask is further off.
+        """
         core = self.core
         if self.batching == "padded" or core == "answers":
             return
-        # rounding of a whole model: 16 steps of the type, 13 % in bfloat16; a wrong mask is further off
-        reason = self._inexact(self.batching, probe, expected, 16 * torch.finfo(self.compute_dtype).eps)
-        if reason:
-            say(
-                f"Attention is computed answer by answer, because the core {core} does not suit this model ({reason})."
-            )
-            self._cores[self.compute_dtype] = ["answers"]
+        # 16 steps of the type: 13 % in bfloat16
+        tolerance = max(tolerance, 16 * torch.finfo(self.compute_dtype).eps)
+        reason = self._inexact(self.batching, probe, expected, tolerance)
+        if not reason:
+            return
+        self.set_core("answers")
+        with torch.no_grad():
+            rounded = self.rewards(self.batch(probe)).cpu()
+        noise = float((rounded - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        self.set_core(core)
+        if not self._inexact(self.batching, probe, expected, max(tolerance, 2 * noise)):
+            return
+        say(
+            f"Attention is computed answer by answer, because the core {core} does not suit this model ({reason})."
+        )
+        self.set_core("answers")
 
     @contextlib.contextmanager
     def _random_head(self) -> Iterator[None]:

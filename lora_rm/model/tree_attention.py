@@ -189,6 +189,11 @@ def _attend(
     is_causal = queries == keys and window is None
     sees_all = queries == 1 and window is None
     mask = None if is_causal or sees_all else how.plan.mask(queries, keys, window, query_1HQD)
+    groups = query_1HQD.shape[1] // key_1GKD.shape[1]
+    if groups > 1 and query_1HQD.is_cuda and (mask is not None or query_1HQD.dtype == torch.float32):
+        # flash attention has no masks and no float32, and the next best kernel no groups: torch would take the one
+        # that writes down all Q x K scores
+        key_1GKD, value_1GKD = (x.repeat_interleave(groups, dim=1) for x in (key_1GKD, value_1GKD))
     with sdpa_kernel(KERNELS) if query_1HQD.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(
             query_1HQD,

@@ -94,20 +94,20 @@ def test_the_planned_peak_is_what_the_device_measures(tmp_path, mode, monkeypatc
     monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path / "cache"))
     calibrate("cuda")
     shape = {
-        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
-        "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 4096,
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096,
     }  # fmt: skip
     base = make_base(tmp_path / "llama", "llama", **shape)
     settings = check_settings(
-        {"model": {"base": str(base)}, "train": {"checkpointing": mode, "tokens_per_microbatch": 4096}}
+        {"model": {"base": str(base)}, "train": {"checkpointing": mode, "tokens_per_microbatch": 8192}}
     )
     planned = plan(settings)
     model = make_model(base, device="cuda", adapter=settings.adapter)
     model.set_compute_dtype(torch.bfloat16)
-    model.set_checkpointing([mode] * 12)
+    model.set_checkpointing([mode] * 8)
     model.train()
     optimizer = build_optimizer(model, settings)
-    batch = model.batch([TokenTree([5 + n] * 400, ([6] * 56, [7] * 56)) for n in range(8)])
+    batch = model.batch([TokenTree([5 + n] * 400, ([6] * 56, [7] * 56)) for n in range(16)])
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
         model.rewards(batch).sum().backward()
@@ -144,7 +144,7 @@ def trained(settings, core=None, *, resume=False):
     """The adapter of a run, what it says of its steps, and its progress."""
     run, model = RunFolder.create(settings, resume), open_model(settings)
     if core:
-        model.core = core
+        model.set_core(core)
     progress = train(model, read_data(settings, model, run), settings, run, resume=resume)
     steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
