@@ -270,6 +270,8 @@ def measure(
             step()
             _wait(on_gpu)
             seconds.append(time.perf_counter() - started)
+        memory = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
+        by_kernel = kernels(step) if on_gpu else ""
     except torch.OutOfMemoryError:
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
@@ -281,10 +283,7 @@ def measure(
         "tokens_per_second": computed / used, "core": model.core if batching != "padded" else "sdpa",
         "mfu": 4 * linear_parameters(model) * computed / used / peak,
     }  # fmt: skip
-    if on_gpu:
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        found["kernels"] = kernels(step)
-    return found
+    return found | {"peak_gib": memory, "kernels": by_kernel}
 
 
 def measure_trl(

@@ -1,5 +1,6 @@
 """What only a CUDA device can show; skipped where there is none."""
 
+import gc
 import json
 import shutil
 import time
@@ -102,6 +103,9 @@ def test_the_planned_peak_is_what_the_device_measures(tmp_path, mode, monkeypatc
         {"model": {"base": str(base)}, "train": {"checkpointing": mode, "tokens_per_microbatch": 8192}}
     )
     planned = plan(settings)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    others = torch.cuda.memory_allocated()  # what tests before have left
     model = make_model(base, device="cuda", adapter=settings.adapter)
     model.set_compute_dtype(torch.bfloat16)
     model.set_checkpointing([mode] * 8)
@@ -115,7 +119,7 @@ def test_the_planned_peak_is_what_the_device_measures(tmp_path, mode, monkeypatc
         optimizer.zero_grad()
     # without the allocator's slack, which is no tensor's
     expected = planned.lasting - planned.machine.context + planned.peaks[mode].at(batch.input_ids.numel())
-    assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.05)
+    assert torch.cuda.max_memory_allocated() - others == pytest.approx(expected, rel=0.05)
 
 
 WIDE = {

@@ -1,0 +1,106 @@
+"""Norms and rotary positions in fewer passes are those of transformers, forward and backward."""
+
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, make_base, make_model
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3 import modeling_phi3
+
+from lora_rm.model import elementwise
+from lora_rm.model.elementwise import _FusedNorm, _is_plain_rotation, fuse_elementwise
+
+EXACT = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Largest difference, as a share of the largest value: both round to bfloat16, at other places."""
+
+
+def rotate_one_operation_at_a_time(q, k, cos, sin):
+    """As transformers 5.23 writes it, whatever stands in its modules now."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
+
+
+def assert_alike(found, expected, dtype):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert float((one - other).abs().max()) <= EXACT[dtype] * float(other.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [modeling_llama.LlamaRMSNorm, Olmo2RMSNorm, modeling_phi3.Phi3RMSNorm])
+def test_a_norm_and_its_gradient_are_those_of_transformers(kind, dtype):
+    torch.manual_seed(0)
+    norm = kind(48, eps=1e-2).requires_grad_(False).to(dtype)
+    norm.weight.normal_()
+    x, seen = torch.randn(2, 5, 48).to(dtype) * 3, torch.randn(2, 5, 48).to(dtype)
+
+    def run():
+        own = x.clone().requires_grad_()
+        y = norm(own)
+        (y * seen).float().sum().backward()
+        return y.detach(), own.grad
+
+    expected = run()
+    fuse_elementwise(torch.nn.Sequential(norm))
+    assert isinstance(norm, _FusedNorm)
+    assert isinstance(norm, kind)
+    assert_alike(run(), expected, dtype)
+
+
+def test_of_a_norm_its_input_and_a_number_a_token_wait_for_the_backward_pass():
+    norm = modeling_llama.LlamaRMSNorm(64).requires_grad_(False)
+    fuse_elementwise(torch.nn.Sequential(norm))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        norm(torch.randn(7, 64, requires_grad=True))
+    assert sorted(kept) == [7, 64, 7 * 64]
+
+
+def test_what_is_another_function_is_left_alone():
+    gemma, trained = Gemma2RMSNorm(16), modeling_llama.LlamaRMSNorm(16)
+    fuse_elementwise(torch.nn.Sequential(gemma, trained))
+    assert type(gemma) is Gemma2RMSNorm  # multiplies by 1 + weight
+    trained(torch.randn(3, 16)).sum().backward()
+    assert trained.weight.grad is not None  # a norm that is trained gets its gradient
+    half = trained.requires_grad_(False)(torch.randn(3, 16).bfloat16())
+    assert half.dtype == torch.float32  # as transformers' with a weight of a wider type
+    assert not _is_plain_rotation(modeling_phi3.apply_rotary_pos_emb)  # turns parts of heads too
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_and_their_gradient_are_those_of_transformers(dtype):
+    torch.manual_seed(0)
+    angles = torch.randn(1, 5, 4) * 9
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    sin[..., 4:] *= 1.5  # scaled positions need not be alike in both halves
+    heads = [torch.randn(1, 5, count, 8).to(dtype).transpose(1, 2) for count in (4, 2)]  # as projections lie
+
+    def run(function):
+        q, k = (x.clone().requires_grad_() for x in heads)
+        turned = function(q, k, cos, sin)
+        (turned[0].float().square().sum() + turned[1].float().pow(3).sum()).backward()
+        return [*(x.detach() for x in turned), q.grad, k.grad]
+
+    assert_alike(run(elementwise.apply_rotary_pos_emb), run(rotate_one_operation_at_a_time), dtype)
+
+
+def test_positions_in_float32_turn_bfloat16_heads_as_in_transformers():
+    cos, sin = torch.randn(2, 1, 3, 8)
+    q, k = torch.randn(1, 4, 3, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16()
+    found = elementwise.apply_rotary_pos_emb(q, k, cos, sin)
+    assert_alike(found, rotate_one_operation_at_a_time(q, k, cos, sin), torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_get_them(tmp_path, family):
+    model = make_model(make_base(tmp_path / family, family))
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    fused = [m for m in norms if isinstance(m, _FusedNorm)]
+    assert len(fused) == (0 if family.startswith("gemma") else len(norms))
+    home = sys.modules[type(model.layers[0]).__module__]
+    rotate = getattr(home, "apply_rotary_pos_emb", None)
+    assert (rotate is elementwise.apply_rotary_pos_emb) == (family not in ("phi3", "gpt2"))
