@@ -135,6 +135,49 @@ print(*(len({{(folder / "model.safetensors").read_bytes() for folder in (out, Pa
     assert (was_there, num_different) == ("False", "1")
 
 
+def test_a_disk_that_fills_before_the_adapter_is_saved_costs_nothing_but_the_last_steps(settings, tmp_path):
+    """Another program takes the rest of the disk after the last evaluation; when it is gone, the run ends as it would have."""
+    short = changed(settings, train={"max_steps": 3, "save_every_steps": 2}, data={"max_eval": 20})
+    (tmp_path / "short.yaml").write_text(dump_settings(short))
+    program = f"""\
+import dataclasses, json, sys
+from pathlib import Path
+from lora_rm import workflow
+from lora_rm.config import load_settings
+from lora_rm.errors import StorageError
+disk, elsewhere = Path(sys.argv[1]), Path({str(tmp_path)!r})
+settings = load_settings(elsewhere / "short.yaml")
+there, here = (dataclasses.replace(settings, output_dir=str(place / "run")) for place in (disk, elsewhere))
+real, found = workflow.evaluate_after, {{}}
+def filling(*args):
+    real(*args)
+    with (disk / "others").open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(512)):
+                pass
+        except OSError:
+            pass
+workflow.evaluate_after = filling
+try:
+    workflow.train_run(there)
+except StorageError as error:
+    found["message"] = str(error)
+found["record"] = (disk / "run" / "adapter" / "lora_rm.json").exists()
+workflow.evaluate_after = real
+(disk / "others").unlink()
+workflow.train_run(there, resume=True)
+workflow.train_run(here)
+names = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json")
+found["same"] = all((disk / "run/adapter" / name).read_bytes() == (elsewhere / "run/adapter" / name).read_bytes() for name in names)
+(elsewhere / "found.json").write_text(json.dumps(found))
+"""
+    done = on_a_small_disk(tmp_path / "disk", 4000, program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "adapter: cannot be written (No space left on device" in found["message"]
+    assert (found["record"], found["same"]) == (False, True)
+
+
 class Dying:
     """A tokenizer whose process ends in the middle of its work, as one that the system kills for memory."""
 
