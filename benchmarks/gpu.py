@@ -174,7 +174,7 @@ def padded_ways(
 def trl_ways(
     model: RewardModel, pairs: list[TokenTree], sizes: list[int], repeats: int, peak: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """TRL's own trainer, without checkpointing and with its defaults."""
+    """TRL's own trainer, without checkpointing and with its defaults; the model's norms and rotary positions stay ours."""
     with peft_layers(model):
         for size in sizes:
             found = measure_trl(model, pairs, size, repeats, peak, checkpointing=False)
