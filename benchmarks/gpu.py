@@ -6,8 +6,8 @@
 The weights are drawn on the device and go straight into NF4 with double quantisation, so nothing is downloaded.
 Needs torch, transformers, peft, bitsandbytes, accelerate and this package; where TRL is installed, its own trainer
 runs too. A step has 64 pairs (`--pairs`) of HH's lengths (medians of 144 prompt and 67 answer tokens). Model-FLOP utilisation counts
-4 N per token computed (2 N forward, 2 N backward through frozen weights; N: parameters of the linear layers),
-recomputation not counted.
+4 N per token computed (2 N forward, 2 N backward through frozen weights; N: parameters of the linear layers), recomputation
+not counted, nor what the last layer is spared where only the answers' ends are read.
 
 With `--caps` the allocator gets no more than so many GiB, the planner is asked for the longest row, and a step of that
 row is taken: what was planned stands beside what the device counted.
@@ -39,7 +39,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_rm.config import Settings, check_settings
 from lora_rm.console import say, show_table
-from lora_rm.data.batches import Batching, microbatches, num_tokens
+from lora_rm.data.batches import Batching, TreeBatch, microbatches, num_tokens
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model.adapted_linear import AdaptedLinear4bit
 from lora_rm.model.checkpointing import MODES, Mode
@@ -281,7 +281,7 @@ def measure(
     found: dict[str, Any] = {
         "pairs": num_pairs, "rows": len(rows), "seconds": used, "computed_tokens": computed, "pairs_per_second": num_pairs / used,
         "tokens_per_second": computed / used, "core": model.core if batching != "padded" else "sdpa",
-        "mfu": 4 * linear_parameters(model) * computed / used / peak,
+        "mfu": 4 * (linear_parameters(model) * computed - spared_products(model, batches)) / used / peak,
     }  # fmt: skip
     return found | {"peak_gib": memory, "kernels": by_kernel}
 
@@ -459,6 +459,17 @@ def show_plans(rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )  # fmt: skip
+
+
+def spared_products(model: RewardModel, batches: list[TreeBatch]) -> int:
+    """Weights times tokens that the last layer does not multiply: all but keys and values, at all but the answers' ends."""
+    tokens = sum(b.input_ids.numel() - len(b.plan.ends) for b in batches if b.plan is not None)
+    weights = sum(
+        module.in_features * module.out_features
+        for name, module in model.layers[-1].named_modules()
+        if isinstance(module, bnb.nn.Linear4bit) and "k_proj" not in name and "v_proj" not in name
+    )
+    return weights * tokens
 
 
 def linear_parameters(model: RewardModel) -> int:

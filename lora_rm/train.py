@@ -99,9 +99,7 @@ def train(
     progress = Progress(changed_base=begun_with)
     if resume:
         progress = _resume(model, optimizer, scheduler, run) or progress
-    if progress.core in model.exact_cores():
-        model.set_core(cast("Core", progress.core))
-    progress.core = model.core
+    progress.core = _one_core(model, progress.core)
     if any(other != progress.changed_base for other in processes.gather(begun_with)):
         raise ModelError(
             f"adapter.init {settings.adapter.init} took something else out of the base here than when {run.path} "
@@ -430,6 +428,21 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
     return accelerator
 
 
+def _one_core(model: RewardModel, earlier: str) -> Core:
+    """The attention core that all processes use: that of the first one, or of the run that goes on.
+
+    Cores round differently, and which is the fastest may change from day to day and from card to card.
+    """
+    wanted = cast("Core", processes.gather(earlier or model.core)[0])
+    if not all(processes.gather(wanted in model.exact_cores())):
+        say(
+            f"Attention was computed with the core {wanted}, which is not exact here: what comes may differ in its last bits."
+        )
+        wanted = "answers"
+    model.set_core(wanted)
+    return wanted
+
+
 @contextmanager
 def _sums_in_order(model: RewardModel) -> Iterator[None]:
     """Makes a GPU add up what its threads find in one order, so that the same step gives the same bits again.
@@ -439,20 +452,20 @@ def _sums_in_order(model: RewardModel) -> Iterator[None]:
     if model.device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch below 2.13 may ask for it
     how: Any = torch.utils.deterministic
     before, filled = torch.get_deterministic_debug_mode(), how.fill_uninitialized_memory
     how.fill_uninitialized_memory = False  # writes every new tensor once more, to find mistakes
     torch.set_deterministic_debug_mode("error")  # a mere warning leaves flash attention as it was
     try:
-        _try_step(model)
-    except RuntimeError as error:
-        say(
-            f"A resumed run will not be the same bit for bit, since this model computes what has no fixed order on a GPU "
-            f"({str(error).splitlines()[0][:120]})."
-        )
-        torch.set_deterministic_debug_mode(before)
-    try:
+        try:
+            _try_step(model)
+        except RuntimeError as error:
+            say(
+                f"A resumed run will not be the same bit for bit, since this model computes what has no fixed order on a GPU "
+                f"({str(error).splitlines()[0][:120]})."
+            )
+            torch.set_deterministic_debug_mode(before)
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
@@ -466,6 +479,8 @@ def _try_step(model: RewardModel) -> None:
             model.rewards(model.batch([TokenTree([0] * 8, ([1], [0]))])).sum().backward()
         finally:
             model.zero_grad(set_to_none=True)
+            if model.is_sharded:
+                model.backbone.reset_iter_state()  # what was gathered for a pass that failed goes
 
 
 @dataclass(slots=True)

@@ -247,6 +247,7 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
 
     from lora_rm.data.tokens import TokenTree
     from lora_rm.model.base import BaseModel
+    from lora_rm.model.elementwise import give_back_rotary
     from lora_rm.model.reward_model import RewardModel
 
     if kind == "adapter":
@@ -266,6 +267,7 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
     if kind == "requantized":
         return {REQUANTIZED: ways["library"]}
     del model
+    give_back_rotary()
     from transformers import AutoModelForSequenceClassification
 
     plain = AutoModelForSequenceClassification.from_pretrained(

@@ -75,7 +75,7 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
     )
     model.chat.allow_special_tokens = settings.data.allow_special_tokens
     wanted = settings.train.checkpointing
-    # unplanned: the way that is nearly as fast as keeping all, for half of the memory
+    # unplanned: the way that is nearly as fast as keeping all where the device has enough to do, for half of the memory
     mode: Mode = "selective" if wanted == "auto" else wanted
     model.set_checkpointing(planned.layer_modes if planned else [mode] * len(model.layers))
     model.choose_batching(settings.train.batching)

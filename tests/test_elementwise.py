@@ -62,7 +62,10 @@ def test_of_a_norm_its_input_and_a_number_a_token_wait_for_the_backward_pass():
 
 def test_what_is_another_function_is_left_alone():
     gemma, trained = Gemma2RMSNorm(16), modeling_llama.LlamaRMSNorm(16)
-    fuse_elementwise(torch.nn.Sequential(gemma, trained))
+    bare, x = torch.nn.RMSNorm(16, eps=1e-5, elementwise_affine=False), torch.randn(3, 16)
+    expected = bare(x)
+    fuse_elementwise(torch.nn.Sequential(gemma, trained, bare))
+    assert torch.equal(bare(x), expected)  # has no weight, as in DiffLlama
     assert type(gemma) is Gemma2RMSNorm  # multiplies by 1 + weight
     trained(torch.randn(3, 16)).sum().backward()
     assert trained.weight.grad is not None  # a norm that is trained gets its gradient
@@ -93,6 +96,13 @@ def test_positions_in_float32_turn_bfloat16_heads_as_in_transformers():
     q, k = torch.randn(1, 4, 3, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16()
     found = elementwise.apply_rotary_pos_emb(q, k, cos, sin)
     assert_alike(found, rotate_one_operation_at_a_time(q, k, cos, sin), torch.float32)
+
+
+def test_transformers_gets_its_own_function_back(tmp_path):
+    make_model(make_base(tmp_path / "llama"))
+    assert modeling_llama.apply_rotary_pos_emb is elementwise.apply_rotary_pos_emb
+    elementwise.give_back_rotary()
+    assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -53,6 +53,21 @@ def run_once(settings, trees):
     return model, run
 
 
+def test_a_run_that_goes_on_computes_attention_as_before(settings, trees, capsys):
+    """Cores round differently, and another one may be the fastest when a run is resumed."""
+    short = changed(settings, train={"max_steps": 4, "save_every_steps": 2})
+    run, found = RunFolder.create(short), []
+    for cores in (["gathered", "answers"], ["answers", "gathered"], ["answers"]):
+        model = open_model(short)
+        model._cores = {torch.float32: cores}
+        progress = train(model, data_of(trees), short, run, resume=bool(found))
+        found.append((progress.core, trained_weights(model)))
+    assert [core for core, _ in found] == ["gathered", "gathered", "answers"]
+    for name, weight in found[0][1].items():
+        assert torch.equal(weight, found[1][1][name]), name
+    assert "computed with the core gathered, which is not exact here" in capsys.readouterr().out
+
+
 def test_every_trained_parameter_moves_and_no_other_does(settings, trees):
     model = open_model(settings)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

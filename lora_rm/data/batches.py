@@ -77,7 +77,7 @@ class TreePlan:
         """The same plan for another core, with what that core looks up.
 
         For `gathered`, of A answers of at most S tokens each with its prompt:
-            conversations  (A, S) index in the row of every conversation's tokens, 0 behind its end
+            conversations  (A, S) index in the row of every conversation's tokens, again from its start behind its end
             places         (T,) where the row's tokens stand in the flattened conversations
         For `varlen`, of A answers:
             keys           (K,) index in the row of the keys that each answer's queries see, one after another

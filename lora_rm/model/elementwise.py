@@ -43,8 +43,8 @@ class _FusedNorm(nn.Module):
     """The forward pass of a norm that is no more than eq. 4."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = self.weight
-        if weight.requires_grad or weight.dtype != x.dtype:
+        weight = getattr(self, "weight", None)  # some norms of a class have none
+        if weight is None or weight.requires_grad or weight.dtype != x.dtype:
             return super().forward(x)
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
         return _RMSNorm.apply(x, weight, eps)
@@ -94,7 +94,8 @@ def apply_rotary_pos_emb(
 def fuse_elementwise(model: nn.Module) -> None:
     """Lets a model's norms and rotary positions take fewer passes, where they are what the above computes.
 
-    Rotary positions are a function of a module of transformers, so every model of the family in this process gets ours.
+    Rotary positions are a function of a module of transformers, so every model of the family in this process gets ours, until
+    `give_back_rotary`.
     """
     for module in list(model.modules()):
         kind: Any = type(module)
@@ -103,7 +104,19 @@ def fuse_elementwise(model: nn.Module) -> None:
         home = sys.modules[kind.__module__]
         theirs = getattr(home, "apply_rotary_pos_emb", None)
         if theirs not in (None, apply_rotary_pos_emb) and _is_plain_rotation(theirs):
+            _REPLACED[home] = theirs
             home.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
+
+
+_REPLACED: dict[Any, Any] = {}
+"""Functions of transformers in whose place ours stand, by their module."""
+
+
+def give_back_rotary() -> None:
+    """Puts transformers' own functions back, so that a proof against transformers is one."""
+    while _REPLACED:
+        home, theirs = _REPLACED.popitem()
+        home.apply_rotary_pos_emb = theirs
 
 
 @functools.cache

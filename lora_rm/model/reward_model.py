@@ -345,7 +345,7 @@ class RewardModel(nn.Module):
             seconds: dict[Core, float] = {"answers": 0.0}
             if self.device.type != "cpu":
                 seconds = time_cores(self.device, self.compute_dtype, heads, groups, size)
-            self._cores[self.compute_dtype] = sorted(seconds, key=lambda core: seconds[core])
+            self._cores[self.compute_dtype] = sorted(seconds, key=lambda core: seconds[core]) or ["answers"]
         return self._cores[self.compute_dtype]
 
     def choose_batching(self, wanted: str = "auto", tolerance: float = 1e-4) -> Batching:
@@ -400,11 +400,12 @@ class RewardModel(nn.Module):
         reason = self._inexact(self.batching, probe, expected, tolerance)
         if not reason:
             return
+        known = self.exact_cores()
         self.set_core("answers")
         with torch.no_grad():
             rounded = self.rewards(self.batch(probe)).cpu()
         noise = float((rounded - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        self.set_core(core)
+        self._cores[self.compute_dtype] = known
         if not self._inexact(self.batching, probe, expected, max(tolerance, 2 * noise)):
             return
         say(
