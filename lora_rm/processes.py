@@ -5,6 +5,7 @@ who. Each process computes its share of a step's rows; gradients are summed once
 one process with all rows. The first process alone prints and writes.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -39,6 +40,15 @@ def join(device: str) -> None:
     if not on_cpu:
         torch.cuda.set_device(LOCAL_RANK)
     dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
+    atexit.register(_part)
+
+
+def _part() -> None:
+    """Ends the threads that carry messages: one that is still there when the process ends aborts it now and then."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def count() -> int:
