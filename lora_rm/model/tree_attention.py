@@ -14,6 +14,7 @@ checkpointing recomputes a layer. Published for DPO by Wang and Hegde 2024 (arXi
 Shape letters: T tokens of the row, H query heads, G key-value heads, D head size, Q queries, K keys.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -156,10 +157,6 @@ def _varlen(
     )
     keys = how.plan.indices["keys"]
     most_queries, most_keys = how.plan.longest
-    # an argument since torch 2.13; before it the kernel was not asked and always could
-    grouped: dict[str, Any] = (
-        {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    )
     output_THD: Any = varlen_attn(
         query_THD.contiguous(),
         key_TGD[keys],  # whose gradient is summed in a fixed order; that of index_select is not
@@ -170,9 +167,15 @@ def _varlen(
         most_keys,
         scale=how.scaling,
         window_size=(-1 if how.window is None else how.window - 1, 0),
-        **grouped,
+        **_asks_for_groups(varlen_attn),
     )
     return output_THD[None]
+
+
+@functools.cache
+def _asks_for_groups(varlen_attn: Any) -> dict[str, Any]:
+    """The argument that allows query heads to share keys: since torch 2.13; before it the kernel was not asked and could."""
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _attend(
