@@ -446,7 +446,7 @@ def _base(bench: Bench, drawn: tuple[Any, Any]) -> tuple[Callable[[], str | None
     import torch
 
     from lora_rm.model.base import find_base
-    from lora_rm.model.reward_model import new_classifier, read_config
+    from lora_rm.model.classifier import new_classifier, read_config
 
     folder = bench.folder / "base"
     folder.mkdir(exist_ok=True)
@@ -464,7 +464,7 @@ def _base(bench: Bench, drawn: tuple[Any, Any]) -> tuple[Callable[[], str | None
 
 
 def _record(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
-    from lora_rm.model.reward_model import read_head, read_record
+    from lora_rm.model.record import read_head, read_record
 
     folder = bench.folder / "adapter"
     folder.mkdir(exist_ok=True)

@@ -36,7 +36,7 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.merge import merge
 from lora_rm.model.base import BUILTIN, BaseModel, find_base
 from lora_rm.model.quantization import Quantization
-from lora_rm.model.reward_model import HEAD_KEY, RECORD
+from lora_rm.model.record import HEAD_KEY, RECORD
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "num_attention_heads": 32, "num_key_value_heads": 32},

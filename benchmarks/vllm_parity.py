@@ -32,7 +32,7 @@ from lora_rm.console import show_table
 from lora_rm.errors import LoraRmError
 from lora_rm.export.vllm import export_vllm, serve_command
 from lora_rm.export.vllm_lora import WEIGHTS, check_adapter, export_vllm_lora, lora_words
-from lora_rm.model.reward_model import HEAD_KEY
+from lora_rm.model.record import HEAD_KEY
 from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.verify import measure_change
 

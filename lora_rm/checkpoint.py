@@ -32,7 +32,7 @@ import torch
 from lora_rm.config import Settings, dump_settings, load_settings
 from lora_rm.errors import ConfigError, ModelError, storing
 from lora_rm.model.base import file_sha256
-from lora_rm.model.reward_model import RECORD
+from lora_rm.model.record import RECORD
 from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.processes import IS_FIRST, wait
 

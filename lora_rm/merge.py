@@ -37,14 +37,8 @@ from lora_rm.errors import MergeError, storing
 from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
-from lora_rm.model.reward_model import (
-    HEAD_KEY,
-    check_weights_file,
-    read_head,
-    read_record,
-    recorded_quantization,
-)
-from lora_rm.model.reward_model import RECORD as RECORD_OF_ADAPTER
+from lora_rm.model.record import HEAD_KEY, check_weights_file, read_head, read_record, recorded_quantization
+from lora_rm.model.record import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
 from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
 

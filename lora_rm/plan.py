@@ -27,6 +27,8 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, LoraRmError, ModelError
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import MODES, Mode
+from lora_rm.model.classifier import read_config
+from lora_rm.model.device import pick_compute_dtype, pick_device
 from lora_rm.model.memory import (
     Held,
     LiveBytes,
@@ -42,7 +44,6 @@ from lora_rm.model.memory import (
     trace_without_data,
 )
 from lora_rm.model.quantization import DTYPES
-from lora_rm.model.reward_model import pick_compute_dtype, pick_device, read_config
 from lora_rm.train import count_steps, rows_of_steps
 
 GIB = 2**30

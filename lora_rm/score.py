@@ -8,7 +8,8 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
-from lora_rm.model.reward_model import RECORD, RewardModel
+from lora_rm.model.record import RECORD
+from lora_rm.model.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from lora_rm.export.gguf import GGUFModel

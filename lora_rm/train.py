@@ -479,8 +479,7 @@ def _try_step(model: RewardModel) -> None:
             model.rewards(model.batch([TokenTree([0] * 8, ([1], [0]))])).sum().backward()
         finally:
             model.zero_grad(set_to_none=True)
-            if model.is_sharded:
-                model.backbone.reset_iter_state()  # what was gathered for a pass that failed goes
+            model.forget_pass()
 
 
 @dataclass(slots=True)

@@ -116,7 +116,7 @@ def verify(
     from lora_rm.checkpoint import write_atomically
     from lora_rm.merge import RECORD, Plan, check_weights
     from lora_rm.model.base import read_json
-    from lora_rm.model.reward_model import read_record
+    from lora_rm.model.record import read_record
 
     settings = settings or VerifySettings()
     merge_record: dict[str, Any] = read_json(merged / RECORD)

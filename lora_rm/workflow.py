@@ -22,7 +22,8 @@ from lora_rm.merge import combine, is_unverified, merge
 from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.reward_model import RECORD, RewardModel, read_record
+from lora_rm.model.record import RECORD, read_record
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train

@@ -24,7 +24,8 @@ from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.checkpointing import MODES
 from lora_rm.model.memory import Held
-from lora_rm.model.reward_model import HEAD_KEY, RECORD, RewardModel
+from lora_rm.model.record import HEAD_KEY, RECORD
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import GIB, UNMEASURED, Peak, Plan
 from lora_rm.score import load_reward_model
 from lora_rm.verify import score_rows

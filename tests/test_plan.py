@@ -17,8 +17,9 @@ from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, ModelError
 from lora_rm.losses import preference_losses
 from lora_rm.model.base import BaseModel, find_config
+from lora_rm.model.classifier import read_config
 from lora_rm.model.memory import Held, LiveBytes, one_pair, trace_without_data
-from lora_rm.model.reward_model import RewardModel, read_config
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import (
     GIB,
     MODES,

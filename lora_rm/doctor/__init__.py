@@ -60,7 +60,8 @@ from lora_rm.errors import ConfigError, LoraRmError, ModelError
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import cache_folder, find_base, find_config
-from lora_rm.model.reward_model import RECORD, pick_device
+from lora_rm.model.device import pick_device
+from lora_rm.model.record import RECORD
 from lora_rm.score import load_reward_model
 from lora_rm.verify import score_rows
 

@@ -17,8 +17,8 @@ import torch
 
 from lora_rm.config import Settings
 from lora_rm.doctor.finding import Finding, judge
+from lora_rm.model.device import pick_compute_dtype, pick_device
 from lora_rm.model.quantization import make_exact
-from lora_rm.model.reward_model import pick_compute_dtype, pick_device
 from lora_rm.plan import GIB, Plan, plan, remedies
 
 

@@ -14,7 +14,8 @@ from lora_rm.errors import ModelError
 from lora_rm.evaluate import evaluate, ordered_pairs
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.reward_model import HEAD_KEY, RewardModel
+from lora_rm.model.record import HEAD_KEY
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
 from lora_rm.verify import measure_change, standard_deviation
 

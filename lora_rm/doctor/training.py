@@ -22,7 +22,8 @@ from lora_rm.errors import LoraRmError
 from lora_rm.evaluate import evaluate
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import BaseModel
-from lora_rm.model.reward_model import HEAD_KEY, RewardModel
+from lora_rm.model.record import HEAD_KEY
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
 
 

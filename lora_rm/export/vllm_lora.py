@@ -22,7 +22,7 @@ from lora_rm.export.proof import export_folder, prove, score_in_fresh_process, w
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import merge
 from lora_rm.model.base import read_json
-from lora_rm.model.reward_model import RECORD, read_record
+from lora_rm.model.record import RECORD, read_record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

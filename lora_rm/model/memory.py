@@ -32,9 +32,10 @@ from lora_rm.losses import preference_losses
 from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
+from lora_rm.model.classifier import make_trainable, new_classifier, wanted_quantization
 from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import codes_8bit, make_exact, quantized_layers
-from lora_rm.model.reward_model import RewardModel, make_trainable, new_classifier, wanted_quantization
+from lora_rm.model.reward_model import RewardModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

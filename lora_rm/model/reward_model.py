@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from lora_rm import processes
 from lora_rm.config import AdapterSettings, ModelSettings
-from lora_rm.console import console, progress, say
+from lora_rm.console import progress, say
 from lora_rm.data.batches import (
     Batching,
     Core,
@@ -40,32 +37,37 @@ from lora_rm.model.adapter import (
     WEIGHTS,
     ChangedBase,
     check_stored_by_rows,
-    lora_config,
     start_from_activations,
     start_from_residual,
     start_orthogonal,
 )
-from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
+from lora_rm.model.base import BaseModel, file_sha256, find_base, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
+from lora_rm.model.classifier import (
+    load_classifier,
+    make_trainable,
+    quiet,
+    stored_head,
+    wanted_quantization,
+)
+from lora_rm.model.device import pick_compute_dtype, pick_device
 from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import (
-    DTYPES,
     Quantization,
-    code_hashes,
-    is_stored_in_4_bit,
     make_exact,
     quant_state,
     quantized_layers,
 )
+from lora_rm.model.record import (
+    RECORD,
+    check_codes,
+    check_weights_file,
+    read_head,
+    read_record,
+    recorded_quantization,
+)
 from lora_rm.model.sharding import Shell, set_gathered_dtype
-from lora_rm.model.tensor_files import load_tensors
 from lora_rm.model.tree_attention import LastLayer, time_cores
-
-RECORD = "lora_rm.json"
-"""File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
-
-HEAD_KEY = "base_model.model.score.weight"
-"""Name of the head in PEFT's adapter file."""
 
 BATCHINGS: tuple[Batching, ...] = ("shared", "packed", "padded")
 
@@ -145,12 +147,12 @@ class RewardModel(nn.Module):
         quantization = wanted_quantization(settings)
         device = pick_device(settings.device)
         compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
-        load = partial(_load_classifier, found, quantization, device, compute_dtype, chat)
+        load = partial(load_classifier, found, quantization, device, compute_dtype, chat)
         shell = Shell(load, device) if sharded else None
         model = shell.model if shell else load()
         generator = torch.Generator().manual_seed(seed)
         head = model.score.weight
-        earlier = _stored_head(found)
+        earlier = stored_head(found)
         if earlier is not None:
             say(f"{found.name} is a reward model already: training goes on from its score head.")
             head.data.copy_(earlier)
@@ -202,7 +204,7 @@ class RewardModel(nn.Module):
         target = pick_device(device)
         dtype = pick_compute_dtype(compute_dtype, target)
         chat = ChatTokenizer.load(folder)
-        model = _load_classifier(found, quantization, target, dtype, chat)
+        model = load_classifier(found, quantization, target, dtype, chat)
         head = read_head(folder)
         if head.shape != model.score.weight.shape:
             raise ModelError(
@@ -210,8 +212,8 @@ class RewardModel(nn.Module):
                 f"{list(model.score.weight.shape)}. The adapter belongs to another base."
             )
         check_weights_file(folder, record)
-        _check_codes(model, record, folder, found)
-        with _quiet("peft"):
+        check_codes(model, record, folder, found)
+        with quiet("peft"):
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         opened = cls(
             peft_model, chat=chat, base=found, quantization=quantization, compute_dtype=dtype, record=record
@@ -232,13 +234,13 @@ class RewardModel(nn.Module):
         if read_json(base.path / "config.json").get("model_type") is None:
             raise ModelError(f"{folder}: config.json names no model_type. Give the folder of a merged model.")
         chat = ChatTokenizer.load(folder)
-        head = _stored_head(base)
+        head = stored_head(base)
         if head is None:
             raise ModelError(
                 f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random."
             )
         quantization = Quantization(kind="none", double=False, load_dtype=dtype)
-        model = _load_classifier(base, quantization, target, dtype, chat)
+        model = load_classifier(base, quantization, target, dtype, chat)
         model.requires_grad_(False)
         opened = cls(model, chat=chat, base=base, quantization=quantization, compute_dtype=dtype)
         opened.head.data.copy_(head)
@@ -311,6 +313,11 @@ class RewardModel(nn.Module):
             rewards = self.rewards(self.batch([TokenTree([0], ([0],))]))
             if torch.is_grad_enabled():
                 (rewards.sum() * 0.0).backward()
+
+    def forget_pass(self) -> None:
+        """Lets go of the weights that were gathered for a pass that failed, if the base is sharded."""
+        if self.is_sharded:
+            self.backbone.reset_iter_state()
 
     def start_from_data(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> None:
         """Starts the adapter from what its layers see of the data, as `adapter.init` eva wants it."""
@@ -434,8 +441,7 @@ class RewardModel(nn.Module):
             with torch.no_grad():
                 rewards = self.eval().rewards(batch).cpu()
         except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            if self.is_sharded:
-                self.backbone.reset_iter_state()  # what was gathered for the pass that failed goes
+            self.forget_pass()
             return str(error).splitlines()[0][:120]
         layers, calls = self.classifier.config.get_text_config().num_hidden_layers, len(batch.plan.calls)
         if calls != layers:
@@ -636,249 +642,6 @@ class RewardModel(nn.Module):
             raise ModelError("The score head is frozen while the adapter is trained.")
 
 
-# -- helpers, in the order of their use -------------------------------------------------------------------
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `model.device`.
-
-    Raises:
-        ModelError: If there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{processes.LOCAL_RANK}"
-    elif name.startswith("cuda:") and processes.LOCAL_COUNT > 1:
-        raise ModelError(
-            f"model.device is {name}, but {processes.LOCAL_COUNT} processes were started on this machine, each for a GPU "
-            "of its own. Use auto or cuda."
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"model.device is {name!r}; allowed: auto, cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"model.device is {name}, but torch finds {torch.cuda.device_count()} CUDA devices here."
-        )
-    return device
-
-
-def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of `model.compute_dtype`; auto is bfloat16 only where the hardware multiplies it.
-
-    On a CPU without AVX512-BF16 or AMX, bfloat16 products take three times as long as float32 ones.
-    """
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Reads `lora_rm.json`.
-
-    Raises:
-        ModelError: If it is missing or was written by a newer version.
-    """
-    if not (folder / RECORD).is_file():
-        raise ModelError(f"{folder}: has no {RECORD}. It is no adapter that lora_rm saved.")
-    record: dict[str, Any] = read_json(folder / RECORD)
-    if record.get("format") != 1:
-        raise ModelError(
-            f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
-        )
-    return record
-
-
-def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
-    """Compares the file of an adapter's weights with the one that was saved, bit by bit.
-
-    Raises:
-        ModelError: If they differ; nothing else would tell of a flipped bit in a matrix.
-    """
-    expected = record.get("weights_sha256")  # absent where an earlier lora_rm saved it
-    if expected and file_sha256(folder / WEIGHTS) != expected:
-        raise ModelError(
-            f"{folder / WEIGHTS}: is not the file that was saved (its SHA-256 differs from that in {RECORD}). Copy the folder "
-            "again; in a run, `lora-rm train RUN/config.yaml --resume` writes it anew."
-        )
-
-
-def wanted_quantization(settings: ModelSettings) -> Quantization:
-    """How a run's base is to be quantised."""
-    return Quantization(
-        kind=settings.quantization,
-        double=settings.double_quantization,
-        load_dtype=DTYPES[settings.load_dtype],
-    )
-
-
-def recorded_quantization(record: dict[str, Any]) -> Quantization:
-    """How the base was quantised when the adapter was trained."""
-    stored = record["quantization"]
-    return Quantization(kind=stored["kind"], double=stored["double"], load_dtype=DTYPES[record["load_dtype"]])
-
-
-def read_head(folder: Path) -> torch.Tensor:
-    """The head in an adapter's file, (1, H) float32.
-
-    Raises:
-        ModelError: If there is none, or it has not one logit.
-    """
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise ModelError(f"{folder}: has no adapter_model.safetensors.")
-    tensors = load_tensors(file)
-    if HEAD_KEY not in tensors:
-        raise ModelError(
-            f"{folder}: the adapter has no score head ({len(tensors)} tensors, none named {HEAD_KEY}). "
-            "It was not trained as a reward model; rewards from a fresh head would be random."
-        )
-    return _one_logit(tensors[HEAD_KEY], folder)
-
-
-def _stored_head(base: BaseModel) -> torch.Tensor | None:
-    """The head that a model folder holds, (1, H) float32, or None."""
-    for file in base.weight_files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                has_one = "score.weight" in tensors.keys()  # noqa: SIM118 - not a dict
-                head = tensors.get_tensor("score.weight") if has_one else None
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: is damaged ({error}). Fetch or copy the model again.") from None
-        if head is not None:
-            return _one_logit(head, base.path)
-    return None
-
-
-def _one_logit(head: torch.Tensor, folder: Path) -> torch.Tensor:
-    if head.dim() != 2 or head.shape[0] != 1:
-        raise ModelError(
-            f"{folder}: its score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden]."
-        )
-    return head.float()
-
-
-def read_config(base: BaseModel) -> Any:
-    """The configuration of a base, as that of a classifier with one logit.
-
-    Raises:
-        ModelError: If transformers has no sequence classifier of its kind.
-    """
-    config = read_auto_config(base)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ModelError(
-            f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
-            "so no program could open the exported reward model."
-        )
-    config.num_labels = 1
-    return config
-
-
-def new_classifier(config: Any, name: str, dtype: torch.dtype | None = None) -> Any:
-    """A classifier with weights that mean nothing, on torch's default device; none is read.
-
-    Args:
-        config: Of `read_config`.
-        name: Of the base, for the message.
-        dtype: Of its weights.
-
-    Raises:
-        ModelError: If its head is not a linear layer over the last token.
-    """
-    try:
-        model: Any = AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, attn_implementation=_plain_attention(config)
-        )
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{name}: no model can be made from its config.json ({type(error).__name__}: {error}). Fetch it again."
-        ) from None
-    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
-        raise ModelError(
-            f"{name}: {type(model).__name__} has no linear layer `score` over the last token. "
-            "Reward models are made from decoder-only models; encoders are not."
-        )
-    return model
-
-
-def make_trainable(model: Any, adapter: AdapterSettings | None) -> Any:
-    """Freezes a classifier but for its head, and wraps it with LoRA layers if there is an adapter."""
-    model.requires_grad_(False)
-    if adapter is None:
-        model.score.requires_grad_(True)
-        return model
-    with _quiet("peft"):
-        return get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
-
-
-def _plain_attention(config: Any) -> str | None:
-    """The attention of padded batches, by transformers' name; None: its default."""
-    softcapped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "eager" if softcapped else None
-
-
-def _load_classifier(
-    base: BaseModel,
-    quantization: Quantization,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    chat: ChatTokenizer,
-    device_map: dict[str, Any] | None = None,
-) -> Any:
-    config = read_config(base)
-    if is_stored_in_4_bit(config) and quantization.kind != "nf4":
-        raise ModelError(
-            f"{base.name}: is stored in 4 bit. Set model.quantization nf4, or give the original model."
-        )
-    _stored_head(base)  # raises if there is one of more than one logit
-    with torch.device("meta"):
-        new_classifier(config, base.name)
-    config.get_text_config().pad_token_id = chat.pad_id
-    with _quiet("transformers"):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base.path,
-            config=config,
-            dtype=quantization.load_dtype,
-            quantization_config=quantization.config(compute_dtype),
-            device_map=device_map or {"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=_plain_attention(config),
-        )
-    if type(model.score) is not nn.Linear:
-        raise ModelError(
-            f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be."
-        )
-    if is_stored_in_4_bit(
-        config
-    ):  # then transformers 5.23 leaves what is not quantised in the type of the files
-        codes = {id(layer.weight) for layer in quantized_layers(model).values()}
-        for parameter in model.parameters():
-            if id(parameter) not in codes:
-                parameter.data = parameter.data.to(quantization.load_dtype)
-    model.score.weight.data = model.score.weight.data.float()
-    _one_logit(model.score.weight, base.path)
-    return model
-
-
-def _check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseModel) -> None:
-    expected: dict[str, str] = record["quantization"]["codes"]
-    if not expected:
-        return
-    found = code_hashes(model)
-    changed = [name for name, value in expected.items() if found.get(name) != value]
-    if changed:
-        raise ModelError(
-            f"{folder}: {len(changed)} of {len(expected)} quantised layers of {base.name} are not those it was "
-            f"trained on (first: {changed[0]}). The base has changed since, or this machine quantises differently."
-        )
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -891,19 +654,3 @@ def _probe(vocabulary: int) -> list[TokenTree]:
         return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
 
     return [TokenTree(some(7), (some(3), some(5), some(1))), TokenTree(some(2), (some(6), some(4)))]
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Silences a library's warnings and bars: a fresh head is what is wanted here, not a mistake."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    if not console.is_terminal:
-        transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

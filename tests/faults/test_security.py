@@ -22,7 +22,8 @@ from lora_rm.errors import ConfigError, DataError, LoraRmError, ModelError, reda
 from lora_rm.export.huggingface import model_card
 from lora_rm.merge import merge
 from lora_rm.model.base import BaseModel, find_base
-from lora_rm.model.reward_model import RewardModel, read_config
+from lora_rm.model.classifier import read_config
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.workflow import train_run
 
 PACKAGE = Path(__file__).parents[2] / "lora_rm"

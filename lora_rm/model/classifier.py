@@ -1,0 +1,178 @@
+"""The base as one of transformers' sequence classifiers with one logit, quantised, and LoRA layers in it."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from lora_rm.config import AdapterSettings, ModelSettings
+from lora_rm.console import console
+from lora_rm.data.tokens import ChatTokenizer
+from lora_rm.errors import ModelError
+from lora_rm.model.adapter import lora_config
+from lora_rm.model.base import BaseModel, read_auto_config
+from lora_rm.model.quantization import DTYPES, Quantization, is_stored_in_4_bit, quantized_layers
+from lora_rm.model.record import one_logit
+
+
+def wanted_quantization(settings: ModelSettings) -> Quantization:
+    """How a run's base is to be quantised."""
+    return Quantization(
+        kind=settings.quantization,
+        double=settings.double_quantization,
+        load_dtype=DTYPES[settings.load_dtype],
+    )
+
+
+def stored_head(base: BaseModel) -> torch.Tensor | None:
+    """The head that a model folder holds, (1, H) float32, or None."""
+    for file in base.weight_files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                has_one = "score.weight" in tensors.keys()  # noqa: SIM118 - not a dict
+                head = tensors.get_tensor("score.weight") if has_one else None
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: is damaged ({error}). Fetch or copy the model again.") from None
+        if head is not None:
+            return one_logit(head, base.path)
+    return None
+
+
+def read_config(base: BaseModel) -> Any:
+    """The configuration of a base, as that of a classifier with one logit.
+
+    Raises:
+        ModelError: If transformers has no sequence classifier of its kind.
+    """
+    config = read_auto_config(base)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"{base.name}: transformers has no sequence classifier for model type {config.model_type}, "
+            "so no program could open the exported reward model."
+        )
+    config.num_labels = 1
+    return config
+
+
+def new_classifier(config: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+    """A classifier with weights that mean nothing, on torch's default device; none is read.
+
+    Args:
+        config: Of `read_config`.
+        name: Of the base, for the message.
+        dtype: Of its weights.
+
+    Raises:
+        ModelError: If its head is not a linear layer over the last token.
+    """
+    try:
+        model: Any = AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype, attn_implementation=plain_attention(config)
+        )
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: no model can be made from its config.json ({type(error).__name__}: {error}). Fetch it again."
+        ) from None
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
+        raise ModelError(
+            f"{name}: {type(model).__name__} has no linear layer `score` over the last token. "
+            "Reward models are made from decoder-only models; encoders are not."
+        )
+    return model
+
+
+def make_trainable(model: Any, adapter: AdapterSettings | None) -> Any:
+    """Freezes a classifier but for its head, and wraps it with LoRA layers if there is an adapter."""
+    model.requires_grad_(False)
+    if adapter is None:
+        model.score.requires_grad_(True)
+        return model
+    with quiet("peft"):
+        return get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
+
+
+def plain_attention(config: Any) -> str | None:
+    """The attention of padded batches, by transformers' name; None: its default."""
+    softcapped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if softcapped else None
+
+
+def load_classifier(
+    base: BaseModel,
+    quantization: Quantization,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    chat: ChatTokenizer,
+    device_map: dict[str, Any] | None = None,
+) -> Any:
+    """The classifier of a base with its weights, quantised on the way in; its head is float32.
+
+    Args:
+        base: Where the weights lie.
+        quantization: How they are stored.
+        device: Where to, if `device_map` names no places.
+        compute_dtype: Of the products with quantised weights.
+        chat: Its padding token becomes the model's.
+        device_map: Of transformers.
+
+    Raises:
+        ModelError: If transformers has no such classifier, or the head is not what it must be.
+    """
+    config = read_config(base)
+    if is_stored_in_4_bit(config) and quantization.kind != "nf4":
+        raise ModelError(
+            f"{base.name}: is stored in 4 bit. Set model.quantization nf4, or give the original model."
+        )
+    stored_head(base)  # raises if there is one of more than one logit
+    with torch.device("meta"):
+        new_classifier(config, base.name)
+    config.get_text_config().pad_token_id = chat.pad_id
+    with quiet("transformers"):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base.path,
+            config=config,
+            dtype=quantization.load_dtype,
+            quantization_config=quantization.config(compute_dtype),
+            device_map=device_map or {"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=plain_attention(config),
+        )
+    if type(model.score) is not nn.Linear:
+        raise ModelError(
+            f"{base.name}: its score head was quantised ({type(model.score).__name__}); it must never be."
+        )
+    if is_stored_in_4_bit(
+        config
+    ):  # then transformers 5.23 leaves what is not quantised in the type of the files
+        codes = {id(layer.weight) for layer in quantized_layers(model).values()}
+        for parameter in model.parameters():
+            if id(parameter) not in codes:
+                parameter.data = parameter.data.to(quantization.load_dtype)
+    model.score.weight.data = model.score.weight.data.float()
+    one_logit(model.score.weight, base.path)
+    return model
+
+
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Silences a library's warnings and bars: a fresh head is what is wanted here, not a mistake."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,46 @@
+"""Where a model computes, and in what type."""
+
+import torch
+
+from lora_rm import processes
+from lora_rm.errors import ModelError
+from lora_rm.model.quantization import DTYPES
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `model.device`.
+
+    Raises:
+        ModelError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{processes.LOCAL_RANK}"
+    elif name.startswith("cuda:") and processes.LOCAL_COUNT > 1:
+        raise ModelError(
+            f"model.device is {name}, but {processes.LOCAL_COUNT} processes were started on this machine, each for a GPU "
+            "of its own. Use auto or cuda."
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device is {name!r}; allowed: auto, cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"model.device is {name}, but torch finds {torch.cuda.device_count()} CUDA devices here."
+        )
+    return device
+
+
+def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of `model.compute_dtype`; auto is bfloat16 only where the hardware multiplies it.
+
+    On a CPU without AVX512-BF16 or AMX, bfloat16 products take three times as long as float32 ones.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

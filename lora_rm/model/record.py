@@ -1,0 +1,109 @@
+"""What lies beside an adapter: its record `lora_rm.json`, and the score head in its file of weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rm.errors import ModelError
+from lora_rm.model.adapter import WEIGHTS
+from lora_rm.model.base import BaseModel, file_sha256, read_json
+from lora_rm.model.quantization import DTYPES, Quantization, code_hashes
+from lora_rm.model.tensor_files import load_tensors
+
+RECORD = "lora_rm.json"
+"""File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
+
+HEAD_KEY = "base_model.model.score.weight"
+"""Name of the head in PEFT's adapter file."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads `lora_rm.json`.
+
+    Raises:
+        ModelError: If it is missing or was written by a newer version.
+    """
+    if not (folder / RECORD).is_file():
+        raise ModelError(f"{folder}: has no {RECORD}. It is no adapter that lora_rm saved.")
+    record: dict[str, Any] = read_json(folder / RECORD)
+    if record.get("format") != 1:
+        raise ModelError(
+            f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
+        )
+    return record
+
+
+def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
+    """Compares the file of an adapter's weights with the one that was saved, bit by bit.
+
+    Raises:
+        ModelError: If they differ; nothing else would tell of a flipped bit in a matrix.
+    """
+    expected = record.get("weights_sha256")  # absent where an earlier lora_rm saved it
+    if expected and file_sha256(folder / WEIGHTS) != expected:
+        raise ModelError(
+            f"{folder / WEIGHTS}: is not the file that was saved (its SHA-256 differs from that in {RECORD}). Copy the folder "
+            "again; in a run, `lora-rm train RUN/config.yaml --resume` writes it anew."
+        )
+
+
+def recorded_quantization(record: dict[str, Any]) -> Quantization:
+    """How the base was quantised when the adapter was trained."""
+    stored = record["quantization"]
+    return Quantization(kind=stored["kind"], double=stored["double"], load_dtype=DTYPES[record["load_dtype"]])
+
+
+def read_head(folder: Path) -> torch.Tensor:
+    """The head in an adapter's file, (1, H) float32.
+
+    Raises:
+        ModelError: If there is none, or it has not one logit.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ModelError(f"{folder}: has no adapter_model.safetensors.")
+    tensors = load_tensors(file)
+    if HEAD_KEY not in tensors:
+        raise ModelError(
+            f"{folder}: the adapter has no score head ({len(tensors)} tensors, none named {HEAD_KEY}). "
+            "It was not trained as a reward model; rewards from a fresh head would be random."
+        )
+    return one_logit(tensors[HEAD_KEY], folder)
+
+
+def one_logit(head: torch.Tensor, folder: Path) -> torch.Tensor:
+    """A stored head in float32.
+
+    Raises:
+        ModelError: If it has not one logit.
+    """
+    if head.dim() != 2 or head.shape[0] != 1:
+        raise ModelError(
+            f"{folder}: its score head has shape {list(head.shape)}; a reward model has one logit: [1, hidden]."
+        )
+    return head.float()
+
+
+def check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseModel) -> None:
+    """Compares the codes of a quantised base with those the adapter was trained on.
+
+    Args:
+        model: The base, loaded.
+        record: Of the adapter.
+        folder: Of the adapter, for the message.
+        base: What was loaded, for the message.
+
+    Raises:
+        ModelError: If they differ.
+    """
+    expected: dict[str, str] = record["quantization"]["codes"]
+    if not expected:
+        return
+    found = code_hashes(model)
+    changed = [name for name, value in expected.items() if found.get(name) != value]
+    if changed:
+        raise ModelError(
+            f"{folder}: {len(changed)} of {len(expected)} quantised layers of {base.name} are not those it was "
+            f"trained on (first: {changed[0]}). The base has changed since, or this machine quantises differently."
+        )
