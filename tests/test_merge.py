@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -28,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_rm.merge as merge_module
 import lora_rm.verify as verify_module
 from lora_rm import unfinished
-from lora_rm.config import AdapterSettings, MergeSettings
+from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.errors import MergeError, ModelError
 from lora_rm.merge import RECORD, Plan, Update, Workers, _write_tensor, check_weights, combine, merge
 from lora_rm.model import quantization
@@ -485,6 +486,68 @@ def test_any_piece_of_any_shape_is_the_dense_merge_in_float64(
     step = {"float16": 2**-11, "float32": 0, "bfloat16": 2**-7, "bfloat16_nearest": 2**-8}[dtype]
     assert (error <= step * exact.abs() + 2**-25 + 2e-6 * (exact.abs().max() + 1)).all()
     assert torch.equal(written["n"], stored["n"].to(plan.dtype))
+
+
+@st.composite
+def runs(draw):
+    """A family, and settings of quantisation and adapter that fit together: all that a LoRA made here can hold."""
+    family = draw(st.sampled_from(["llama", "qwen2", "gemma2", "gpt2"]))
+    quantization = draw(st.sampled_from(["nf4", "none"]))
+    starts = {"nf4": ["default", "orthogonal", "loftq"], "none": ["default", "gaussian", "pissa", "olora"]}
+    init = draw(st.sampled_from(starts[quantization]))
+    if family == "gpt2" and init in ("olora", "loftq"):
+        init = "default"  # refused there
+    layers = (
+        ["c_attn", "c_fc", "c_proj"] if family == "gpt2" else ["q_proj", "v_proj", "up_proj", "down_proj"]
+    )
+    ranks = st.sampled_from([2, 4, 6]) if init == "orthogonal" else st.integers(1, 9)
+    alphas = st.floats(0.5, 40.0)
+    some = st.sampled_from([*layers, rf".*\.1\..*{layers[0]}"])
+    names = st.lists(st.sampled_from(layers), min_size=1, unique=True).map(tuple)
+    adapter = {
+        "rank": draw(ranks),
+        "alpha": draw(alphas),
+        "rank_pattern": draw(st.dictionaries(some, ranks, max_size=2)),
+        "alpha_pattern": draw(st.dictionaries(some, alphas, max_size=2)),
+        "target_modules": draw(st.just(("all-linear",)) | names),
+        "layers_to_transform": draw(st.sampled_from([(), (1,), (0, 2)])),
+        "use_rslora": draw(st.booleans()),
+        "use_dora": init in ("default", "gaussian", "orthogonal") and draw(st.booleans()),
+        "init": init,
+    }
+    model = {"quantization": quantization, "load_dtype": "bfloat16" if quantization == "nf4" else "float32"}
+    check_settings(
+        {"output_dir": "run", "model": {"base": "b", **model}, "adapter": adapter, "data": {"train": "d"}}
+    )
+    return family, model, adapter
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Bases of several families, each made once."""
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda family: make_base(folder / family, family))
+
+
+@settings(max_examples=25, deadline=None)
+@given(run=runs(), shaken=st.integers(0, 9))
+def test_any_adapter_that_settings_can_make_is_the_dense_merge_in_float64(
+    bases, tmp_path_factory, run, shaken
+):
+    family, model_settings, adapter_settings = run
+    folder = tmp_path_factory.mktemp("merge")
+    model = make_model(bases(family), adapter=AdapterSettings(**adapter_settings), **model_settings)
+    adapter = saved(shake(model, seed=shaken), folder / "adapter")
+    merge(adapter, folder / "merged", MergeSettings(dtype="float32"))
+    written = load_file(folder / "merged" / "model.safetensors")
+    expected = dense_merge(model)
+    assert expected
+    for name, tensor in expected.items():
+        found = written[name].double()
+        error = (found.T if family == "gpt2" else found) - tensor
+        assert float(error.abs().max()) < 1e-6 * max(1.0, float(tensor.abs().max())), name
+    check_weights(Plan(adapter, MergeSettings(dtype="float32")), folder / "merged")
+    shutil.rmtree(folder)
 
 
 def test_two_merges_give_the_same_bytes(tmp_path):
