@@ -133,17 +133,27 @@ def real_peak(base, settings):
     return live.peak, tokens
 
 
-@pytest.mark.parametrize(("family", "quantization", "compute", "more"), SHAPES)
-def test_the_planned_peak_is_that_of_a_real_step(tmp_path, family, quantization, compute, more, show):
+@pytest.mark.parametrize(
+    ("family", "quantization", "compute", "more", "use_dora"),
+    [(*shape, False) for shape in SHAPES] + [(*SHAPES[0], True), (*SHAPES[3], True)],
+)
+def test_the_planned_peak_is_that_of_a_real_step(
+    tmp_path, family, quantization, compute, more, use_dora, show
+):
     shape = GPT2 if family == "gpt2" else WIDE
     base = make_base(tmp_path / family, family, **{**shape, **more})
-    planned = plan(settings_for(base, quantization=quantization, compute=compute), 8 * GIB)
+    wanted = {
+        "quantization": quantization,
+        "compute": compute,
+        "adapter": {"rank": 8, "alpha": 16, "use_dora": use_dora},
+    }
+    planned = plan(settings_for(base, **wanted), 8 * GIB)
     for mode in MODES:
-        settings = settings_for(base, quantization=quantization, compute=compute, checkpointing=mode)
+        settings = settings_for(base, **wanted, checkpointing=mode)
         real, tokens = real_peak(base, settings)
         expected = planned.lasting + planned.peaks[mode].at(tokens)
         show(
-            f"{family} {quantization} {compute} {mode}: planned {expected / 2**20:.1f} MiB, "
+            f"{family} {'DoRA ' * use_dora}{quantization} {compute} {mode}: planned {expected / 2**20:.1f} MiB, "
             f"real {real / 2**20:.1f} MiB ({expected / real - 1:+.1%}), {tokens} tokens"
         )
         assert expected == pytest.approx(real, rel=0.05)
@@ -292,8 +302,8 @@ def test_memory_that_is_none(text):
 
 
 def test_what_cannot_be_traced_is_named(folder):
-    with pytest.raises(ModelError, match="adapter.use_dora is true with model.quantization nf4"):
-        plan(settings_for(folder, adapter={"use_dora": True}))
+    with pytest.raises(ModelError, match="adapter.use_dora is true with model.quantization int8"):
+        plan(settings_for(folder, quantization="int8", adapter={"use_dora": True}))
 
 
 def test_a_model_without_config_is_named(tmp_path):

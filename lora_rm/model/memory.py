@@ -17,6 +17,8 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
+from peft.tuners.lora import dora
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -315,14 +317,15 @@ def trace_without_data(
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
-    if settings.adapter.use_dora and settings.model.quantization != "none":
+    if settings.adapter.use_dora and settings.model.quantization == "int8":
         raise ModelError(
-            f"adapter.use_dora is true with model.quantization {settings.model.quantization}: PEFT looks at real codes "
-            "there, so its memory cannot be planned. Plan with --adapter.use-dora false; DoRA takes more."
+            "adapter.use_dora is true with model.quantization int8: bitsandbytes looks at real codes there, so its memory "
+            "cannot be planned. Plan with --adapter.use-dora false; DoRA takes more."
         )
     try:
-        model = empty_model(config, settings, mode, compute_dtype, batching)
-        with _no_data(autocast_on_gpu=on_gpu and compute_dtype != torch.float32):
+        with _dense_weights_of_dora():
+            model = empty_model(config, settings, mode, compute_dtype, batching)
+        with _dense_weights_of_dora(), _no_data(autocast_on_gpu=on_gpu and compute_dtype != torch.float32):
             fill(model, torch.device("cpu"))
             if on_gpu and compute_dtype != torch.float32:
                 model.set_core("varlen")
@@ -335,6 +338,26 @@ def trace_without_data(
             f"traced without weights ({str(error).splitlines()[0][:160]}). Nothing is known about its memory; "
             "train a few steps and look at memory_gib in metrics.jsonl."
         ) from None
+
+
+@contextlib.contextmanager
+def _dense_weights_of_dora() -> Iterator[None]:
+    """DoRA's dense weights of 4-bit layers as tensors of their size; PEFT reads them out of bitsandbytes' own class."""
+
+    def dense(layer: Any) -> torch.Tensor:
+        if not isinstance(layer, bnb.nn.Linear4bit):
+            return dequantize_module_weight(layer)
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:  # on the meta device
+            return layer.weight.new_empty(layer.out_features, layer.in_features, dtype=torch.float32)
+        return bnb_functional.dequantize_4bit(layer.weight.data, state)
+
+    before = dora.dequantize_module_weight, dora.deepcopy
+    dora.dequantize_module_weight, dora.deepcopy = dense, lambda layer: layer  # no copy of codes without data
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight, dora.deepcopy = before
 
 
 @contextlib.contextmanager
