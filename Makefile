@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)') $(ARGS)
+	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml --overwrite True $(if $(DATA),--data.train '$(DATA)') $(ARGS)
 
 test: setup
 	$(RUN)/python -m pytest

@@ -5,7 +5,8 @@
     scorer = load_reward_model("runs/quickstart")
     scorer.score("What is 2 + 2?", ["4", "Paris"])
 
-Names are imported when they are first used, so that `import lora_rm` costs no import of torch.
+Names are imported when they are first used, so that `import lora_rm` costs no import of torch. Functions that are named
+like their module (`lora_rm.train.train`, and of merge, verify and evaluate) are found there.
 """
 
 import importlib
@@ -18,7 +19,6 @@ _HOMES = {
     "RunFolder": "lora_rm.checkpoint",
     "Scorer": "lora_rm.score",
     "Settings": "lora_rm.config",
-    "evaluate": "lora_rm.evaluate",
     "export_gguf": "lora_rm.export.gguf",
     "export_huggingface": "lora_rm.export.huggingface",
     "export_onnx": "lora_rm.export.onnx",
@@ -27,10 +27,7 @@ _HOMES = {
     "load_data": "lora_rm.data.split",
     "load_reward_model": "lora_rm.score",
     "load_settings": "lora_rm.config",
-    "merge": "lora_rm.merge",
     "reward_function": "lora_rm.score",
-    "train": "lora_rm.train",
-    "verify": "lora_rm.verify",
 }
 __all__ = sorted(_HOMES)
 

@@ -8,6 +8,7 @@ inputs.json        SHA-256 of the base and of both sides of the data: a run goes
 checkpoints/       step-000100/ ..., best-000080/: everything the next step depends on
 adapter/           LoRA matrices, score head, tokenizer, lora_rm.json
 eval.json          held-out accuracy before and after training
+held_out.json      token ids of held-out answers that verification scores
 merged/            the merged model: a transformers folder
 parity.json        rewards before and after the merge
 export/            one folder a target
@@ -15,14 +16,13 @@ summary.json       the numbers of the last table
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from lora_rm.model.base import file_sha256
 from lora_rm.model.record import RECORD
 from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.processes import IS_FIRST, wait
+from lora_rm.unfinished import has_lock
 
 HARMLESS = (
     "train.log_every_steps",
@@ -46,6 +47,12 @@ HARMLESS = (
     "verify",
 )
 """Settings and sections that do not change what is trained: they may differ at resume, if that is allowed."""
+
+CONTENTS = (
+    "config.yaml", "data.json", "metrics.jsonl", "inputs.json", "checkpoints", "adapter", "eval.json", "held_out.json",
+    "merged", "parity.json", "export", "summary.json",
+)  # fmt: skip
+"""What a run makes; nothing else in its folder is ever removed."""
 
 _LOCKS: dict[str, int] = {}
 """Run folders that this process has locked, and the descriptors that hold the locks."""
@@ -86,8 +93,7 @@ class RunFolder:
             _check_same(run, settings, allow)
             run.lock()
             # written in any case: a folder that became read-only is told before the base is loaded
-            text = dump_settings(settings) if allow else run.config.read_text(encoding="utf-8")
-            write_atomically(run.config, text)
+            write_atomically(run.config, dump_settings(replace(settings, overwrite=False)))
             with storing(run.checkpoints):
                 for stale in run.checkpoints.glob(".*"):
                     shutil.rmtree(stale)
@@ -98,13 +104,16 @@ class RunFolder:
                     f"{run.path}: a run lies here already. Choose another output_dir, go on with "
                     f"`lora-rm train {run.config} --resume`, or replace it with --overwrite True."
                 )
+            run.settings()  # fails if the file is another program's
         elif run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
             raise ConfigError(f"{run.path}: is not empty and no run of lora_rm. Choose another output_dir.")
         run.lock()
         with storing(run.path):
             for path in run.path.iterdir():  # not the folder itself: it is what the lock holds
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        write_atomically(run.config, dump_settings(settings))
+                if path.name in CONTENTS or path.name.startswith("."):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        # an order to overwrite is for once: who runs the file again by mistake loses nothing
+        write_atomically(run.config, dump_settings(replace(settings, overwrite=False)))
         return run
 
     def lock(self) -> None:
@@ -119,16 +128,12 @@ class RunFolder:
         with storing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not has_lock(descriptor):
             other = _lock_owner(descriptor)
             os.close(descriptor)
             raise ConfigError(
                 f"{self.path}: {other} works in this run folder. Wait until it ends, stop it, or choose another output_dir."
-            ) from None
-        except OSError:  # a network disk without locks
-            pass
+            )
         _LOCKS[key] = descriptor
 
     @classmethod
@@ -173,7 +178,6 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     adapter = property(lambda self: self.path / "adapter")
     merged = property(lambda self: self.path / "merged")
-    parity = property(lambda self: self.path / "parity.json")
     exports = property(lambda self: self.path / "export")
 
     def write_json(self, name: str, values: Any) -> Path:
@@ -185,9 +189,16 @@ class RunFolder:
         return file
 
     def read_json(self, name: str) -> Any:
-        """A JSON file of the folder, or None if there is none."""
+        """A JSON file of the folder, or None if there is none.
+
+        Raises:
+            ConfigError: If it is damaged.
+        """
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except ValueError as error:
+            raise ConfigError(f"{file}: is damaged ({error}). Make it anew, or copy the run again.") from None
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -213,7 +224,8 @@ def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:
     """Refuses to go on with settings that would make another run of it."""
     earlier, now = (_flat(asdict(values)) for values in (run.settings(), settings))
     for values in (earlier, now):
-        values.pop("overwrite", None)  # says nothing about the run
+        for name in ("overwrite", "output_dir"):  # say nothing about the run, whose folder may have moved
+            values.pop(name)
     differing = sorted(name for name in now if now[name] != earlier[name])
     serious = [n for n in differing if n not in HARMLESS and n.partition(".")[0] not in HARMLESS]
     if not differing or (allow and not serious):

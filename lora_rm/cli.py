@@ -1,6 +1,7 @@
 """`lora-rm COMMAND`: thin functions over the library, one a command."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,9 @@ def train(words: Sequence[str]) -> None:
         help="resume although settings that do not change what is trained differ",
     )
     options, flags = _parse(parser, words, only=())
+    if (options.resume or options.allow) and options.preset and Path(options.preset).name == "config.yaml":
+        # the run lies where its file lies, wherever it was begun; a flag still has the last word
+        flags = ["--output-dir", str(Path(options.preset).parent), *flags]
     settings = load_settings(options.preset, flags)
     from lora_rm.workflow import train_run
 
@@ -198,17 +202,19 @@ def score(words: Sequence[str]) -> None:
     _refuse(flags)
     if options.resume and options.out is None:
         raise ConfigError("--resume goes on with a file: give it with --out FILE.")
-    from lora_rm.workflow import score_file, score_lines
+    from lora_rm.workflow import NUM_TOGETHER, score_file, score_lines
 
     source, name = (
-        sys.stdin if options.file is None else _open(options.file),
+        _stdin() if options.file is None else _open(options.file),
         options.file or "standard input",
     )
     with source:
         if options.out:
             score_file(options.model, source, name, Path(options.out), resume=options.resume)
             return
-        for line in score_lines(options.model, source, name):
+        # who talks to standard input line by line gets each answer at once
+        together = NUM_TOGETHER if options.file else 1
+        for line in score_lines(options.model, source, name, together=together):
             _write(line + "\n")
 
 
@@ -360,6 +366,12 @@ def _open(path: str) -> TextIO:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read ({reason}). Give a file of JSON lines.") from None
+
+
+def _stdin() -> TextIO:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def _write(text: str) -> None:

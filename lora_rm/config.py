@@ -258,7 +258,7 @@ class TrainSettings(_Section):
     too large for one card; a layer's weights are gathered when they are needed, so a step takes longer)."""
 
     log_every_steps: Count = 1
-    """Steps between lines of metrics."""
+    """Steps between lines on the console, where it is no terminal; metrics.jsonl gets every step."""
 
     eval_every_steps: CountOrNone = 0
     """Steps between evaluations; 0: only at the end."""

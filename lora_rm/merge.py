@@ -24,7 +24,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -33,14 +32,14 @@ from transformers.pytorch_utils import Conv1D
 from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import MergeError, storing
+from lora_rm.errors import MergeError, StorageError, storing
 from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.record import HEAD_KEY, check_weights_file, read_head, read_record, recorded_quantization
 from lora_rm.model.record import RECORD as RECORD_OF_ADAPTER
-from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
-from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
+from lora_rm.model.tensor_files import StoredTensor, TensorWriter, save_tensors, stored_tensors
+from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 """Families whose activations are known to overflow in float16 (vLLM refuses float16 for gemma2, gemma3, glm4)."""
@@ -360,8 +359,10 @@ def merge(
     settings = settings or MergeSettings()
     if output.exists() and not settings.overwrite:
         raise MergeError(f"{output}: exists already. Remove it, or use --merge.overwrite True.")
+    plan = Plan(adapter, settings, base)
+    check_replaceable(output, adapter, plan.base.path)
     try:
-        return _merge(Plan(adapter, settings, base), output)
+        return _merge(plan, output)
     except _DoesNotFit as overflow:
         if settings.dtype != "auto":
             raise MergeError(
@@ -400,9 +401,9 @@ def _check_space(plan: Plan, output: Path, folder: UnfinishedFolder) -> None:
         if file not in folder.finished
         for tensor in tensors.values()
     )
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise MergeError(
+    free = shutil.disk_usage(folder.path).free
+    if needed > free:  # a StorageError: what an earlier call finished stays
+        raise StorageError(
             f"{output}: the merged model needs {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free. "
             "Make room, or choose another folder with --out."
         )
@@ -465,11 +466,27 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat(a)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat(b, dim=1)
     ranks = {name: sum(len(matrix) for matrix in a) for name, (a, _) in stacked.items()}
+    partial = folder.with_name(f".{folder.name}.partial")
+    with storing(folder):
+        _write_combined(partial, adapters, weights, tensors, ranks)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+
+
+def _write_combined(
+    folder: Path,
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    tensors: dict[str, torch.Tensor],
+    ranks: dict[str, int],
+) -> None:
+    """Writes the adapter that `combine` found; the record comes last."""
     rank = max(ranks.values())
     others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(adapters[0], folder)
+    (folder / RECORD_OF_ADAPTER).unlink()
     (folder / "adapter_config.json").unlink()
     LoraConfig(
         task_type="SEQ_CLS",
@@ -478,14 +495,14 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
         lora_alpha=rank,  # the scales are in B
         rank_pattern=others,
         alpha_pattern=others,
-        target_modules=sorted(stacked),
+        target_modules=sorted(ranks),
         inference_mode=True,
     ).save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").chmod(0o644)
-    record = records[0] | {
+    record = read_record(adapters[0]) | {
         "weights_sha256": file_sha256(folder / "adapter_model.safetensors"),
-        "canaries": [{**canary, "reward": None} for canary in records[0]["canaries"]],
+        "canaries": [{**canary, "reward": None} for canary in read_record(adapters[0])["canaries"]],
         "combined": [
             {"adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"), "weight": weight}
             for adapter, weight in zip(adapters, weights, strict=True)
@@ -638,7 +655,7 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
             job.result()
     report.num_tensors = len(plan.stored_as)
     report.num_updated = len(plan.updates)
-    if len(plan.shards) > 1:
+    if list(plan.shards) != ["model.safetensors"]:  # any other name transformers finds by the index alone
         values = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     chat = ChatTokenizer.load(plan.adapter)

@@ -156,7 +156,8 @@ class MetricsLog:
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Writes the numbers of an evaluation; its line has `eval` instead of training numbers."""
-        self._write({"step": step, "eval": values})
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._write({"step": step, "eval": known})
 
     def _write(self, values: dict[str, Any]) -> None:
         key = (values["step"], "eval" in values)

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig
 
 from lora_rm import processes
+from lora_rm.checkpoint import RunFolder
 from lora_rm.config import ModelSettings, Settings
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
@@ -374,8 +375,10 @@ def remedies(planned: Plan) -> list[str]:
 
 def tokens_per_second(planned: Plan) -> tuple[float, str] | None:
     """Tokens a second in training, and where the number comes from; None if nothing was measured."""
-    file = Path(planned.settings.output_dir) / "metrics.jsonl"
-    if file.is_file():
+    run = RunFolder(Path(planned.settings.output_dir))
+    file = run.metrics
+    # a run of another model says nothing
+    if file.is_file() and run.config.is_file() and run.settings().model == planned.settings.model:
         lines = [
             json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")
         ]
@@ -452,7 +455,8 @@ def show_plan(planned: Plan) -> None:
         "Beside it",
         {
             "training time": _time(planned),
-            "merge": f"{_gib(2 * held.num_weights)} GiB of disk, {_gib(12 * held.largest_linear + IMPORTS)} GiB of memory",
+            "merge": f"{_gib(2 * held.num_weights)} GiB of disk, {_gib(12 * held.largest_linear + IMPORTS)} GiB of memory; its "
+            f"proof opens {_gib(4 * held.num_weights)} GiB in float32, shared out over GPU, memory and disk",
             "trained": f"{held.trained / 4:,.0f} of {held.num_weights + held.trained / 4:,.0f} parameters"
             + (", the rest frozen in " + settings.model.quantization if trained else ""),
             "context, allocator": "measured here"

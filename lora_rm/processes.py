@@ -25,6 +25,12 @@ IS_FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process prints and writes."""
 
 
+def num_cores() -> int:
+    """Processor cores that this process may use, shared with the others on this machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // LOCAL_COUNT)
+
+
 def join(device: str) -> None:
     """Meets the other processes, if there are any.
 

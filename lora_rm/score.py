@@ -1,5 +1,6 @@
 """Rewards for users: open any run, adapter or export in one call; score, rank, pick the best of n."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,11 +106,26 @@ class Scorer:
             prompt: A text, taken as one user message, or messages.
             answers: Texts, taken as assistant messages, or lists of messages.
         """
-        before = _messages(prompt, "user") if prompt else ()
-        return self.score_conversations([(*before, *_messages(answer, "assistant")) for answer in answers])
+        return self.score_conversations(self.conversations(prompt, answers))
 
     def score_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """Rewards of whole conversations; those that begin alike are not told apart from others.
+
+        Raises:
+            DataError: If one is empty or ends with no assistant message.
+        """
+        return self.score_ids(self.ids(conversations))
+
+    @staticmethod
+    def conversations(
+        prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]
+    ) -> list[Messages]:
+        """The conversations of a prompt with each of its answers; see `score`."""
+        before = _messages(prompt, "user") if prompt else ()
+        return [(*before, *_messages(answer, "assistant")) for answer in answers]
+
+    def ids(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Token ids of whole conversations.
 
         Raises:
             DataError: If one is empty or ends with no assistant message.
@@ -119,13 +135,23 @@ class Scorer:
                 raise DataError(
                     f"conversation {number}: does not end with an assistant message, so there is no answer to score."
                 )
-        rows = self.model.chat.ids([(tuple(conversation), ()) for conversation in conversations])
-        return self.score_ids(rows)
+        rows: list[list[int]] = self.model.chat.ids([(tuple(one), ()) for one in conversations])
+        return rows
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Rewards of whole conversations given as token ids."""
+        """Rewards of whole conversations given as token ids.
+
+        Raises:
+            ModelError: If one is not finite.
+        """
         trees = [TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,)) for row in rows]
-        return [rewards[0] for rewards in self.model.score(trees)]
+        rewards = [rewards[0] for rewards in self.model.score(trees)]
+        if not all(map(math.isfinite, rewards)):
+            raise ModelError(
+                "A reward is not finite. If its products are in float16, they overflowed: open the model with compute_dtype "
+                "float32 or bfloat16. If not, look at it with `lora-rm doctor`."
+            )
+        return rewards
 
     def rank(self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]) -> list[int]:
         """Indices of the answers, best first."""

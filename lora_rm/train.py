@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -61,6 +61,8 @@ class Progress:
     """Hash of what adapter.init pissa or olora took out of the base."""
     row: int = 0
     """Tokens of a microbatch since the device ran out of memory; 0: as it was set."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """State of the loss scale of float16 products; empty for other types."""
     core: str = ""
     """How the attention of shared prompts was computed: another way would round otherwise."""
 
@@ -99,6 +101,9 @@ def train(
     progress = Progress(changed_base=begun_with)
     if resume:
         progress = _resume(model, optimizer, scheduler, run) or progress
+    scaler = _loss_scale(model)
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
     progress.core = _one_core(model, progress.core)
     if any(other != progress.changed_base for other in processes.gather(begun_with)):
         raise ModelError(
@@ -138,7 +143,7 @@ def train(
                 # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
                 torch.manual_seed(_seed(settings.seed, step, processes.rank()))
             rate = scheduler.get_last_lr()[0]
-            own = _gradients(model, batches, num_preferences, settings)
+            own = _gradients(model, batches, num_preferences, settings, scaler)
             model.idle(num_idle)
             parts = [part for part in processes.gather(own) if part is not None]
             if len(parts) < processes.count():  # a device had too little memory: the step comes again
@@ -146,12 +151,15 @@ def train(
                 continue
             sums = sum_steps(parts)
             processes.sum_gradients(parameters)
+            scaler.unscale_(optimizer)
             norm = _gradient_norm(parameters, wanted.max_grad_norm)
             if math.isfinite(sums.loss) and math.isfinite(norm):
                 optimizer.step()
                 progress.skipped_in_a_row = 0
             else:
                 _count_skipped(progress, step, sums, norm, model, wanted.max_skipped_steps)
+            scaler.update()
+            progress.scaler = scaler.state_dict()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             progress.step = step
@@ -310,7 +318,11 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 
 def _gradients(
-    model: RewardModel, batches: Sequence[TreeBatch], num_preferences: int, settings: Settings
+    model: RewardModel,
+    batches: Sequence[TreeBatch],
+    num_preferences: int,
+    settings: Settings,
+    scaler: torch.amp.GradScaler,
 ) -> StepSums | None:
     """Adds up the gradients of a step's mean loss; None if the device has too little memory.
 
@@ -324,7 +336,7 @@ def _gradients(
             rewards = model(batch)
             losses = preference_losses(rewards, batch.preferences, settings.loss)
             sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
-            (losses.sum() / num_preferences).backward()
+            scaler.scale(losses.sum() / num_preferences).backward()
         return sums
     except torch.OutOfMemoryError:
         if model.is_sharded:  # the other processes wait for this one's part of the weights
@@ -336,6 +348,11 @@ def _gradients(
     if on_gpu:
         torch.cuda.empty_cache()
     return None
+
+
+def _loss_scale(model: RewardModel) -> torch.amp.GradScaler:
+    """Of float16 products, where small gradients would be 0 (Micikevicius et al. 2018, arXiv 1710.03740, sec. 3.2)."""
+    return torch.amp.GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter], highest: float) -> float:
@@ -372,7 +389,7 @@ def _evaluate(
     metrics.evaluation(
         progress.step, {"loss": found.loss, "accuracy": found.pairs.accuracy, "margin": found.margin_mean}
     )
-    if progress.best_loss is None or found.loss < progress.best_loss:
+    if found.loss < (math.inf if progress.best_loss is None else progress.best_loss):  # never NaN
         progress.best_loss, progress.best_step, progress.evaluations_since_best = found.loss, progress.step, 0
     else:
         progress.evaluations_since_best += 1

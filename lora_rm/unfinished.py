@@ -4,6 +4,7 @@ What interrupts the writing (a kill, a full disk) leaves the folder; the same ca
 that was finished, and ends with the bytes that it would have had.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,11 +15,6 @@ from typing import Any
 
 from lora_rm.console import say
 from lora_rm.errors import LoraRmError, MergeError, StorageError, storing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 NOTES = "progress.json"
 """File that says from what the folder is made, and which of its files are finished."""
@@ -80,6 +76,36 @@ class UnfinishedFolder:
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
+def has_lock(descriptor: int) -> bool:
+    """Whether this process has the lock of an open folder now; a network disk without locks keeps nobody out."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def check_replaceable(out: Path, *sources: Path) -> None:
+    """Looks at what would be deleted when `out` is replaced.
+
+    Args:
+        out: To be replaced.
+        sources: Folders that what is written is made from.
+
+    Raises:
+        MergeError: If it is anything else than an earlier merge or export, or a source.
+    """
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    is_ours = names & {"parity.json", "lora_rm_merge.json"} and "config.yaml" not in names
+    if (names and not is_ours) or out.resolve() in [source.resolve() for source in sources]:
+        raise MergeError(
+            f"{out}: is not replaced, since it holds something else than an earlier merge or export, or what this one is "
+            "made from. Choose another --out, or remove it yourself."
+        )
+
+
 @contextmanager
 def unfinished_folder(out: Path, identity: Any, what: str) -> Iterator[UnfinishedFolder]:
     """The folder that becomes `out`, in the place of an earlier one, when the block ends without an error.
@@ -96,8 +122,6 @@ def unfinished_folder(out: Path, identity: Any, what: str) -> Iterator[Unfinishe
     out = Path(os.path.realpath(out))  # `resolve` fails at a link to itself before Python 3.13
     with storing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.*.partial"):  # of versions before 0.2
-            shutil.rmtree(stale)
         partial = out.with_name(f".{out.name}.partial")
         partial.mkdir(exist_ok=True)
     with _only_one(partial, f"{out}: another process is writing this {what}. Wait for it, or end it."):
@@ -124,15 +148,10 @@ def unfinished_folder(out: Path, identity: Any, what: str) -> Iterator[Unfinishe
 @contextmanager
 def _only_one(folder: Path, message: str) -> Iterator[None]:
     """Holds a lock on a folder that ends with the process, however it ends."""
-    if fcntl is None:
-        yield
-        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MergeError(message) from None
+        if not has_lock(handle):
+            raise MergeError(message)
         yield
     finally:
         os.close(handle)

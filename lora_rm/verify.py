@@ -114,17 +114,24 @@ def verify(
             merged model's rewards changed by more than allowed.
     """
     from lora_rm.checkpoint import write_atomically
+    from lora_rm.data.tokens import ChatTokenizer
     from lora_rm.merge import RECORD, Plan, check_weights
     from lora_rm.model.base import read_json
     from lora_rm.model.record import read_record
 
     settings = settings or VerifySettings()
     merge_record: dict[str, Any] = read_json(merged / RECORD)
+    if missing := {"base_weights", "dtype"} - merge_record.keys():
+        raise MergeError(f"{merged / RECORD}: says nothing of {', '.join(sorted(missing))}. Merge again.")
     plan = Plan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
     rounding = max(check_weights(plan, merged).values(), default=0.0)
     say(f"The weights are those of the merge; storing them took at most {rounding:.2%} of a tensor's update.")
     record = read_record(adapter)
-    canaries = record["canaries"]
+    canaries = record.get("canaries")
+    if not canaries:
+        raise MergeError(
+            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Save the adapter again."
+        )
     more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
     answers = [*canaries, *more[: settings.num_answers]]
     rows = [answer["ids"] for answer in answers]
@@ -137,7 +144,7 @@ def verify(
         after |= score_in_fresh_process(merged, rows, "requantized")
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
-    chat = plan_tokenizer(adapter)
+    chat = ChatTokenizer.load(adapter)
     fault = _fault(remembered, changes if plan.is_trained_model else {}, settings, merge_record)
     parity = {
         "passed": not fault,
@@ -229,7 +236,8 @@ def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: st
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
         request.write_text(json.dumps({"folder": str(folder.resolve()), "rows": list(rows), "kind": kind}))
         done = subprocess.run(
-            [sys.executable, "-m", "lora_rm.verify", str(request), str(answer)],
+            # -P: Python files that lie where the command is called are not run
+            [sys.executable, "-P", "-m", "lora_rm.verify", str(request), str(answer)],
             stderr=subprocess.PIPE,  # standard output stays: it shows the progress
             text=True,
             check=False,
@@ -243,8 +251,6 @@ def score_in_fresh_process(folder: Path, rows: Sequence[Sequence[int]], kind: st
 
 def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list[float]]:
     """What the fresh process does: every way of scoring that applies, in float32."""
-    import torch
-
     from lora_rm.data.tokens import TokenTree
     from lora_rm.model.base import BaseModel
     from lora_rm.model.elementwise import give_back_rotary
@@ -256,7 +262,7 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
         base = BaseModel(name=str(folder), path=folder)
         model = RewardModel.load(base, settings=ModelSettings(quantization="nf4", compute_dtype="float32"))
     else:
-        model = RewardModel.load_merged(folder, compute_dtype="float32")
+        model = RewardModel.load_merged(folder, device=_device_for(folder), compute_dtype="float32")
     model.choose_batching()
     trees = [TokenTree(ids[:-1], (ids[-1:],), kind="rating", scores=(0.0,)) for ids in rows]
     ways = {"library": [rewards[0] for rewards in model.score(trees)]}
@@ -268,45 +274,80 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
         return {REQUANTIZED: ways["library"]}
     del model
     give_back_rotary()
+    return ways | _score_plainly(folder, rows)
+
+
+def _device_for(folder: Path) -> str:
+    """The GPU if a merged model fits it as it is stored, with a quarter for everything else; else the CPU."""
+    import torch
+
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    is_small = torch.cuda.is_available() and 1.25 * size < torch.cuda.mem_get_info()[0]
+    return "auto" if is_small else "cpu"
+
+
+def _score_plainly(folder: Path, rows: list[list[int]]) -> dict[str, list[float]]:
+    """By plain transformers, padded and alone."""
+    import torch
+
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = open_plain(folder, scratch)
+        places = set(getattr(plain, "hf_device_map", {}).values())
+        device = plain.device if len(places) < 2 else "cpu"  # accelerate moves what each layer needs
+        pad = plain.config.get_text_config().pad_token_id
+
+        @torch.inference_mode()
+        def padded(group: list[list[int]], on_the_left: bool) -> list[float]:
+            longest = max(map(len, group))
+            blank = [[pad] * (longest - len(ids)) for ids in group]
+            ids = [b + i if on_the_left else i + b for i, b in zip(group, blank, strict=True)]
+            mask = [
+                [0] * len(b) + [1] * len(i) if on_the_left else [1] * len(i) + [0] * len(b)
+                for i, b in zip(group, blank, strict=True)
+            ]
+            logits = plain(
+                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device)
+            ).logits
+            assert logits.shape[1] == 1
+            return logits[:, 0].tolist()
+
+        groups = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+        ways = {"transformers, padded right": [reward for group in groups for reward in padded(group, False)]}
+        if hasattr(
+            plain.config.get_text_config(), "rope_parameters"
+        ):  # absolute positions cannot be padded left
+            ways["transformers, padded left"] = [reward for group in groups for reward in padded(group, True)]
+        ways["transformers, one by one"] = [padded([ids], False)[0] for ids in rows]
+        return ways
+
+
+def open_plain(folder: Path, scratch: str, max_memory: dict[Any, Any] | None = None) -> Any:
+    """A merged model in plain transformers, in float32: on the GPU, in memory, and the rest in a folder.
+
+    Args:
+        folder: Of the model.
+        scratch: For the rest; an 8B model has 32 GB in float32.
+        max_memory: Of every device, as accelerate takes it; None: what there is.
+    """
+    import torch
     from transformers import AutoModelForSequenceClassification
 
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        device_map="auto",
+        max_memory=max_memory,
+        offload_folder=scratch,
     ).eval()
-    pad = plain.config.get_text_config().pad_token_id
-
-    @torch.inference_mode()
-    def padded(group: list[list[int]], on_the_left: bool) -> list[float]:
-        longest = max(map(len, group))
-        blank = [[pad] * (longest - len(ids)) for ids in group]
-        ids = [b + i if on_the_left else i + b for i, b in zip(group, blank, strict=True)]
-        mask = [
-            [0] * len(b) + [1] * len(i) if on_the_left else [1] * len(i) + [0] * len(b)
-            for i, b in zip(group, blank, strict=True)
-        ]
-        logits = plain(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
-        assert logits.shape[1] == 1
-        return logits[:, 0].tolist()
-
-    groups = [rows[start : start + 8] for start in range(0, len(rows), 8)]
-    ways["transformers, padded right"] = [reward for group in groups for reward in padded(group, False)]
-    if hasattr(plain.config.get_text_config(), "rope_parameters"):  # absolute positions cannot be padded left
-        ways["transformers, padded left"] = [reward for group in groups for reward in padded(group, True)]
-    ways["transformers, one by one"] = [padded([ids], False)[0] for ids in rows]
-    return ways
 
 
 def standard_deviation(values: Sequence[float]) -> float:
     """Of a population."""
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-
-
-def plan_tokenizer(adapter: Path) -> Any:
-    """The adapter's tokenizer."""
-    from lora_rm.data.tokens import ChatTokenizer
-
-    return ChatTokenizer.load(adapter)
 
 
 def _text(chat: Any, ids: list[int]) -> str:
@@ -317,9 +358,8 @@ def _text(chat: Any, ids: list[int]) -> str:
 
 def _main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(
-        json.dumps(score_rows(Path(request["folder"]), request["rows"], request["kind"]))
-    )
+    scored = score_rows(Path(request["folder"]), request["rows"], request["kind"])
+    Path(sys.argv[2]).write_text(json.dumps(scored))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the commands and the recipes do, each step one function."""
 
+import gc
 import importlib
 import inspect
 import json
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
@@ -52,8 +55,7 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run, resume=resume)
     evaluate_after(model, data, settings, run)
-    if processes.IS_FIRST or model.is_sharded:
-        save_adapter(model, data, settings, run)
+    save_adapter(model, data, settings, run)
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
 
@@ -124,10 +126,10 @@ def evaluate_before(model: RewardModel, data: Data, settings: Settings, run: Run
     if known:
         return known["before"]
     before = _evaluate("before training", model, data, settings)
-    words = bag_of_words_baseline(data.train.preferences, data.eval.preferences)
-    run.write_json(
-        "eval.json", {"before": before.to_json(), "bag_of_words_baseline": words if words == words else None}
-    )
+    if processes.IS_FIRST:
+        words = bag_of_words_baseline(data.train.preferences, data.eval.preferences)
+        values = {"before": before.to_json(), "bag_of_words_baseline": words if words == words else None}
+        run.write_json("eval.json", values)
     return before.to_json()
 
 
@@ -139,7 +141,10 @@ def evaluate_after(model: RewardModel, data: Data, settings: Settings, run: RunF
 
 
 def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> None:
-    """Writes the adapter with its canaries, and the held-out answers that `verify` scores beside them."""
+    """Writes the adapter with its canaries, and the held-out answers that `verify` scores beside them.
+
+    Every process calls it, for a sharded base computes with all of them; the first one writes.
+    """
     held_out: Iterator[dict[str, Any]] = (
         {"ids": ids, "prompt": number}
         for number, tree in enumerate(data.eval.trees)
@@ -207,7 +212,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
         run.lock()
     read_record(adapter)
     if out is None:
-        out = run.merged if run else path.with_name(path.name + "-merged")
+        out = run.merged if run else Path(f"{path.resolve()}-merged")
     if is_unverified(adapter, out, settings.merge):
         say(f"{out}: was merged by a call that was interrupted while it verified the rewards.")
     else:
@@ -215,6 +220,8 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
         say(
             f"{report.num_updated} of {report.num_tensors} tensors updated ({report.base_weights} base, {report.dtype})."
         )
+    gc.collect()
+    torch.cuda.empty_cache()  # what training in this process kept for itself
     parity = verify(adapter, out, settings.verify, held_out=run.path / HELD_OUT if run else None)
     if run:
         run.write_json("parity.json", {key: value for key, value in parity.items() if key != "answers"})
@@ -255,7 +262,7 @@ def export_run(
     if not (merged / "config.json").is_file():
         raise MergeError(f"{path}: holds no merged model. Run `lora-rm merge {path}` first.")
     if out is None:
-        out = run.exports / to if run else path.with_name(f"{path.name}-{to}")
+        out = run.exports / to if run else Path(f"{path.resolve()}-{to}")
     name = to.replace("-", "_")
     # imported here: torch.onnx, gguf and vLLM's checks cost seconds, and none of them need be installed
     export = getattr(importlib.import_module(f"lora_rm.export.{name}"), f"export_{name}")
@@ -286,58 +293,105 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
     scorer = load_reward_model(path, device=settings.model.device, compute_dtype=settings.model.compute_dtype)
     chat = scorer.model.chat
     if settings.data.eval is None:
-        side = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder()).eval
+        data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
+        if data.train.sha256 != (RunFolder(path).read_json("inputs.json") or {}).get("data.train"):
+            raise ConfigError(
+                f"{settings.data.train}: does not give the training side that {path} was trained on, so what is held out now "
+                "may have been trained on then. Put the file and the data settings back, or give --data.eval FILE."
+            )
+        side = data.eval
     else:
         side = read_side(settings.data, chat, seed=settings.seed, cache=cache_folder())
     found = evaluate(scorer.model, side.trees, settings.loss, settings.train.row)
     _show("evaluation", found)
     if file is not None:
-        file.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+        with storing(file):
+            file.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     return found
 
 
-def score_lines(path: str, lines: Iterable[str], name: str, done: Sequence[str] = ()) -> Iterator[str]:
+NUM_TOGETHER = 64
+"""Lines that are scored together. A call that goes on makes the same groups, so that rewards are the same bits."""
+
+
+def score_lines(
+    path: str, lines: Iterable[str], name: str, done: Sequence[str] = (), *, together: int = NUM_TOGETHER
+) -> Iterator[str]:
     """Adds a reward to every conversation in JSON lines.
 
     Args:
         path: Of the model.
-        lines: Conversations; empty lines are passed over.
+        lines: Conversations; empty lines are passed over. What a line has as `reward` (`rewards` of several responses)
+            is replaced.
         name: Of the file, for messages.
-        done: What an earlier call gave for the first conversations, which are not scored again.
+        done: What an earlier call gave for the first conversations. They are not scored again, but for the last ones,
+            which tell whether the model is still the same.
+        together: Lines that are scored together.
 
     Raises:
-        DataError: If a line is no conversation, or is not the one that was scored earlier; with its number.
+        DataError: If a line is no conversation, or is not the one that was scored earlier, or had another reward; with
+            its number.
     """
     scorer = load_reward_model(path)
-    earlier = iter(done)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        known = next(earlier, None)
-        if known is not None:
-            scored = json.loads(known)
-            scored.pop("rewards" if "rewards" in scored else "reward")
-            if scored != json.loads(line):
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    num_read = 0
+    while group := list(islice(numbered, together)):
+        said = [_conversations(scorer, line, f"{name} line {number}") for number, line in group]
+        earlier = [json.loads(text) for text in done[num_read : num_read + len(group)]]
+        num_read += len(group)
+        for (number, _), (values, key, _), known in zip(group, said, earlier, strict=False):
+            if {name: value for name, value in known.items() if name != key} != values or key not in known:
                 raise DataError(
                     f"{name} line {number}: is not the conversation that was scored earlier. Give the same file again, or "
                     "begin a new --out."
                 )
+        if num_read < len(done):
             continue
+        rows = [ids for _, _, own in said for ids in own]
         try:
-            values = json.loads(line)
-            json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
-            if "messages" in values:
-                values["reward"] = scorer.score_conversations([values["messages"]])[0]
-            elif "responses" in values:
-                values["rewards"] = scorer.score(values["prompt"], values["responses"])
-            else:
-                values["reward"] = scorer.score(values["prompt"], [values["response"]])[0]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            rewards = iter(scorer.score_ids(rows))
+        except (IndexError, RuntimeError) as error:
             raise DataError(
-                f"{name} line {number}: is no conversation ({error}). Write "
-                '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
+                f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({str(error).splitlines()[0][:200]}). The longest "
+                f"has {max(map(len, rows))} tokens: the model, or the memory, may be made for fewer."
             ) from None
-        yield json.dumps(values, ensure_ascii=False)
+        for place, ((number, _), (values, key, own)) in enumerate(zip(group, said, strict=True)):
+            found = [next(rewards) for _ in own]
+            if place >= len(earlier):
+                yield json.dumps({**values, key: found if key == "rewards" else found[0]}, ensure_ascii=False)
+                continue
+            known = earlier[place][key] if key == "rewards" else [earlier[place][key]]
+            if any(abs(a - b) > SAME_REWARD * max(1.0, abs(b)) for a, b in zip(known, found, strict=True)):
+                raise DataError(
+                    f"{name} line {number}: had the reward {known} and has {found} now, so another model was used. Give that "
+                    "one, or begin a new --out."
+                )
+
+
+SAME_REWARD = 0.1
+"""Largest change of a reward, as a share of it, that another machine's rounding may explain."""
+
+
+def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:
+    """A line's values without the reward, the name that the reward will have, and the token ids of what is scored."""
+    try:
+        values = json.loads(line)
+        json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
+        key = "rewards" if "messages" not in values and "responses" in values else "reward"
+        if key == "rewards" and not isinstance(values["responses"], list):
+            raise TypeError("responses is no list")
+        if "messages" in values:
+            conversations = [values["messages"]]
+        else:
+            answers = values["responses"] if key == "rewards" else [values["response"]]
+            conversations = scorer.conversations(values["prompt"], answers)
+        values.pop(key, None)
+        return values, key, scorer.ids(conversations)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{place}: is no conversation ({error}). Write "
+            '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
+        ) from None
 
 
 def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume: bool = False) -> int:
@@ -347,22 +401,30 @@ def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume:
         Lines in the file.
 
     Raises:
-        ConfigError: If the file is there and `resume` does not say to go on with it.
+        ConfigError: If the file is there and `resume` does not say to go on with it, or something else wrote it.
         DataError: As `score_lines`.
         StorageError: If it cannot be written.
     """
     if out.exists() and not resume:
         raise ConfigError(f"{out}: exists already. Go on with --resume, remove it, or choose another --out.")
     with storing(out):
-        done = out.read_bytes().splitlines(keepends=True) if out.exists() else []
-        if done and not done[-1].endswith(b"\n"):  # half a line of a call that was killed
-            done.pop()
-            os.truncate(out, sum(map(len, done)))
+        raw = out.read_bytes().splitlines(keepends=True) if out.exists() else []
+    whole = [line for line in raw if line.endswith(b"\n")]
+    try:
+        done = [line.decode() for line in whole]
+        is_own = all(json.loads(line).keys() & {"reward", "rewards"} for line in done)
+    except (ValueError, AttributeError):
+        is_own = False
+    if not is_own or (out.exists() and Path(name).exists() and out.samefile(name)):
+        raise ConfigError(f"{out}: holds lines that are no rewards of this command. Choose another --out.")
+    if len(whole) < len(raw):  # half a line of a call that was killed
+        with storing(out):
+            os.truncate(out, sum(map(len, whole)))
     if done:
         say(f"Going on after {len(done)} conversations.")
     count = len(done)
     with storing(out), out.open("a", encoding="utf-8") as stream:
-        for line in score_lines(path, lines, name, [text.decode() for text in done]):
+        for line in score_lines(path, lines, name, done):
             stream.write(line + "\n")
             stream.flush()
             count += 1

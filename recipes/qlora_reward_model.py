@@ -39,9 +39,10 @@ def main(settings: Settings) -> None:
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run)
     evaluate_after(model, data, settings, run)
+    save_adapter(model, data, settings, run)
     if not processes.IS_FIRST:
         return
-    save_adapter(model, data, settings, run)
+    del model  # the merged one is scored in a process of its own, which needs the device
     merge_run(run.path, settings)
     export_run(run.path)
     summarize(run, started)

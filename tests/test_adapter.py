@@ -165,3 +165,13 @@ def test_weights_stored_the_other_way_round_are_refused(tmp_path, trees, init):
     base = make_base(tmp_path / "gpt2", "gpt2", dtype=torch.float32)
     with pytest.raises(ModelError, match=f"adapter.init is {init}"):
         started(base, trees, init)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"target_modules": ("q_prj",)}, {"target_modules": ("q_proj", "v_prj")}, {"layers_to_transform": (99,)}],
+    ids=["none fits", "one does not", "no such layer"],
+)
+def test_a_target_that_names_no_layer_is_an_error(base, wrong):
+    with pytest.raises(ModelError, match="q_proj, .*up_proj, v_proj"):
+        make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0, **wrong))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 
 import bitsandbytes.functional as bnb_functional
@@ -30,7 +31,7 @@ import lora_rm.merge as merge_module
 import lora_rm.verify as verify_module
 from lora_rm import unfinished
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
-from lora_rm.errors import MergeError, ModelError
+from lora_rm.errors import MergeError, ModelError, StorageError
 from lora_rm.merge import RECORD, Plan, Update, Workers, _write_tensor, check_weights, combine, merge
 from lora_rm.model import quantization
 from lora_rm.model.quantization import code_hashes, codes_8bit
@@ -647,7 +648,7 @@ def test_two_merges_into_one_folder_and_a_full_disk_are_refused(base, tmp_path, 
     ):
         merge(adapter, tmp_path / "merged")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    with pytest.raises(MergeError, match="GB more, and 0.0 GB are free"):
+    with pytest.raises(StorageError, match="GB more, and 0.0 GB are free"):
         merge(adapter, tmp_path / "merged")
 
 
@@ -742,12 +743,65 @@ def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, 
 
 def test_refuses_to_overwrite_and_replaces_when_told(base, tmp_path):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
-    (tmp_path / ".merged.x.partial").mkdir()  # of a merge that was killed
+    (tmp_path / ".merged.v2.partial").mkdir()  # of another merge
     merge(adapter, tmp_path / "merged")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.v2.partial", "adapter", "merged"]
     with pytest.raises(MergeError, match="exists already"):
         merge(adapter, tmp_path / "merged")
     merge(adapter, tmp_path / "merged", MergeSettings(overwrite=True))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    (tmp_path / "run" / "parity.json").write_text("{}")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    for out in (adapter, base, tmp_path / "run", tmp_path / "thesis", tmp_path):
+        before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+        with pytest.raises(MergeError, match="is not replaced"):
+            merge(adapter, out, MergeSettings(overwrite=True))
+        assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_single_file_of_any_name_can_be_opened(tmp_path):
+    base = make_base(tmp_path / "base")
+    name = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / name)
+    weights = dict.fromkeys(load_file(base / name), name)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    assert verify(adapter, tmp_path / "merged")["passed"]
+
+
+def test_python_files_where_the_command_is_called_are_not_run(base, tmp_path, monkeypatch):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("open('run', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    assert verify(adapter, tmp_path / "merged")["passed"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_float16_weights_are_scored_in_float32_as_they_are_stored(base, tmp_path):
+    """In half of the memory, with the rewards of weights that lie there in float32."""
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged")
+    model = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
+    layer = model.backbone.layers[0].mlp.up_proj
+    assert (type(layer), layer.weight.dtype) == (quantization.StoredLinear, torch.float16)
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+    model.choose_batching()
+    assert model.batching == "shared"
+    found = Scorer(model.eval()).score_ids(rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = verify_module.open_plain(tmp_path / "merged", scratch)
+        # most layers in a file, as those of a large model would be
+        parted = verify_module.open_plain(tmp_path / "merged", scratch, {"cpu": "300KB"})
+        assert set(parted.hf_device_map.values()) == {"cpu", "disk"}
+        with torch.no_grad():
+            for opened in (plain, parted):
+                rewards = [float(opened(input_ids=torch.tensor([ids])).logits) for ids in rows]
+                assert found == pytest.approx(rewards, abs=1e-5)
 
 
 def test_a_base_that_changed_since_training_is_found(base, tmp_path):

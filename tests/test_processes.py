@@ -134,8 +134,9 @@ def test_a_sharded_run_of_which_a_process_is_killed_goes_on_as_if_nothing_had_ha
 
 
 @pytest.mark.slow
-def test_the_recipe_runs_in_two_processes_and_one_of_them_merges(settings, tmp_path):
-    own = with_values(settings, tmp_path / "run", max_steps=1)
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_the_recipe_runs_in_two_processes_and_one_of_them_merges(settings, tmp_path, sharding):
+    own = with_values(settings, tmp_path / "run", max_steps=1, sharding=sharding)
     done = launched(own, tmp_path, 2, program=["recipes/qlora_reward_model.py"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The export lies in") == 1

@@ -246,7 +246,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_merges(settings, tmp_path):
     rewards = [[canary["reward"] for canary in known["canaries"]] for known in (record, record_again)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
     merge_run(run.path, wanted)
-    assert json.loads(run.parity.read_text())["changes"]["library"]["pair_flips"] == 0
+    assert json.loads((run.path / "parity.json").read_text())["changes"]["library"]["pair_flips"] == 0
 
 
 @pytest.mark.parametrize(

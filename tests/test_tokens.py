@@ -311,6 +311,20 @@ def test_the_cache_gives_what_was_computed_and_misses_what_changed(tmp_path, mon
     assert len(list((tmp_path / "tokens").iterdir())) == 4
 
 
+def test_a_cache_that_is_damaged_or_cannot_be_written_stops_nothing(tmp_path, capsys):
+    chat, some = make_chat(), PAIRS[:5]
+    fresh = tokenize(some, chat, max_length=512)
+    (tmp_path / "tokens").write_text("no folder")
+    assert tokenize(some, chat, max_length=512, cache=tmp_path) == fresh
+    assert "token ids are not kept" in capsys.readouterr().out
+    (tmp_path / "tokens").unlink()
+    assert tokenize(some, chat, max_length=512, cache=tmp_path) == fresh
+    (file,) = (tmp_path / "tokens").iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    assert tokenize(some, chat, max_length=512, cache=tmp_path) == fresh
+    assert "is damaged" in capsys.readouterr().out
+
+
 def test_the_cache_knows_no_lengths_and_no_targets(tmp_path):
     chat = make_chat()
     tokenize(PAIRS[:5], chat, max_length=512, cache=tmp_path)

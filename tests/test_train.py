@@ -1,7 +1,9 @@
 """The training loop: what moves, what must not matter, and what happens when something goes wrong."""
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_rm import checkpoint as checkpoint_module
 from lora_rm import train as train_module
 from lora_rm.checkpoint import RunFolder, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
 from lora_rm.config import check_settings
@@ -337,6 +340,72 @@ def test_an_earlier_run_is_not_overwritten(settings):
     (Path(settings.output_dir) / "metrics.jsonl").write_text("{}")
     run = RunFolder.create(changed(settings, overwrite=True))
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_only_what_a_run_makes_is_overwritten(settings):
+    run = RunFolder.create(settings)
+    (run.path / "notes.txt").write_text("mine")
+    (run.path / "metrics.jsonl").write_text("{}")
+    RunFolder.create(changed(settings, overwrite=True))
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert not run.settings().overwrite  # the file, run again by mistake, deletes nothing
+    run.config.write_text("defaults: [db: mysql]\n")  # another program's
+    with pytest.raises(ConfigError, match="defaults"):
+        RunFolder.create(changed(settings, overwrite=True))
+    assert (run.path / "notes.txt").is_file()
+
+
+def test_a_run_that_was_moved_goes_on(settings, trees, tmp_path):
+    short = changed(settings, train={"max_steps": 2, "save_every_steps": 1})
+    run = run_once(short, trees)[1]
+    moved = tmp_path / "elsewhere"
+    os.close(checkpoint_module._LOCKS.pop(os.path.realpath(run.path)))  # as if its process had ended
+    run.path.rename(moved)
+    now = changed(short, output_dir=str(moved))
+    assert RunFolder.create(now, resume=True).settings().output_dir == str(moved)
+
+
+def test_a_loss_scale_changes_no_step_and_is_resumed(settings, trees, monkeypatch):
+    """That of float16 products, which a CPU does not compute: here around float32 ones, growing at every other step."""
+    scaled = lambda model: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)  # noqa: E731
+    short = changed(settings, train={"max_steps": 5, "save_every_steps": 3})
+    plain = trained_weights(run_once(changed(short, output_dir=f"{short.output_dir}-plain"), trees)[0])
+    monkeypatch.setattr(train_module, "_loss_scale", scaled)
+    model, run = run_once(short, trees)
+    assert {
+        name: torch.equal(weight, plain[name]) for name, weight in trained_weights(model).items()
+    } == dict.fromkeys(plain, True)
+    state = json.loads((run.checkpoints / "step-000003" / "state.json").read_text())["progress"]["scaler"]
+    assert (state["scale"], state["_growth_tracker"]) == (2048.0, 1)
+    again = open_model(short)
+    progress = train(again, data_of(trees), short, RunFolder.create(short, resume=True), resume=True)
+    assert progress.scaler["scale"] == 4096.0
+    assert all(torch.equal(weight, plain[name]) for name, weight in trained_weights(again).items())
+    with torch.no_grad():
+        next(p for name, p in again.named_parameters() if "lora_A" in name).fill_(float("nan"))
+    own = changed(short, output_dir=f"{short.output_dir}-nan", train={"max_steps": 1})
+    assert (
+        train(again, data_of(trees), own, RunFolder.create(own)).scaler["scale"] == 512.0
+    )  # lower after an overflow
+
+
+def test_float16_products_need_a_gpu(settings):
+    with pytest.raises(ModelError, match="float16, which needs a GPU"):
+        open_model(changed(settings, model={"compute_dtype": "float16", "device": "cpu"}))
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(settings, trees, monkeypatch):
+    real, losses = train_module.evaluate, iter([math.nan, 1.0, 2.0])
+    monkeypatch.setattr(train_module, "evaluate", lambda *a: dataclasses.replace(real(*a), loss=next(losses)))
+    own = changed(settings, train={"max_steps": 3, "eval_every_steps": 1})
+    model = open_model(own)
+    progress = train(model, data_of(trees), own, RunFolder.create(own))
+    assert (progress.best_loss, progress.best_step) == (1.0, 2)
+    found = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (Path(own.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["eval"]["loss"] for line in found if "eval" in line] == [None, 1.0, 2.0]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(settings, tmp_path):

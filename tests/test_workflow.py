@@ -22,7 +22,7 @@ from lora_rm.cli import main
 from lora_rm.config import VerifySettings, dump_settings
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import ConfigError, DataError, MergeError
+from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
@@ -194,6 +194,8 @@ def test_lines_are_scored_and_bad_lines_named(job):
     assert found[1]["id"] == 7
     with pytest.raises(DataError, match="x.jsonl line 2: is no conversation"):
         list(score_lines(str(job.adapter), [lines[0], '{"text": 1}'], "x.jsonl"))
+    with pytest.raises(DataError, match="line 1: is no conversation .responses is no list"):
+        list(score_lines(str(job.adapter), ['{"prompt": "a", "responses": "Paris"}'], "x.jsonl"))
 
 
 def test_an_evaluation_of_the_run_repeats_the_number(job):
@@ -202,6 +204,9 @@ def test_an_evaluation_of_the_run_repeats_the_number(job):
     assert found.reward_mean == pytest.approx(job.read_json("eval.json")["after"]["reward_mean"], rel=1e-5)
     with pytest.raises(ConfigError, match="data.eval is not set"):
         evaluate_model(job.merged, job.settings())
+    other = changed(job.settings(), data={"max_train": 63})  # as if rows had been added since
+    with pytest.raises(ConfigError, match="does not give the training side .* give --data.eval"):
+        evaluate_model(job.path, other)
 
 
 def test_the_commands_evaluate_and_score(job, tmp_path, capsys):
@@ -214,6 +219,59 @@ def test_the_commands_evaluate_and_score(job, tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     rewards = load_reward_model(job.adapter).score("a", ["b", "c"])
     assert json.loads(line)["rewards"] == pytest.approx(rewards, rel=1e-5)
+
+
+def test_an_export_names_no_folder_of_this_machine(job):
+    folder = job.exports / "huggingface"
+    for name in ("lora_rm_merge.json", "parity.json", "README.md"):
+        assert str(Path(job.settings().model.base).parent) not in (folder / name).read_text(), name
+    assert (
+        json.loads((folder / "lora_rm_merge.json").read_text())["base"]
+        == Path(job.settings().model.base).name
+    )
+
+
+def test_a_merge_into_the_original_base_is_exported_as_what_it_is(job, tmp_path):
+    settings = changed(job.settings(), merge={"base": "original"})
+    merged = merge_run(shutil.copytree(job.adapter, tmp_path / "mine"), settings)
+    file = merged / "parity.json"
+    parity = json.loads(file.read_text())
+    # further from the trained adapter than the model without one is, which says nothing about the export
+    parity["answers"] = [{**answer, "reward": answer["merged"] + 9.0} for answer in parity["answers"]]
+    file.write_text(json.dumps(parity))
+    out = export_run(merged)
+    assert "not the model that was trained" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"passed": true}'])
+def test_a_damaged_parity_is_named(job, tmp_path, damage):
+    merged = shutil.copytree(job.merged, tmp_path / "merged")
+    (merged / "parity.json").write_text(damage)
+    with pytest.raises(
+        (MergeError, ModelError), match="parity.json: (cannot be read|holds no JSON|says nothing of)"
+    ):
+        export_run(merged)
+
+
+def test_a_run_of_ratings_is_exported(job, tmp_path):
+    run = RunFolder(shutil.copytree(job.path, tmp_path / "run"))
+    evaluation = run.read_json("eval.json")
+    for when in ("before", "after"):  # as evaluations without decided pairs are written
+        evaluation[when] |= {
+            "length_baseline": None,
+            "pairs": {**evaluation[when]["pairs"], "accuracy": None},
+        }
+    run.write_json("eval.json", evaluation)
+    card = (export_run(run.path, out=tmp_path / "export") / "README.md").read_text()
+    assert "held-out pairs" not in card
+    assert "model-index" not in card
+
+
+def test_what_is_no_export_is_not_overwritten(job, tmp_path):
+    for out in (job.path, job.merged, job.adapter):
+        with pytest.raises(MergeError, match="is not replaced"):
+            export_run(job.path, out=out, overwrite=True)
+    assert job.read_json("parity.json")
 
 
 def test_an_export_is_uploaded_when_told(job, tmp_path, capsys):

@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lora_rm.console import progress
+from lora_rm import processes
+from lora_rm.console import progress, say
 from lora_rm.data.preference import Kind, Messages, Preference
 from lora_rm.errors import DataError, ModelError
 
@@ -405,27 +407,37 @@ def _all_ids(
 ) -> list[list[list[int]]]:
     """The ids of every conversation of every preference, out of the cache if they are there."""
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
     conversations: list[Conversation] = [
         (p.prompt + answer, p.tools) for p in preferences for answer in p.answers
     ]
     file = None
-    flat: list[list[int]]
     if cache is not None:
         text = json.dumps([chat.identity(), conversations], ensure_ascii=True)
         file = cache / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    flat: list[list[int]] | None = None
     if file is not None and file.is_file():
-        stored = load_file(file)
-        flat = [part.tolist() for part in np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])]
-    else:
+        try:
+            stored = load_file(file)
+            flat = [part.tolist() for part in np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])]
+        except (OSError, SafetensorError, KeyError) as error:
+            say(f"{file}: is damaged ({error}); the texts are tokenised again.")
+    if flat is None or len(flat) != len(conversations):
         flat = _tokenize_all(conversations, chat, num_workers)
         if file is not None and flat:
-            file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}.partial")
             ids = np.fromiter(chain.from_iterable(flat), dtype=np.int32)
-            save_file({"ids": ids, "lengths": np.array([len(row) for row in flat], dtype=np.int64)}, partial)
-            partial.replace(file)
+            lengths = np.array([len(row) for row in flat], dtype=np.int64)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_file({"ids": ids, "lengths": lengths}, partial)
+                partial.replace(file)
+            except (OSError, SafetensorError) as error:
+                say(f"{file}: token ids are not kept for the next time ({error}).")
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
     rows = iter(flat)
     return [[next(rows) for _ in preference.answers] for preference in preferences]
 
@@ -434,7 +446,7 @@ def _tokenize_all(
     conversations: list[Conversation], chat: ChatTokenizer, num_workers: int
 ) -> list[list[int]]:
     chunks = [list(chunk) for chunk in _batched(conversations, 256)]
-    workers = num_workers or os.cpu_count() or 1
+    workers = num_workers or processes.num_cores()
     flat: list[list[int]] = []
     with progress("tokenising", len(conversations)) as advance:
         if workers == 1 or len(conversations) < PARALLEL_FROM:

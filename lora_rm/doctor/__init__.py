@@ -56,7 +56,7 @@ from lora_rm.doctor.rewards import (
 from lora_rm.doctor.run import check_course, check_evaluation, check_merge, read_metrics
 from lora_rm.doctor.template import check_prefix, template_findings
 from lora_rm.doctor.training import training_findings, usable_trees
-from lora_rm.errors import ConfigError, LoraRmError, ModelError
+from lora_rm.errors import ConfigError, LoraRmError, ModelError, storing
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import cache_folder, find_base, find_config
@@ -71,11 +71,19 @@ def doctor(source: str | None, settings: Settings, file: Path | None = None) -> 
     kind = kind_of(source)
     name = "this machine" if source is None else f"{source} ({kind})"
     say(f"Checking {name} ...")
-    findings = list(examine(source, settings))
+    findings: list[Finding] = []
+    try:
+        findings.extend(examine(source, settings))
+    except LoraRmError as error:  # what was found before is shown all the same
+        if not findings:
+            raise
+        remedy = "Do what the message says, then run the doctor again."
+        findings.append(Finding(check="all other checks", status="fault", found=str(error), remedy=remedy))
     show(f"Doctor: {name}", findings)
     if file is not None:
         values = {"subject": source or "machine", "kind": kind, "findings": [asdict(f) for f in findings]}
-        file.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+        with storing(file):
+            file.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
     return findings
 
 

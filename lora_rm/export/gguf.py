@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
@@ -700,7 +701,7 @@ class GGUFModel:
 def _num_threads() -> int:
     """As many as OMP_NUM_THREADS says, else as this process has cores."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdigit() and int(chosen) else len(os.sched_getaffinity(0))
+    return int(chosen) if chosen.isdigit() and int(chosen) else processes.num_cores()
 
 
 USAGE = f"""\

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_rm.errors import MergeError
 from lora_rm.export.proof import NUM_PADDED, largest_difference
+from lora_rm.model.quantization import StoredLinear
 from lora_rm.model.reward_model import RewardModel
 
 Batch: TypeAlias = dict[str, list[list[int]]]
@@ -43,6 +44,10 @@ class RewardGraph(nn.Module):
 def load_graph(merged: Path) -> RewardGraph:
     """Opens a merged model in float32 on the CPU."""
     model = RewardModel.load_merged(merged, device="cpu", compute_dtype="float32").eval()
+    for module in model.modules():
+        if isinstance(module, StoredLinear):  # a graph holds float32 weights, and no casts
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+            module.float()
     return RewardGraph(model.backbone, model.head.detach().clone()).eval()
 
 

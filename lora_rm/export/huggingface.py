@@ -1,7 +1,5 @@
 """A folder that `AutoModelForSequenceClassification` and `pipeline("text-classification")` open as it is."""
 
-import re
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import MergeError
 from lora_rm.export.proof import (
     NUM_PADDED,
+    copy_public,
     export_folder,
+    hub_id,
     largest_difference,
     prove,
     score_in_fresh_process,
@@ -27,7 +27,13 @@ ANOTHER_MODEL = (
 
 
 def export_huggingface(
-    merged: Path, out: Path, *, run: RunFolder | None = None, overwrite: bool = False
+    merged: Path,
+    out: Path,
+    *,
+    run: RunFolder | None = None,
+    overwrite: bool = False,
+    target: str = "huggingface",
+    usage: str = "",
 ) -> Path:
     """Copies a merged and verified model, adds a model card, and checks it through the pipeline.
 
@@ -36,20 +42,22 @@ def export_huggingface(
         out: Folder to make.
         run: Whose evaluation and settings the card tells.
         overwrite: Replace an earlier export.
+        target: As the command names it.
+        usage: What the card says beside the model's own.
 
     Raises:
         MergeError: If the model was not verified, `out` exists, or the pipeline gives other rewards.
     """
-    with export_folder(merged, out, "huggingface", overwrite=overwrite) as (unfinished, parity):
+    with export_folder(merged, out, target, overwrite=overwrite) as (unfinished, parity):
         folder = unfinished.path
         for file in sorted(merged.iterdir()):
             if file.name == "parity.json":  # the export's own is written below
                 continue
             unfinished.once(file.name, partial(_link_or_copy, file))
         proved = check_pipeline(folder, parity)
-        write_parity(folder, proved)
+        write_parity(folder, proved | {"target": target})
         card = model_card(parity | {"changes": parity["changes"] | proved["changes"]}, run, out.name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card + usage, encoding="utf-8")
     return out
 
 
@@ -62,7 +70,7 @@ def check_pipeline(folder: Path, parity: dict[str, Any], num_answers: int = NUM_
     Raises:
         MergeError: If a reward differs by more than allowed, or weights are drawn anew.
     """
-    stored = parity["merge"]["dtype"]
+    stored = parity["merge"]["dtype"].removesuffix("_nearest")  # that is how it was rounded
     request = {
         "folder": str(folder.resolve()),
         "texts": [answer["text"] for answer in parity["answers"][:num_answers]],
@@ -88,7 +96,9 @@ import json, sys
 from transformers import pipeline
 request, found = json.load(open(sys.argv[1], encoding="utf-8")), {}
 for dtype, count in {"float32": None, **request["stored"]}.items():
-    reward = pipeline("text-classification", model=request["folder"], dtype=dtype, device="cpu")
+    # on the GPU, in memory, and what fits neither in a folder that goes with this program
+    more = {"device_map": "auto", "model_kwargs": {"offload_folder": "offloaded"}}
+    reward = pipeline("text-classification", model=request["folder"], dtype=dtype, **more)
     found[dtype] = [one["score"] for one in reward(request["texts"][:count])]
     if dtype == "float32":
         found["float32, padded"] = [one["score"] for one in reward(request["texts"], batch_size=8)]
@@ -104,13 +114,14 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         MergeError: If the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[".*"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # the hub's client raises errors of its own, of Python's, and of an HTTP library
         raise MergeError(
             f"{repository}: the hub refused the upload ({error}). Check `hf auth login`."
         ) from None
@@ -135,8 +146,9 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
     if base is not None:
         header |= {"base_model": base, "base_model_relation": "finetune"}
     header |= inherited_license(merge["base"], run.settings().model.revision if run else None)
-    if run is not None and evaluation and "after" in evaluation:
-        header["model-index"] = evaluation_results(run, evaluation["after"], name)
+    before, after = (_of_pairs(evaluation, when) for when in ("before", "after"))
+    if run is not None and after:
+        header["model-index"] = evaluation_results(run, after, name)
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Reward model", ""]
     # the pipeline's tokenizer adds a BOS; one that the template wrote would be the second
     bos = ["text = text.removeprefix(reward.tokenizer.bos_token)"] if merge["adds_bos"] else []
@@ -154,8 +166,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
         "```",
         "",
     ]
-    if evaluation and "after" in evaluation:
-        after, before = evaluation["after"], evaluation["before"]
+    if before and after:
         low, high = after["interval"]
         lines += [
             "| held-out pairs | before | after | 95 % interval | longer answer |",
@@ -177,13 +188,10 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
     return "\n".join(lines) + "\n"
 
 
-def hub_id(base: str) -> str | None:
-    """The hub id of a base model, where its name is one or its folder lies in the hub's cache."""
-    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
-    if cached:
-        return "/".join(cached.groups())
-    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).exists()
-    return base if is_id else None
+def _of_pairs(evaluation: dict[str, Any] | None, when: str) -> dict[str, Any] | None:
+    """An evaluation of a run, if it counted decided pairs: of ratings and ties there are none."""
+    found = (evaluation or {}).get(when)
+    return found if found and found["pairs"]["accuracy"] is not None else None
 
 
 def inherited_license(base: str, revision: str | None = None) -> dict[str, str]:
@@ -242,4 +250,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
             return
         except OSError:
             pass
-    shutil.copy(source, target)
+    copy_public(source, target)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_rm.console import say, show_table
+from lora_rm.data.files import SUFFIXES
 from lora_rm.errors import ConfigError, MergeError
-from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
+from lora_rm.merge import RECORD
+from lora_rm.model.base import read_json
+from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
 from lora_rm.verify import measure_change
 
 TOLERANCE = 0.02
@@ -67,15 +71,15 @@ def read_parity(merged: Path) -> dict[str, Any]:
         raise MergeError(
             f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first."
         )
-    parity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    parity: dict[str, Any] = read_json(file)
+    needed = ("passed", "is_trained_model", "merge", "spread", "without_adapter", "changes", "answers")
+    if missing := [name for name in needed if name not in parity]:
+        raise MergeError(
+            f"{file}: says nothing of {', '.join(missing)}. Merge again: lora-rm merge RUN --merge.overwrite True."
+        )
     if not parity["passed"]:
         raise MergeError(
             f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
-        )
-    if "without_adapter" not in parity:
-        raise MergeError(
-            f"{merged}: its parity.json is of an earlier version and does not tell how far the model without "
-            "adapter is. Merge again: lora-rm merge RUN --merge.overwrite true."
         )
     return parity
 
@@ -94,6 +98,7 @@ def export_folder(
     """
     if out.exists() and not overwrite:
         raise MergeError(f"{out}: exists already. Remove it, choose another --out, or use --overwrite.")
+    check_replaceable(out, merged)
     parity = read_parity(merged)
     stats = {file.name: file.stat() for file in sorted(merged.iterdir())}
     identity = {
@@ -106,6 +111,29 @@ def export_folder(
         yield folder, parity
 
 
+def copy_public(file: Path, target: Path) -> None:
+    """Copies a file of a merged model; in the record of the merge no folder of this machine is named."""
+    if file.name == RECORD:
+        target.write_text(json.dumps(public_record(read_json(file)), indent=1), encoding="utf-8")
+    else:
+        shutil.copy(file, target)
+
+
+def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a merge with the base's hub id, or else its last name."""
+    base = str(record.get("base"))
+    return {**record, "base": hub_id(base) or Path(base).name}
+
+
+def hub_id(base: str) -> str | None:
+    """The hub id of a base model, where its name is one or its folder lies in the hub's cache."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
+    if cached:
+        return "/".join(cached.groups())
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).exists()
+    return base if is_id and not base.lower().endswith(SUFFIXES) else None
+
+
 def copy_tokenizer(merged: Path, folder: Path) -> None:
     """Puts tokenizer, chat template and the record of the merge beside an export."""
     for pattern in (
@@ -116,7 +144,7 @@ def copy_tokenizer(merged: Path, folder: Path) -> None:
         "lora_rm_merge.json",
     ):
         for file in merged.glob(pattern):
-            shutil.copy(file, folder)
+            copy_public(file, folder / file.name)
 
 
 def text_note(parity: Mapping[str, Any]) -> str:
@@ -190,14 +218,18 @@ def prove(
     Raises:
         MergeError: If rewards differ by more than allowed, or by so much that the adapter was lost.
     """
+    # what the adapter does is what the merge kept of it: one into another base than that of training is further off
     answers, distance, spread = parity["answers"], parity["without_adapter"]["mean"], parity["spread"] or 1.0
     allowed = min(TOLERANCE, max(NOISE_FACTOR * noise, LEAST_ALLOWED))
     changes: dict[str, dict[str, Any]] = {}
+    errors: dict[str, float] = {}
     for way, rewards in found.items():
         first = answers[: len(rewards)]
         # shares of the spread of all answers, also where a way scored only the first of them
         measured = measure_change([a["reward"] for a in first], rewards, [a["prompt"] for a in first], spread)
-        error = largest_difference([a["merged"] for a in first], rewards) / spread
+        merged = [a["merged"] for a in first]
+        errors[way] = measure_change(merged, rewards, spread=spread).mean
+        error = largest_difference(merged, rewards) / spread
         changes[way] = asdict(measured) | {"num_answers": len(first), "against_merged": error}
     rows = [
         [
@@ -220,12 +252,12 @@ def prove(
         if change["against_merged"] <= allowed:  # as exact as float32 is, however little the adapter does
             continue
         # written so that NaN fails too
-        is_lost = not change["mean"] <= LOST * distance
+        is_lost = not errors[way] <= LOST * distance
         if not is_lost and way in rounded:
             continue
         bound = "" if way in rounded else f" (allowed: {allowed:.3%}; noise of float32 here: {noise:.1e})"
         lost = (
-            f" The adapter was lost: the mean change is {change['mean']:.2%}, that of the model without adapter "
+            f" The adapter was lost: the mean change is {errors[way]:.2%}, that of the model without adapter "
             f"{distance:.2%}. Choose a type with more bits."
         )
         raise MergeError(
@@ -239,7 +271,7 @@ def prove(
         "target": target,
         "runtime": runtime,
         "dtype": dtype,
-        "merge": parity["merge"],
+        "merge": public_record(parity["merge"]),
         "spread": parity["spread"],
         "num_answers": len(answers),
         "noise": noise,

@@ -15,7 +15,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.errors import MergeError
 from lora_rm.export.huggingface import export_huggingface
-from lora_rm.export.proof import read_parity, write_parity
+from lora_rm.export.proof import read_parity
 from lora_rm.model.base import read_json
 from lora_rm.model.tensor_files import stored_tensors
 
@@ -46,15 +46,10 @@ def export_vllm(merged: Path, out: Path, *, run: RunFolder | None = None, overwr
             exists, or the transformers pipeline gives other rewards.
     """
     check_servable(merged, read_parity(merged))
-    export_huggingface(merged, out, run=run, overwrite=overwrite)
-    proved = read_json(out / "parity.json")
-    write_parity(out, proved | {"target": "vllm"})
-    command = serve_command(out.name, read_json(out / "config.json"))
-    with (out / "README.md").open("a", encoding="utf-8") as card:
-        card.write(USAGE.format(command=command))
-    say(
-        f"Serve it, in an environment with vLLM, with:\n  {serve_command(str(out), read_json(out / 'config.json'))}"
-    )
+    config = read_json(merged / "config.json")
+    usage = USAGE.format(command=serve_command(out.name, config))
+    export_huggingface(merged, out, run=run, overwrite=overwrite, target="vllm", usage=usage)
+    say(f"Serve it, in an environment with vLLM, with:\n  {serve_command(str(out), config)}")
     return out
 
 

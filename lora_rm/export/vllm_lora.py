@@ -17,8 +17,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import MergeSettings
 from lora_rm.console import say
 from lora_rm.errors import MergeError
-from lora_rm.export.huggingface import hub_id
-from lora_rm.export.proof import export_folder, prove, score_in_fresh_process, write_parity
+from lora_rm.export.proof import export_folder, hub_id, prove, score_in_fresh_process, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import merge
 from lora_rm.model.base import read_json

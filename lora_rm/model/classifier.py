@@ -17,7 +17,7 @@ from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.console import console
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
-from lora_rm.model.adapter import lora_config
+from lora_rm.model.adapter import lora_config, lora_layers
 from lora_rm.model.base import BaseModel, read_auto_config
 from lora_rm.model.quantization import DTYPES, Quantization, is_stored_in_4_bit, quantized_layers
 from lora_rm.model.record import one_logit
@@ -90,13 +90,33 @@ def new_classifier(config: Any, name: str, dtype: torch.dtype | None = None) -> 
 
 
 def make_trainable(model: Any, adapter: AdapterSettings | None) -> Any:
-    """Freezes a classifier but for its head, and wraps it with LoRA layers if there is an adapter."""
+    """Freezes a classifier but for its head, and wraps it with LoRA layers if there is an adapter.
+
+    Raises:
+        ModelError: If a target of the adapter names no layer.
+    """
     model.requires_grad_(False)
     if adapter is None:
         model.score.requires_grad_(True)
         return model
-    with quiet("peft"):
-        return get_peft_model(model, lora_config(adapter, getattr(model, model.base_model_prefix)))
+    config = lora_config(adapter, getattr(model, model.base_model_prefix))
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+    try:
+        with quiet("peft"):
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"No adapter can be put on adapter.target_modules {list(adapter.target_modules)} with adapter.layers_to_transform "
+            f"{list(adapter.layers_to_transform)} ({error}). Layers are named {', '.join(sorted(names))}."
+        ) from None
+    found = [name for name, _ in lora_layers(adapted)]
+    for target in adapter.target_modules:
+        if target != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in found):
+            raise ModelError(
+                f"adapter.target_modules has {target!r}, but no layer that gets an adapter ends so. Layers are named "
+                f"{', '.join(sorted(names))}."
+            )
+    return adapted
 
 
 def plain_attention(config: Any) -> str | None:

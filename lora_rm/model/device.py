@@ -37,10 +37,18 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of `model.compute_dtype`; auto is bfloat16 only where the hardware multiplies it.
 
     On a CPU without AVX512-BF16 or AMX, bfloat16 products take three times as long as float32 ones.
+
+    Raises:
+        ModelError: For float16 on a CPU, for which torch has no autocast that knows every operation.
     """
+    if name == "float16" and device.type == "cpu":
+        raise ModelError(
+            "model.compute_dtype is float16, which needs a GPU; the model is on a CPU. Use auto."
+        )
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32

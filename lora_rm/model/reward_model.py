@@ -41,7 +41,7 @@ from lora_rm.model.adapter import (
     start_from_residual,
     start_orthogonal,
 )
-from lora_rm.model.base import BaseModel, file_sha256, find_base, read_json
+from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.classifier import (
     load_classifier,
@@ -53,7 +53,10 @@ from lora_rm.model.classifier import (
 from lora_rm.model.device import pick_compute_dtype, pick_device
 from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import (
+    DTYPES,
     Quantization,
+    StoredLinear,
+    keep_stored,
     make_exact,
     quant_state,
     quantized_layers,
@@ -225,6 +228,9 @@ class RewardModel(nn.Module):
     def load_merged(cls, folder: Path, *, device: str = "auto", compute_dtype: str = "auto") -> "RewardModel":
         """Opens a merged or exported model, with its head in float32.
 
+        Weights stay as they are stored: rounded to bfloat16, float16 ones would give other rewards (1.8 % of the
+        spread). So `compute_dtype` auto is float16 for them on a GPU, as in vLLM, and float32 on a CPU.
+
         Raises:
             ModelError: If it has no score head, or one that has not one logit.
         """
@@ -239,9 +245,14 @@ class RewardModel(nn.Module):
             raise ModelError(
                 f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random."
             )
-        quantization = Quantization(kind="none", double=False, load_dtype=dtype)
+        stored = DTYPES.get(str(read_auto_config(base).dtype).removeprefix("torch."), torch.float32)
+        if compute_dtype == "auto" and stored == torch.float16 and dtype == torch.bfloat16:
+            dtype = stored if target.type == "cuda" else torch.float32
+        load_dtype = stored if dtype == torch.float32 else dtype
+        quantization = Quantization(kind="none", double=False, load_dtype=load_dtype)
         model = load_classifier(base, quantization, target, dtype, chat)
         model.requires_grad_(False)
+        keep_stored(model)
         opened = cls(model, chat=chat, base=base, quantization=quantization, compute_dtype=dtype)
         opened.head.data.copy_(head)
         return opened._ready()
@@ -482,12 +493,13 @@ class RewardModel(nn.Module):
         for module in self.classifier.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.compute_dtype, module.compute_type_is_set = dtype, True
-        quantized = {id(module.weight) for module in quantized_layers(self.classifier).values()}
+        as_stored = {id(module.weight) for module in quantized_layers(self.classifier).values()}
+        as_stored |= {id(m.weight) for m in self.classifier.modules() if isinstance(m, StoredLinear)}
         for name, parameter in self.classifier.named_parameters():
             is_own = "lora_" in name or name.startswith("score")  # float32 always
             if isinstance(parameter, DTensor):
                 continue  # its type is set where it is gathered
-            if parameter.is_floating_point() and id(parameter) not in quantized and not is_own:
+            if parameter.is_floating_point() and id(parameter) not in as_stored and not is_own:
                 parameter.data = parameter.data.to(held)
         if self.is_sharded:
             set_gathered_dtype(self.classifier, held)

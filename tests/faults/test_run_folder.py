@@ -21,7 +21,7 @@ from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.workflow import merge_run, open_model, score_file, train_run
+from lora_rm.workflow import merge_run, open_model, score_file, score_lines, train_run
 
 SMALL_DISK = """\
 import os, subprocess, sys
@@ -446,12 +446,30 @@ def test_scores_of_a_killed_call_are_not_computed_again(trained, tmp_path, monke
     cut.write_bytes(expected[: expected.index(b"What is 2") + 20])
     with pytest.raises(ConfigError, match="exists already.*--resume"):
         score_file(str(trained), lines, "lines", cut)
-    scored, real = [], Scorer.score
-    monkeypatch.setattr(Scorer, "score", lambda self, *rest: scored.append(rest) or real(self, *rest))
+    scored, real = [], Scorer.score_ids
+    monkeypatch.setattr(Scorer, "score_ids", lambda self, rows: scored.append(len(rows)) or real(self, rows))
     assert score_file(str(trained), ["", *lines], "lines", cut, resume=True) == 6
-    assert (cut.read_bytes(), len(scored)) == (expected, 4)
+    assert (cut.read_bytes(), scored) == (expected, [12])
+    # in groups of two lines: the one of the last finished line is scored again, which tells that the model is the same
+    two = json.dumps({"prompt": "Name a fruit.", "response": "Pear.", "reward": "of another model"})
+    groups = [list(score_lines(str(trained), [*lines, two], "lines", together=2))]
+    scored.clear()
+    groups.append(list(score_lines(str(trained), [*lines, two], "lines", groups[0][:4], together=2)))
+    assert (groups[1], scored) == (groups[0][4:], [4, 4, 1])
+    assert isinstance(json.loads(groups[0][-1])["reward"], float)
+    scored = [json.loads(text) for text in groups[0][:4]]
+    other = [json.dumps({**one, "rewards": [reward + 7 for reward in one["rewards"]]}) for one in scored]
+    with pytest.raises(DataError, match="lines line 3: had the reward .* another model was used"):
+        list(score_lines(str(trained), lines, "lines", other, together=2))
     with pytest.raises(DataError, match="lines line 1: is not the conversation that was scored earlier"):
         score_file(str(trained), lines[::-1], "lines", cut, resume=True)
+    own = tmp_path / "own.jsonl"
+    own.write_text(lines[0])
+    for name, text in (("lines", '{"prompt": 1}\nhalf a line'), ("lines", "no JSON\n"), (str(own), lines[0])):
+        own.write_text(text)
+        with pytest.raises(ConfigError, match="holds lines that are no rewards"):
+            score_file(str(trained), lines, name, own, resume=True)
+        assert own.read_text() == text
 
 
 @pytest.fixture(scope="module")
