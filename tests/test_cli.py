@@ -200,7 +200,7 @@ def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):
     out.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "parity.json").write_text('{"passed": false}')
-    (folder / "lora_rm.json").write_text('{"format": 1}')
+    (folder / "lora_rm.json").write_text('{"format": 1, "base": 0, "load_dtype": 0, "quantization": 0}')
     assert f"MergeError: {out}: exists already" in run("merge", str(folder), "--out", str(out))[2]
     assert f"MergeError: {out}: exists already" in run("export", str(folder), "--out", str(out))[2]
     found = run("export", str(folder), "--out", str(out), "--overwrite")[2]

@@ -49,6 +49,7 @@ def make_merged(folder, base, held_out):
         answer |= {"reward": reward, "merged": reward}
     parity = {
         "passed": True,
+        "is_trained_model": True,
         "merge": record,
         "spread": standard_deviation(rewards),
         "num_answers": len(answers),

@@ -10,7 +10,7 @@ import torch
 from conftest import make_base
 
 from lora_rm.cli import main
-from lora_rm.config import check_settings
+from lora_rm.config import ModelSettings, check_settings, save_settings
 from lora_rm.console import console
 from lora_rm.data.batches import microbatches
 from lora_rm.data.tokens import TokenTree
@@ -254,6 +254,14 @@ def test_speed_comes_from_an_earlier_run(planned, tmp_path):
     lines = [{"step": n, "tokens_per_second": n * 100.0} for n in (1, 2, 3)] + [{"step": 3, "eval": {}}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = dataclasses.replace(planned.settings, output_dir=str(tmp_path))
+    assert (
+        tokens_per_second(dataclasses.replace(planned, settings=settings)) is None
+    )  # no run: whose speed is it?
+    save_settings(
+        dataclasses.replace(settings, model=ModelSettings(base="another")), tmp_path / "config.yaml"
+    )
+    assert tokens_per_second(dataclasses.replace(planned, settings=settings)) is None
+    save_settings(settings, tmp_path / "config.yaml")
     assert tokens_per_second(dataclasses.replace(planned, settings=settings))[0] == 200.0
     machine = dataclasses.replace(planned.machine, flops=6 * planned.held.num_linear)
     assert tokens_per_second(dataclasses.replace(planned, machine=machine))[0] == 1.0

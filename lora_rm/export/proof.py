@@ -72,14 +72,14 @@ def read_parity(merged: Path) -> dict[str, Any]:
             f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first."
         )
     parity: dict[str, Any] = read_json(file)
+    if parity.get("passed") is False:
+        raise MergeError(
+            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
+        )
     needed = ("passed", "is_trained_model", "merge", "spread", "without_adapter", "changes", "answers")
     if missing := [name for name in needed if name not in parity]:
         raise MergeError(
             f"{file}: says nothing of {', '.join(missing)}. Merge again: lora-rm merge RUN --merge.overwrite True."
-        )
-    if not parity["passed"]:
-        raise MergeError(
-            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
         )
     return parity
 

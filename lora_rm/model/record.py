@@ -31,7 +31,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
         )
-    needed = ("base", "load_dtype", "quantization", "tokens")
+    needed = ("base", "load_dtype", "quantization")
     if missing := [name for name in needed if name not in record]:
         raise ModelError(f"{folder / RECORD}: says nothing of {', '.join(missing)}. Copy the adapter again.")
     return record
