@@ -13,6 +13,7 @@ merged/            the merged model: a transformers folder
 parity.json        rewards before and after the merge
 export/            one folder a target
 summary.json       the numbers of the last table
+lora_rm/           what trackers write, if there are any
 """
 
 import contextlib
@@ -50,7 +51,7 @@ HARMLESS = (
 
 CONTENTS = (
     "config.yaml", "data.json", "metrics.jsonl", "inputs.json", "checkpoints", "adapter", "eval.json", "held_out.json",
-    "merged", "parity.json", "export", "summary.json",
+    "merged", "parity.json", "export", "summary.json", "lora_rm",
 )  # fmt: skip
 """What a run makes; nothing else in its folder is ever removed."""
 
@@ -104,13 +105,19 @@ class RunFolder:
                     f"{run.path}: a run lies here already. Choose another output_dir, go on with "
                     f"`lora-rm train {run.config} --resume`, or replace it with --overwrite True."
                 )
-            run.settings()  # fails if the file is another program's
+            try:
+                run.settings()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{run.config}: is not overwritten, since it is damaged, or another program's ({error}). Choose another "
+                    "output_dir, or remove the file yourself."
+                ) from None
         elif run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
             raise ConfigError(f"{run.path}: is not empty and no run of lora_rm. Choose another output_dir.")
         run.lock()
         with storing(run.path):
             for path in run.path.iterdir():  # not the folder itself: it is what the lock holds
-                if path.name in CONTENTS or path.name.startswith("."):
+                if path.name in CONTENTS or (path.name.startswith(".") and path.suffix == ".partial"):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # an order to overwrite is for once: who runs the file again by mistake loses nothing
         write_atomically(run.config, dump_settings(replace(settings, overwrite=False)))

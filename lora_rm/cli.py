@@ -81,9 +81,11 @@ def train(words: Sequence[str]) -> None:
         help="resume although settings that do not change what is trained differ",
     )
     options, flags = _parse(parser, words, only=())
-    if (options.resume or options.allow) and options.preset and Path(options.preset).name == "config.yaml":
-        # the run lies where its file lies, wherever it was begun; a flag still has the last word
-        flags = ["--output-dir", str(Path(options.preset).parent), *flags]
+    if (options.resume or options.allow) and options.preset:
+        file = Path(options.preset)
+        if file.name == "config.yaml" and (file.parent / "inputs.json").is_file():
+            # the run lies where its file lies, wherever it was begun; a flag still has the last word
+            flags = ["--output-dir", str(file.parent), *flags]
     settings = load_settings(options.preset, flags)
     from lora_rm.workflow import train_run
 

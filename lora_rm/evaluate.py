@@ -181,7 +181,8 @@ def bag_of_words_baseline(
     pairs count. The weights have an L2 penalty of 1 / number of training pairs.
     """
     train = [p for p in train if p.kind == "pair" and not p.is_tie]
-    train = Random(0).sample(train, min(len(train), MOST_FOR_WORDS))
+    if len(train) > MOST_FOR_WORDS:
+        train = Random(0).sample(train, MOST_FOR_WORDS)
     held_out = [p for p in held_out if p.kind == "pair" and not p.is_tie]
     if not train or not held_out:
         return math.nan

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -378,7 +379,10 @@ def tokens_per_second(planned: Plan) -> tuple[float, str] | None:
     run = RunFolder(Path(planned.settings.output_dir))
     file = run.metrics
     # a run of another model says nothing
-    if file.is_file() and run.config.is_file() and run.settings().model == planned.settings.model:
+    is_same = False
+    with suppress(ConfigError):  # no run, or a file that cannot be read
+        is_same = file.is_file() and run.settings().model == planned.settings.model
+    if is_same:
         lines = [
             json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")
         ]

@@ -156,6 +156,11 @@ def train(
             if math.isfinite(sums.loss) and math.isfinite(norm):
                 optimizer.step()
                 progress.skipped_in_a_row = 0
+            elif scaler.is_enabled() and math.isfinite(sums.loss) and scaler.get_scale() > 1.0:
+                progress.num_skipped += 1  # how the scale is found: it is halved now
+                say(
+                    f"Step {step} is skipped: its gradient overflows with a loss scale of {scaler.get_scale():.0f}."
+                )
             else:
                 _count_skipped(progress, step, sums, norm, model, wanted.max_skipped_steps)
             scaler.update()
@@ -352,7 +357,11 @@ def _gradients(
 
 def _loss_scale(model: RewardModel) -> torch.amp.GradScaler:
     """Of float16 products, where small gradients would be 0 (Micikevicius et al. 2018, arXiv 1710.03740, sec. 3.2)."""
-    return torch.amp.GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
+    scaler.scale(
+        torch.zeros((), device=model.device)
+    )  # makes the scale, also in a process that will have no row
+    return scaler
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter], highest: float) -> float:

@@ -281,7 +281,14 @@ def _device_for(folder: Path) -> str:
     """The GPU if a merged model fits it as it is stored, with a quarter for everything else; else the CPU."""
     import torch
 
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    from lora_rm.model.tensor_files import stored_tensors
+
+    # embeddings, experts and norms are held in float32
+    size = sum(
+        tensor.num_bytes * (1 if len(tensor.shape) == 2 and "embed" not in tensor.name else 2)
+        for file in folder.glob("*.safetensors")
+        for tensor in stored_tensors(file)
+    )
     is_small = torch.cuda.is_available() and 1.25 * size < torch.cuda.mem_get_info()[0]
     return "auto" if is_small else "cpu"
 

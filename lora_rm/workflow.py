@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,10 @@ def score_lines(
                     f"{name} line {number}: had the reward {known} and has {found} now, so another model was used. Give that "
                     "one, or begin a new --out."
                 )
+    if num_read < len(done):
+        raise DataError(
+            f"{name}: has {num_read} conversations, and {len(done)} were scored earlier. Give the same file again."
+        )
 
 
 SAME_REWARD = 0.1
@@ -415,6 +420,11 @@ def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume:
         is_own = all(json.loads(line).keys() & {"reward", "rewards"} for line in done)
     except (ValueError, AttributeError):
         is_own = False
+    if len(whole) < len(raw):
+        with suppress(ValueError):  # a line that a kill cut off is no JSON
+            json.loads(raw[-1])
+            is_own = False
+        is_own = is_own and raw[-1].startswith(b"{")
     if not is_own or (out.exists() and Path(name).exists() and out.samefile(name)):
         raise ConfigError(f"{out}: holds lines that are no rewards of this command. Choose another --out.")
     if len(whole) < len(raw):  # half a line of a call that was killed

@@ -19,7 +19,8 @@ from lora_rm.config import DataSettings, MergeSettings, ModelSettings, Settings
 from lora_rm.data.preference import Preference
 from lora_rm.data.split import BUILTIN
 from lora_rm.data.tokens import PLAIN_TEMPLATE, ChatTokenizer
-from lora_rm.errors import ConfigError, DataError
+from lora_rm.doctor.finding import judge
+from lora_rm.errors import ConfigError, DataError, ModelError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.checkpointing import MODES
@@ -847,6 +848,17 @@ def test_a_model_that_does_not_fit_is_not_trained(base, planned, monkeypatch):
     findings = examined(base, Settings(model=ModelSettings(compute_dtype="float32")))
     assert is_found(findings["memory for the model"], "0.0 GiB are there")
     assert findings["16 pairs learnt"].status == "unchecked"
+
+
+def test_what_was_found_before_an_error_is_shown(monkeypatch, capsys):
+    def examine(*_):
+        yield judge("first", "is fine", "", fault=False)
+        raise ModelError("the tokenizer is damaged")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    first, last = doctor.doctor(None, Settings())
+    assert (first.status, last.status, last.found) == ("ok", "fault", "the tokenizer is damaged")
+    assert "is fine" in capsys.readouterr().out
 
 
 def test_a_check_that_breaks_is_a_finding():

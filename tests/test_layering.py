@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -96,6 +97,14 @@ def unsafe(source, module):
     ]
     words = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
     return found + [word for word in words if word in readers]
+
+
+def test_what_the_package_offers_is_no_module():
+    """A function with the name of its module would be hidden by it as soon as the module is imported."""
+    import lora_rm
+
+    for name in lora_rm.__all__:
+        assert not isinstance(getattr(lora_rm, name), ModuleType), name
 
 
 def undocumented(source, module):

@@ -729,6 +729,17 @@ def test_combining_replaces_nothing_but_a_combined_adapter(base, tmp_path):
     assert contents(lora) == before
 
 
+def test_a_combination_that_was_interrupted_is_not_there(base, tmp_path, monkeypatch):
+    lora = saved(shake(make_model(base)), tmp_path / "lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+        with pytest.raises(StorageError, match="combined: cannot be written"):
+            combine([lora, lora], (0.5, 0.5), tmp_path / "combined")
+    assert not (tmp_path / "combined").exists()
+    combine([lora, lora], (0.5, 0.5), tmp_path / "combined")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["combined", "lora"]
+
+
 def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify_module, "score_in_fresh_process", verify_module.score_rows)  # 15 s of imports
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
@@ -802,6 +813,16 @@ def test_float16_weights_are_scored_in_float32_as_they_are_stored(base, tmp_path
             for opened in (plain, parted):
                 rewards = [float(opened(input_ids=torch.tensor([ids])).logits) for ids in rows]
                 assert found == pytest.approx(rewards, abs=1e-5)
+
+
+def test_gemma_in_bfloat16_is_scored_as_transformers_does(tmp_path):
+    """The factor of its embeddings, a root of the width, is no bfloat16 value."""
+    base = make_base(tmp_path / "base", "gemma3_text", hidden_size=48)
+    merge(saved(shake(make_model(base)), tmp_path / "adapter"), tmp_path / "merged")
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+    found = verify_module.score_rows(tmp_path / "merged", rows, "merged")
+    assert found["library"] == pytest.approx(found["transformers, one by one"], abs=1e-5)
+    assert len({round(reward, 3) for reward in found["library"]}) == 3
 
 
 def test_a_base_that_changed_since_training_is_found(base, tmp_path):

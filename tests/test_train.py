@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from lora_rm import checkpoint as checkpoint_module
 from lora_rm import train as train_module
 from lora_rm.checkpoint import RunFolder, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
-from lora_rm.config import check_settings
+from lora_rm.cli import main
+from lora_rm.config import check_settings, save_settings
 from lora_rm.data.split import Data, Side
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, Interrupted, ModelError
@@ -345,9 +346,11 @@ def test_an_earlier_run_is_not_overwritten(settings):
 def test_only_what_a_run_makes_is_overwritten(settings):
     run = RunFolder.create(settings)
     (run.path / "notes.txt").write_text("mine")
+    (run.path / ".git").mkdir()
+    (run.path / ".metrics.partial").write_text("")
     (run.path / "metrics.jsonl").write_text("{}")
     RunFolder.create(changed(settings, overwrite=True))
-    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert sorted(path.name for path in run.path.iterdir()) == [".git", "config.yaml", "notes.txt"]
     assert not run.settings().overwrite  # the file, run again by mistake, deletes nothing
     run.config.write_text("defaults: [db: mysql]\n")  # another program's
     with pytest.raises(ConfigError, match="defaults"):
@@ -363,6 +366,19 @@ def test_a_run_that_was_moved_goes_on(settings, trees, tmp_path):
     run.path.rename(moved)
     now = changed(short, output_dir=str(moved))
     assert RunFolder.create(now, resume=True).settings().output_dir == str(moved)
+
+
+def test_resume_by_the_file_of_a_run_goes_where_the_file_lies(settings, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr("lora_rm.workflow.train_run", lambda settings, **_: found.append(settings.output_dir))
+    (tmp_path / "moved").mkdir()
+    file = tmp_path / "moved" / "config.yaml"
+    save_settings(settings, file)
+    main(["train", str(file), "--resume"])  # a file of the user's own: nothing tells that a run lies there
+    (tmp_path / "moved" / "inputs.json").write_text("{}")
+    main(["train", str(file), "--resume"])
+    main(["train", str(file), "--resume", "--output-dir", "other"])
+    assert found == [settings.output_dir, str(tmp_path / "moved"), "other"]
 
 
 def test_a_loss_scale_changes_no_step_and_is_resumed(settings, trees, monkeypatch):

@@ -228,8 +228,9 @@ class RewardModel(nn.Module):
     def load_merged(cls, folder: Path, *, device: str = "auto", compute_dtype: str = "auto") -> "RewardModel":
         """Opens a merged or exported model, with its head in float32.
 
-        Weights stay as they are stored: rounded to bfloat16, float16 ones would give other rewards (1.8 % of the
-        spread). So `compute_dtype` auto is float16 for them on a GPU, as in vLLM, and float32 on a CPU.
+        For products in float32 or in the type they are stored in, weights stay as they are. Rounded to bfloat16,
+        float16 ones would give other rewards (1.8 % of the spread), so `compute_dtype` auto is float16 for them on a GPU,
+        as in vLLM, and float32 on a CPU.
 
         Raises:
             ModelError: If it has no score head, or one that has not one logit.
@@ -253,6 +254,10 @@ class RewardModel(nn.Module):
         model = load_classifier(base, quantization, target, dtype, chat)
         model.requires_grad_(False)
         keep_stored(model)
+        for module in model.modules():  # Gemma's, which transformers makes in the type of the weights
+            if hasattr(module, "scalar_embed_scale"):
+                exact = torch.tensor(module.scalar_embed_scale, dtype=torch.float32, device=target)
+                module.embed_scale = exact
         opened = cls(model, chat=chat, base=base, quantization=quantization, compute_dtype=dtype)
         opened.head.data.copy_(head)
         return opened._ready()

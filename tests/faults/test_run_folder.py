@@ -465,7 +465,13 @@ def test_scores_of_a_killed_call_are_not_computed_again(trained, tmp_path, monke
         score_file(str(trained), lines[::-1], "lines", cut, resume=True)
     own = tmp_path / "own.jsonl"
     own.write_text(lines[0])
-    for name, text in (("lines", '{"prompt": 1}\nhalf a line'), ("lines", "no JSON\n"), (str(own), lines[0])):
+    for name, text in (
+        ("lines", '{"prompt": 1}\nhalf a line'),
+        ("lines", "no JSON\n"),
+        (str(own), lines[0]),
+        ("lines", '{"a": 1}'),
+        ("lines", "a word"),
+    ):
         own.write_text(text)
         with pytest.raises(ConfigError, match="holds lines that are no rewards"):
             score_file(str(trained), lines, name, own, resume=True)
