@@ -288,6 +288,41 @@ templates = st.sampled_from(
 json_file = values.map(dumped) | st.binary(max_size=40)
 
 
+@st.composite
+def spoiled(draw: Callable[..., Any], whole: Any) -> bytes:
+    """A good file of ours, with one value in it replaced or gone."""
+    copy = json.loads(json.dumps(whole))
+    place = copy
+    while True:
+        keys = range(len(place)) if isinstance(place, list) else sorted(place)
+        key = draw(st.sampled_from(keys))
+        if not (isinstance(place[key], dict | list) and place[key] and draw(st.booleans())):
+            break
+        place = place[key]
+    if draw(st.booleans()):
+        place[key] = draw(values)
+    else:
+        del place[key]
+    return dumped(copy)
+
+
+RECORD = {
+    "format": 1,
+    "base": {"name": "org/base", "revision": None},
+    "load_dtype": "bfloat16",
+    "quantization": {"kind": "nf4", "double": True, "codes": {"model.layers.0.mlp.up_proj": "00"}},
+}
+PARITY = {
+    "passed": True,
+    "is_trained_model": True,
+    "merge": {"base": "org/base", "base_weights": "dequantized", "dtype": "float16", "adds_bos": True},
+    "spread": 1.5,
+    "without_adapter": {"mean": 0.9},
+    "changes": {},
+    "answers": [{"text": "a", "ids": [1, 2], "prompt": 0, "reward": 0.5, "merged": 0.5}] * 2,
+}
+
+
 # -- what is done with it ---------------------------------------------------------------------------------
 
 
@@ -464,7 +499,7 @@ def _base(bench: Bench, drawn: tuple[Any, Any]) -> tuple[Callable[[], str | None
 
 
 def _record(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
-    from lora_rm.model.record import read_head, read_record
+    from lora_rm.model.record import read_head, read_record, recorded_quantization
 
     folder = bench.folder / "adapter"
     folder.mkdir(exist_ok=True)
@@ -472,10 +507,23 @@ def _record(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
     shutil.copy(bench.scorer() / "model.safetensors", folder / "adapter_model.safetensors")
 
     def act() -> None:
-        read_record(folder)
+        recorded_quantization(read_record(folder))
         read_head(folder)
 
     return act, "adapter"
+
+
+def _parity(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
+    from lora_rm.export.proof import prove, read_parity
+
+    bench.file("parity.json", drawn)
+
+    def act() -> None:
+        parity = read_parity(bench.folder)
+        rewards = [answer["merged"] for answer in parity["answers"]]
+        prove(bench.folder, parity, {"way": rewards}, target="onnx", runtime="a", dtype="float32", noise=0.0)
+
+    return act, "parity.json"
 
 
 def _scored(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
@@ -572,7 +620,8 @@ KINDS: dict[str, Kind] = {
         pair(config_json.map(dumped) | json_file, index_json.map(dumped) | st.just(b'{"weight_map": {}}')),
         _base,
     ),
-    "adapter records": (json_file, _record),
+    "adapter records": (json_file | spoiled(RECORD), _record),
+    "parity files": (json_file | spoiled(PARITY), _parity),
     "scored lines": (
         st.dictionaries(st.sampled_from(["messages", "prompt", "response", "responses"]), values | messages, max_size=3).map(dumped)
         | damaged(jsonl),

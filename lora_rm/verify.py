@@ -116,13 +116,13 @@ def verify(
     from lora_rm.checkpoint import write_atomically
     from lora_rm.data.tokens import ChatTokenizer
     from lora_rm.merge import RECORD, Plan, check_weights
-    from lora_rm.model.base import read_json
-    from lora_rm.model.record import read_record
+    from lora_rm.model.base import check_shape, read_json
+    from lora_rm.model.record import CANARIES, read_record
+    from lora_rm.model.record import RECORD as ADAPTER_RECORD
 
     settings = settings or VerifySettings()
     merge_record: dict[str, Any] = read_json(merged / RECORD)
-    if missing := {"base_weights", "dtype"} - merge_record.keys():
-        raise MergeError(f"{merged / RECORD}: says nothing of {', '.join(sorted(missing))}. Merge again.")
+    check_shape(merged / RECORD, merge_record, {"base_weights": str, "dtype": str})
     plan = Plan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
     rounding = max(check_weights(plan, merged).values(), default=0.0)
     say(f"The weights are those of the merge; storing them took at most {rounding:.2%} of a tensor's update.")
@@ -132,6 +132,7 @@ def verify(
         raise MergeError(
             f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Save the adapter again."
         )
+    check_shape(adapter / ADAPTER_RECORD, canaries, CANARIES, "canaries")
     more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
     answers = [*canaries, *more[: settings.num_answers]]
     rows = [answer["ids"] for answer in answers]

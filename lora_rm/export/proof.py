@@ -25,7 +25,7 @@ from lora_rm.console import say, show_table
 from lora_rm.data.files import SUFFIXES
 from lora_rm.errors import ConfigError, MergeError
 from lora_rm.merge import RECORD
-from lora_rm.model.base import read_json
+from lora_rm.model.base import check_shape, read_json
 from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
 from lora_rm.verify import measure_change
 
@@ -44,6 +44,18 @@ LOST = 0.25
 
 NUM_PADDED = 16
 """Answers that are also scored in padded batches; all of them are scored one by one."""
+
+
+SHAPE = {
+    "passed": bool,
+    "is_trained_model": bool,
+    "merge": {"base": str, "base_weights": str, "dtype": str, "adds_bos": bool},
+    "spread": float | int,
+    "without_adapter": {"mean": float | int},
+    "changes": dict,
+    "answers": [{"text": str, "ids": [int], "prompt": int, "reward": float | int, "merged": float | int}],
+}
+"""What is read of the `parity.json` of a merged model."""
 
 
 def need(target: str, *packages: str) -> None:
@@ -76,11 +88,7 @@ def read_parity(merged: Path) -> dict[str, Any]:
         raise MergeError(
             f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
         )
-    needed = ("passed", "is_trained_model", "merge", "spread", "without_adapter", "changes", "answers")
-    if missing := [name for name in needed if name not in parity]:
-        raise MergeError(
-            f"{file}: says nothing of {', '.join(missing)}. Merge again: lora-rm merge RUN --merge.overwrite True."
-        )
+    check_shape(file, parity, SHAPE)
     return parity
 
 

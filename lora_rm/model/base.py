@@ -293,3 +293,29 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds no JSON object. Fetch or write it again.")
     return values
+
+
+def check_shape(file: Path, values: Any, shape: Any, name: str = "") -> None:
+    """Compares what a JSON file of ours holds with what is read of it.
+
+    Args:
+        file: For the message.
+        values: What it holds.
+        shape: A type, or several; for an object the shapes of the names that are read, and for a list, which is never
+            empty, that of each item.
+        name: Of the values in the file.
+
+    Raises:
+        ModelError: If they do not fit.
+    """
+    if isinstance(shape, dict) and isinstance(values, dict):
+        for key, inner in shape.items():
+            check_shape(file, values.get(key), inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(shape, list) and isinstance(values, list) and values:
+        for number, value in enumerate(values):
+            check_shape(file, value, shape[0], f"{name}[{number}]")
+    elif isinstance(shape, dict | list) or not isinstance(values, shape):
+        found = "missing" if values is None else f"{str(values)[:40]!r}"
+        raise ModelError(
+            f"{file}: {name} is {found}, which no run wrote. Copy the folder again, or make it anew."
+        )

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -22,11 +22,15 @@ PIECE = 2**17
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Storage: TypeAlias = Literal["nf4", "int8", "none"]
+"""How the weights of linear layers are stored."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
     """How the frozen linear layers are stored."""
 
-    kind: Literal["nf4", "int8", "none"]
+    kind: Storage
     double: bool
     """Of NF4: whether the block constants are quantised too."""
 

@@ -1,18 +1,28 @@
 """What lies beside an adapter: its record `lora_rm.json`, and the score head in its file of weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from lora_rm.errors import ModelError
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.base import BaseModel, file_sha256, read_json
-from lora_rm.model.quantization import DTYPES, Quantization, code_hashes
+from lora_rm.model.base import BaseModel, check_shape, file_sha256, read_json
+from lora_rm.model.quantization import DTYPES, Quantization, Storage, code_hashes
 from lora_rm.model.tensor_files import load_tensors
 
 RECORD = "lora_rm.json"
 """File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
+
+SHAPE = {
+    "base": {"name": str, "revision": str | None},
+    "load_dtype": str,
+    "quantization": {"kind": str, "double": bool, "codes": dict},
+}
+"""What is read of the record."""
+
+CANARIES = [{"ids": [int], "prompt": int, "reward": float | int}]
+"""Of these answers the adapter gave these rewards."""
 
 HEAD_KEY = "base_model.model.score.weight"
 """Name of the head in PEFT's adapter file."""
@@ -31,9 +41,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
         )
-    needed = ("base", "load_dtype", "quantization")
-    if missing := [name for name in needed if name not in record]:
-        raise ModelError(f"{folder / RECORD}: says nothing of {', '.join(missing)}. Copy the adapter again.")
+    check_shape(folder / RECORD, record, SHAPE)
     return record
 
 
@@ -54,6 +62,11 @@ def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
 def recorded_quantization(record: dict[str, Any]) -> Quantization:
     """How the base was quantised when the adapter was trained."""
     stored = record["quantization"]
+    if stored["kind"] not in get_args(Storage) or record["load_dtype"] not in DTYPES:
+        raise ModelError(
+            f"{RECORD}: the base was quantised as {stored['kind']!r} and read as {record['load_dtype']!r}, which this lora_rm does "
+            "not know. Install a newer one, or copy the adapter again."
+        )
     return Quantization(kind=stored["kind"], double=stored["double"], load_dtype=DTYPES[record["load_dtype"]])
 
 
@@ -70,7 +83,7 @@ def read_head(folder: Path) -> torch.Tensor:
     if HEAD_KEY not in tensors:
         raise ModelError(
             f"{folder}: the adapter has no score head ({len(tensors)} tensors, none named {HEAD_KEY}). "
-            "It was not trained as a reward model; rewards from a fresh head would be random."
+            "It was not trained as a reward model; rewards from a fresh head would be random. Give an adapter of a run."
         )
     return one_logit(tensors[HEAD_KEY], folder)
 
