@@ -1,5 +1,6 @@
 """The command line: pages, exit states, and mistakes without a traceback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -200,7 +201,9 @@ def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):
     out.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "parity.json").write_text('{"passed": false}')
-    (folder / "lora_rm.json").write_text('{"format": 1, "base": 0, "load_dtype": 0, "quantization": 0}')
+    quantization = {"kind": "nf4", "double": True, "codes": {}}
+    record = {"format": 1, "base": {"name": "a/b"}, "load_dtype": "bfloat16", "quantization": quantization}
+    (folder / "lora_rm.json").write_text(json.dumps(record))
     assert f"MergeError: {out}: exists already" in run("merge", str(folder), "--out", str(out))[2]
     assert f"MergeError: {out}: exists already" in run("export", str(folder), "--out", str(out))[2]
     found = run("export", str(folder), "--out", str(out), "--overwrite")[2]

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lora_rm.data.tokens import TokenTree
 from lora_rm.model.tree_attention import time_cores, tree_attention
 from lora_rm.plan import calibrate, plan
 from lora_rm.train import build_optimizer, train
-from lora_rm.workflow import open_model, read_data
+from lora_rm.workflow import merge_run, open_model, read_data, train_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -205,3 +206,23 @@ def test_too_little_memory_halves_the_rows_and_changes_nothing_else(tmp_path):
     assert progress.row == 2048
     assert [step["tokens_per_microbatch"] for step in steps] == [2048] * 4
     assert_same_bits(wanted, found)
+
+
+def test_float16_products_train_with_a_loss_scale(tmp_path):
+    """As on cards without bfloat16; the adapter goes where that of bfloat16 goes."""
+    base = make_base(tmp_path / "llama", "llama", **WIDE)
+    found = {}
+    for dtype in ("float16", "bfloat16"):
+        settings = run_settings(base, tmp_path / dtype, tokens_per_microbatch=2048)
+        found[dtype] = trained(replace(settings, model=replace(settings.model, compute_dtype=dtype)))
+    assert found["float16"][2].scaler["scale"] > 1.0
+    assert not found["bfloat16"][2].scaler
+    losses = [[step["loss"] for step in steps] for _, steps, _ in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_merge_is_proven_on_the_device(tmp_path):
+    base = make_base(tmp_path / "llama", "llama", **WIDE)
+    run = train_run(run_settings(base, tmp_path / "run", tokens_per_microbatch=2048))
+    merge_run(run.path, run.settings())
+    assert run.read_json("parity.json")["passed"]
