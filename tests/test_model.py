@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.errors import ModelError
-from lora_rm.model.base import BUILTIN, find_base
+from lora_rm.model.base import BUILTIN, check_shape, find_base
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
@@ -244,3 +245,19 @@ def test_the_built_in_model_is_converted_once_and_speaks():
 def test_the_tiny_tokenizer_has_the_trap_it_is_made_for():
     tokenizer = make_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"a": [{"b": "x"}]}, r"a\[0\].b is 'x'"),
+        ({"a": [{"b": 10**400}]}, r"a\[0\].b is"),
+        ({"a": []}, r"a is '\[\]'"),
+        ({}, "a is missing"),
+        ({"a": {"b": 1}}, "a is"),
+    ],
+)
+def test_a_file_of_another_shape_is_named_with_its_place(values, named):
+    check_shape(Path("f.json"), {"a": [{"b": 1.5}, {"b": 2}]}, {"a": [{"b": float | int}]})
+    with pytest.raises(ModelError, match=f"f.json: {named}"):
+        check_shape(Path("f.json"), values, {"a": [{"b": float | int}]})

@@ -314,7 +314,11 @@ def check_shape(file: Path, values: Any, shape: Any, name: str = "") -> None:
     elif isinstance(shape, list) and isinstance(values, list) and values:
         for number, value in enumerate(values):
             check_shape(file, value, shape[0], f"{name}[{number}]")
-    elif isinstance(shape, dict | list) or not isinstance(values, shape):
+    elif (
+        isinstance(shape, dict | list)
+        or not isinstance(values, shape)
+        or (isinstance(values, int) and abs(values) >= 2**63)  # too large for any number but Python's
+    ):
         found = "missing" if values is None else f"{str(values)[:40]!r}"
         raise ModelError(
             f"{file}: {name} is {found}, which no run wrote. Copy the folder again, or make it anew."
