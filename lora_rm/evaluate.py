@@ -75,7 +75,7 @@ class Evaluation:
         for count in [values["pairs"], *values["subsets"].values()]:
             count["accuracy"] = PairCount(**count).accuracy
         values["interval"] = self.pairs.interval
-        return _without_nan(values)
+        return without_nan(values)
 
 
 def evaluate(
@@ -218,9 +218,10 @@ def _words(answer: Sequence[Any]) -> list[str]:
     return " ".join(message["content"] for message in answer).split()
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Values as JSON can hold them: None for a number that is not finite."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -500,9 +500,10 @@ def _write_combined(
     ).save_pretrained(str(folder))
     save_tensors(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").chmod(0o644)
-    record = read_record(adapters[0]) | {
+    record = read_record(adapters[0])
+    record |= {
         "weights_sha256": file_sha256(folder / "adapter_model.safetensors"),
-        "canaries": [{**canary, "reward": None} for canary in read_record(adapters[0])["canaries"]],
+        "canaries": [{**canary, "reward": None} for canary in record["canaries"]],
         "combined": [
             {"adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"), "weight": weight}
             for adapter, weight in zip(adapters, weights, strict=True)

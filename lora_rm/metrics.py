@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rm.console import console, say
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import storing
-from lora_rm.evaluate import PairCount, ordered_pairs
+from lora_rm.evaluate import PairCount, ordered_pairs, without_nan
 from lora_rm.processes import IS_FIRST
 
 
@@ -156,8 +156,7 @@ class MetricsLog:
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Writes the numbers of an evaluation; its line has `eval` instead of training numbers."""
-        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._write({"step": step, "eval": known})
+        self._write({"step": step, "eval": without_nan(values)})
 
     def _write(self, values: dict[str, Any]) -> None:
         key = (values["step"], "eval" in values)

@@ -358,9 +358,8 @@ def _gradients(
 def _loss_scale(model: RewardModel) -> torch.amp.GradScaler:
     """Of float16 products, where small gradients would be 0 (Micikevicius et al. 2018, arXiv 1710.03740, sec. 3.2)."""
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
-    scaler.scale(
-        torch.zeros((), device=model.device)
-    )  # makes the scale, also in a process that will have no row
+    # makes the scale, also in a process that will have no row
+    scaler.scale(torch.zeros((), device=model.device))
     return scaler
 
 

@@ -341,7 +341,7 @@ def score_lines(
         earlier = [json.loads(text) for text in done[num_read : num_read + len(group)]]
         num_read += len(group)
         for (number, _), (values, key, _), known in zip(group, said, earlier, strict=False):
-            if {name: value for name, value in known.items() if name != key} != values or key not in known:
+            if key not in known or {**known, key: None} != {**values, key: None}:
                 raise DataError(
                     f"{name} line {number}: is not the conversation that was scored earlier. Give the same file again, or "
                     "begin a new --out."

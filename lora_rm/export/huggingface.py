@@ -54,14 +54,16 @@ def export_huggingface(
             if file.name == "parity.json":  # the export's own is written below
                 continue
             unfinished.once(file.name, partial(_link_or_copy, file))
-        proved = check_pipeline(folder, parity)
-        write_parity(folder, proved | {"target": target})
+        proved = check_pipeline(folder, parity, target=target)
+        write_parity(folder, proved)
         card = model_card(parity | {"changes": parity["changes"] | proved["changes"]}, run, out.name)
         (folder / "README.md").write_text(card + usage, encoding="utf-8")
     return out
 
 
-def check_pipeline(folder: Path, parity: dict[str, Any], num_answers: int = NUM_PADDED) -> dict[str, Any]:
+def check_pipeline(
+    folder: Path, parity: dict[str, Any], num_answers: int = NUM_PADDED, *, target: str = "huggingface"
+) -> dict[str, Any]:
     """Scores texts through the transformers pipeline in a fresh process, in float32 and as it opens by itself.
 
     Returns:
@@ -83,7 +85,7 @@ def check_pipeline(folder: Path, parity: dict[str, Any], num_answers: int = NUM_
         folder,
         parity,
         {f"pipeline in {way}": rewards for way, rewards in found.items()},
-        target="huggingface",
+        target=target,
         runtime="transformers pipeline",
         dtype=stored,
         noise=largest_difference(alone, together) / (parity["spread"] or 1.0),
@@ -119,9 +121,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[".*"]))
-    except (
-        Exception
-    ) as error:  # the hub's client raises errors of its own, of Python's, and of an HTTP library
+    except Exception as error:  # of the hub's client, of Python, and of an HTTP library
         raise MergeError(
             f"{repository}: the hub refused the upload ({error}). Check `hf auth login`."
         ) from None

@@ -149,7 +149,7 @@ def copy_tokenizer(merged: Path, folder: Path) -> None:
         "chat_template*",
         "special_tokens_map.json",
         "*.model",
-        "lora_rm_merge.json",
+        RECORD,
     ):
         for file in merged.glob(pattern):
             copy_public(file, folder / file.name)
@@ -226,11 +226,11 @@ def prove(
     Raises:
         MergeError: If rewards differ by more than allowed, or by so much that the adapter was lost.
     """
-    # what the adapter does is what the merge kept of it: one into another base than that of training is further off
     answers, distance, spread = parity["answers"], parity["without_adapter"]["mean"], parity["spread"] or 1.0
     allowed = min(TOLERANCE, max(NOISE_FACTOR * noise, LEAST_ALLOWED))
     changes: dict[str, dict[str, Any]] = {}
     errors: dict[str, float] = {}
+    """Mean changes of the merged model's rewards: one merged into another base is far from the trained adapter's own."""
     for way, rewards in found.items():
         first = answers[: len(rewards)]
         # shares of the spread of all answers, also where a way scored only the first of them
