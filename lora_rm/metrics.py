@@ -76,6 +76,19 @@ def sum_steps(parts: Sequence[StepSums]) -> StepSums:
     return whole
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, up to the first that is not whole: a kill can leave half of one."""
+    lines: list[dict[str, Any]] = []
+    if not file.is_file():
+        return lines
+    for line in file.read_bytes().splitlines():
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return lines
+
+
 class MetricsLog:
     """Writes one JSON object a step, and shows it."""
 

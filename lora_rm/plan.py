@@ -27,6 +27,7 @@ from lora_rm.data.batches import Batching, num_tokens
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, LoraRmError, ModelError
+from lora_rm.metrics import read_metrics
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import MODES, Mode
 from lora_rm.model.classifier import read_config
@@ -383,10 +384,7 @@ def tokens_per_second(planned: Plan) -> tuple[float, str] | None:
     with suppress(ConfigError):  # no run, or a file that cannot be read
         is_same = file.is_file() and run.settings().model == planned.settings.model
     if is_same:
-        lines = [
-            json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        ]
-        speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+        speeds = [line["tokens_per_second"] for line in read_metrics(file) if "tokens_per_second" in line]
         if speeds:
             return statistics.median(speeds), f"measured in {file}"
     if planned.machine.flops is None:

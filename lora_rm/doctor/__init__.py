@@ -53,10 +53,11 @@ from lora_rm.doctor.rewards import (
     remembered_rewards,
     stored_head,
 )
-from lora_rm.doctor.run import check_course, check_evaluation, check_merge, read_metrics
+from lora_rm.doctor.run import check_course, check_evaluation, check_merge
 from lora_rm.doctor.template import check_prefix, template_findings
 from lora_rm.doctor.training import training_findings, usable_trees
 from lora_rm.errors import ConfigError, LoraRmError, ModelError, storing
+from lora_rm.metrics import read_metrics
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import cache_folder, find_base, find_config
@@ -254,7 +255,7 @@ def examine_saved(folder: Path, settings: Settings, own: Sequence[Preference] = 
 def examine_run(run: RunFolder, settings: Settings) -> Iterator[Finding]:
     """The run's data, its course, what training changed, its adapter, and whether its pairs can be learnt."""
     yield from examine_data(settings.data, settings)
-    yield attempt("course of training", lambda: check_course(read_metrics(run)))
+    yield attempt("course of training", lambda: check_course(read_metrics(run.metrics)))
     yield attempt("evaluation", lambda: check_evaluation(run.read_json("eval.json")))
     yield attempt("merge", lambda: check_merge(run.read_json("parity.json")))
     if not (run.adapter / WEIGHTS).is_file():

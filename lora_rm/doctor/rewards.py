@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lora_rm.data.tokens import TokenTree
 from lora_rm.doctor.finding import Finding, judge, unchecked
-from lora_rm.errors import ModelError
 from lora_rm.evaluate import evaluate, ordered_pairs
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.record import HEAD_KEY
 from lora_rm.model.reward_model import RewardModel
+from lora_rm.model.tensor_files import find_tensor
 from lora_rm.score import Scorer
 from lora_rm.verify import measure_change, standard_deviation
 
@@ -23,16 +22,9 @@ from lora_rm.verify import measure_change, standard_deviation
 def stored_head(folder: Path) -> torch.Tensor | None:
     """The score head as the files of an adapter or a model hold it, or None."""
     adapter = folder / WEIGHTS
-    files = [(adapter, HEAD_KEY)] if adapter.is_file() else []
-    files += [(file, "score.weight") for file in sorted(folder.glob("*.safetensors")) if not files]
-    for file, name in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 - not a dict
-                    return tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: is damaged ({error}). Copy it again, or make it anew.") from None
-    return None
+    if adapter.is_file():
+        return find_tensor([adapter], HEAD_KEY)
+    return find_tensor(sorted(folder.glob("*.safetensors")), "score.weight")
 
 
 def check_head(head: torch.Tensor | None) -> Finding:

@@ -1,21 +1,11 @@
 """Checks of what a run wrote down: its course, its evaluation, its merge."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_rm.checkpoint import RunFolder
 from lora_rm.doctor.finding import Finding, judge, unchecked
-
-
-def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; a last one that is not whole is left out."""
-    if not run.metrics.is_file():
-        return []
-    lines = run.metrics.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def check_course(lines: Sequence[Mapping[str, Any]]) -> Finding:

@@ -1,5 +1,6 @@
 """Where a base model lies: hub id, local folder, GGUF file or the built-in one -> a folder of safetensors."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -42,8 +43,11 @@ class BaseModel:
         return sorted(self.path.glob("*.safetensors"))
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config and weights, by file name."""
-        return {file.name: file_sha256(file) for file in [self.path / "config.json", *self.weight_files]}
+        """SHA-256 of config and weights, by file name; a file that did not change meanwhile is read once."""
+        files = [self.path / "config.json", *self.weight_files]
+        return {
+            file.name: _known_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files
+        }
 
 
 def cache_folder() -> Path:
@@ -274,6 +278,11 @@ def file_sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _known_sha256(path: Path, _size: int, _changed: int) -> str:
+    return file_sha256(path)
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
@@ -21,6 +20,7 @@ from lora_rm.model.adapter import lora_config, lora_layers
 from lora_rm.model.base import BaseModel, read_auto_config
 from lora_rm.model.quantization import DTYPES, Quantization, is_stored_in_4_bit, quantized_layers
 from lora_rm.model.record import one_logit
+from lora_rm.model.tensor_files import find_tensor
 
 
 def wanted_quantization(settings: ModelSettings) -> Quantization:
@@ -34,16 +34,8 @@ def wanted_quantization(settings: ModelSettings) -> Quantization:
 
 def stored_head(base: BaseModel) -> torch.Tensor | None:
     """The head that a model folder holds, (1, H) float32, or None."""
-    for file in base.weight_files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                has_one = "score.weight" in tensors.keys()  # noqa: SIM118 - not a dict
-                head = tensors.get_tensor("score.weight") if has_one else None
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: is damaged ({error}). Fetch or copy the model again.") from None
-        if head is not None:
-            return one_logit(head, base.path)
-    return None
+    head = find_tensor(base.weight_files, "score.weight")
+    return None if head is None else one_logit(head, base.path)
 
 
 def read_config(base: BaseModel) -> Any:

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_rm.errors import ModelError
@@ -212,6 +212,24 @@ class TensorWriter:
         assert not self.missing, "tensors written do not match the header"
         self.handles.close()
         self.flush()
+
+
+def find_tensor(files: Iterable[Path], name: str) -> torch.Tensor | None:
+    """The tensor of a name in the first file that has one, or None.
+
+    Raises:
+        ModelError: If a file on the way to it is damaged.
+    """
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 - not a dict
+                    return tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file}: is damaged ({error}). Fetch or copy it again, or make it anew."
+            ) from None
+    return None
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
