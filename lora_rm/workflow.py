@@ -23,8 +23,9 @@ from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, stori
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
 from lora_rm.merge import combine, is_unverified, merge
-from lora_rm.model.base import cache_folder
+from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import Mode
+from lora_rm.model.classifier import check_length, read_config
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import RECORD, read_record
 from lora_rm.model.reward_model import RewardModel
@@ -68,6 +69,8 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         settings: Of the run.
         planned: What `lora_rm.plan.fit` found; decides what `train.checkpointing` auto keeps.
     """
+    config = read_config(find_config(settings.model.base, settings.model.revision))
+    check_length(config, settings.data.max_length, "A conversation of data.max_length")
     say(f"Loading {settings.model.base or 'the base model'} ({settings.model.quantization}) ...")
     model = RewardModel.load(
         settings.model.base,

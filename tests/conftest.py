@@ -59,9 +59,6 @@ FAMILIES = {
         "n_head": 4,
         "n_inner": 96,
         "n_positions": 512,
-        "resid_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
     },
 }
 """Families the tree attention is tested with, and what their tiny configs need."""

@@ -259,7 +259,7 @@ def test_the_last_layer_computes_only_the_ends(tmp_path, family):
     mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))  # after our own
     model.rewards(batch)
     tokens, answers = batch.input_ids.numel(), len(batch.score_index)
-    assert batch.plan.calls == [tokens, tokens, answers]
+    assert [queries for queries, _ in batch.plan.calls] == [tokens, tokens, answers]
     assert rows == [answers]
 
 

@@ -50,8 +50,8 @@ class TreePlan:
     indices: dict[str, torch.Tensor] = field(default_factory=dict)
     """What the cores `gathered` and `varlen` look up; see `with_core`."""
 
-    calls: list[int] = field(default_factory=list)
-    """One entry for every layer that has attended by this plan: its number of queries."""
+    calls: list[tuple[int, int | None]] = field(default_factory=list)
+    """One entry for every layer that has attended by this plan: its number of queries, and its sliding window."""
 
     masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 

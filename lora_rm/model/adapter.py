@@ -11,6 +11,7 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -88,6 +89,17 @@ def start_orthogonal(model: PeftModel) -> None:
         rows = torch.linalg.qr(torch.randn(2 * half, 2 * half)).Q
         a.data.copy_((torch.randn(a.shape[1], half) @ rows[0::2]).T / 10)
         b.data.copy_(torch.randn(b.shape[0], half) @ rows[1::2] / 10)
+
+
+def start_magnitudes(model: PeftModel) -> None:
+    """Starts DoRA's magnitudes at the norms of the base's rows, so that training starts at the base's rewards.
+
+    Liu et al. 2024 (arXiv 2402.09353), eq. 5. PEFT 0.21 rounds them to the base's type: 1 % of the spread of rewards.
+    """
+    for _, layer in lora_layers(model):
+        weight = dequantize_module_weight(layer.get_base_layer()).float()
+        norms = torch.linalg.norm(weight, dim=0 if layer.fan_in_fan_out else 1)
+        layer.lora_magnitude_vector["default"].weight.data.copy_(norms)
 
 
 def start_from_residual(model: PeftModel, base: BaseModel) -> None:

@@ -16,6 +16,9 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_rm.errors import ModelError
 
 Mode = Literal["none", "selective", "full"]
 
@@ -48,23 +51,30 @@ def set_checkpointing(layers: Sequence[torch.nn.Module], modes: Sequence[Mode], 
             cheaper to compute again than to keep.
     """
     for layer, mode in zip(layers, modes, strict=True):
+        if mode != "none" and not isinstance(layer, GradientCheckpointingLayer):
+            raise ModelError(
+                f"train.checkpointing {mode}: transformers cannot compute a {type(layer).__name__} again. Set it to none."
+            )
         layer.gradient_checkpointing = mode != "none"  # type: ignore[assignment]
         context: dict[str, Any] = {}
         if mode == "selective":
-            context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy(max_rank))}
+            # transformers adds the biases of experts into the result of their product, which then is not what was kept
+            adds_in_place = any(getattr(module, "has_bias", False) for module in layer.modules())
+            kept = [part for part in KEPT if part != "grouped_mm" or not adds_in_place]
+            context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy(max_rank, kept))}
         for module in layer.modules():
             if isinstance(module, LoraLayer):
                 module.keeps_base_product = mode == "selective"
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)  # type: ignore[assignment]
 
 
-def _policy(max_rank: int) -> Callable[..., CheckpointPolicy]:
+def _policy(max_rank: int, kept: Sequence[str]) -> Callable[..., CheckpointPolicy]:
     def keep(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         name = operator.name() if hasattr(operator, "name") else str(operator)
         if name.partition(".")[0] in PRODUCTS:
             columns = args[-2].shape[-1]  # of the left factor
             return CheckpointPolicy.MUST_SAVE if columns > max_rank else CheckpointPolicy.PREFER_RECOMPUTE
-        if any(part in name for part in KEPT):
+        if any(part in name for part in kept):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -39,7 +39,10 @@ def stored_head(base: BaseModel) -> torch.Tensor | None:
 
 
 def read_config(base: BaseModel) -> Any:
-    """The configuration of a base, as that of a classifier with one logit.
+    """The configuration of a base, as that of a classifier with one logit and without dropout of its own.
+
+    Some bases (GPT-2, Seed-OSS) would draw other activations for every pass, and answers that share a prompt would share
+    its draws. TRL turns them off too; `adapter.dropout` is the adapter's alone.
 
     Raises:
         ModelError: If transformers has no sequence classifier of its kind.
@@ -51,7 +54,57 @@ def read_config(base: BaseModel) -> Any:
             "so no program could open the exported reward model."
         )
     config.num_labels = 1
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
     return config
+
+
+def longest_conversation(config: Any) -> tuple[int, str] | None:
+    """The most tokens that a conversation may have, and why; None if only memory limits it.
+
+    Two kinds of rotary positions take other frequencies for all of a row as soon as one conversation in it is longer
+    than the model was first trained on, so a reward would depend on its neighbours in the row.
+
+    Args:
+        config: Of `read_config`.
+    """
+    text = config.get_text_config()
+    most: int | None = getattr(text, "max_position_embeddings", None)
+    if most is None:
+        return None
+    if not hasattr(text, "rope_parameters"):
+        return most, "the model has no positions beyond"
+    rope = text.rope_parameters or {}
+    limits: list[int] = [
+        values.get("original_max_position_embeddings", most) if values["rope_type"] == "longrope" else most
+        for values in (rope, *rope.values())
+        if isinstance(values, dict) and values.get("rope_type") in ("dynamic", "longrope")
+    ]
+    why = (
+        "with a longer conversation in a row, all its rotary positions change (rope_type dynamic or longrope)"
+    )
+    return (min(limits), why) if limits else None
+
+
+def check_length(config: Any, length: int, what: str) -> None:
+    """Refuses a length that no conversation may have.
+
+    Args:
+        config: Of `read_config`.
+        length: Tokens.
+        what: What has this length, for the message.
+
+    Raises:
+        ModelError: If it is more than `longest_conversation`.
+    """
+    longest = longest_conversation(config)
+    if longest and length > longest[0]:
+        raise ModelError(
+            f"{what} is {length} tokens long; this model takes at most {longest[0]}: {longest[1]}. "
+            f"Set data.max_length {longest[0]} or less, or shorten the conversation."
+        )
 
 
 def new_classifier(config: Any, name: str, dtype: torch.dtype | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ from lora_rm.model.adapter import (
     check_stored_by_rows,
     start_from_activations,
     start_from_residual,
+    start_magnitudes,
     start_orthogonal,
 )
 from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.classifier import (
+    check_length,
     load_classifier,
     make_trainable,
     quiet,
@@ -171,6 +174,8 @@ class RewardModel(nn.Module):
         if adapter is not None:
             if adapter.init in ("olora", "loftq"):
                 check_stored_by_rows(model, adapter.init)
+            if adapter.use_dora:
+                start_magnitudes(model)
             if adapter.init == "orthogonal":
                 start_orthogonal(model)
             elif adapter.init == "loftq":
@@ -296,7 +301,12 @@ class RewardModel(nn.Module):
             trees: To be scored.
             tokens_per_microbatch: Tokens computed at once.
             together: Every process calls this with the same trees and scores its share of them, if there are several.
+
+        Raises:
+            ModelError: If a conversation is longer than the model takes.
         """
+        lengths = (len(tree.prompt_ids) + max(map(len, tree.answer_ids)) for tree in trees)
+        check_length(self.classifier.config, max(lengths, default=0), "A conversation")
         was_training = self.training
         self.eval()
         numbers = {id(tree): number for number, tree in enumerate(trees)}
@@ -388,7 +398,13 @@ class RewardModel(nn.Module):
             with self.precise():
                 self.set_batching("padded")
                 probe = _probe(self.classifier.config.get_text_config().vocab_size)
-                expected = torch.tensor([reward for rewards in self.score(probe) for reward in rewards])
+                try:
+                    expected = torch.tensor([reward for rewards in self.score(probe) for reward in rewards])
+                except (AttributeError, TypeError) as error:  # a router that PEFT takes for a linear layer
+                    raise ModelError(
+                        f"{self.base.name}: its layers cannot be computed with this adapter ({error}). Name the layers to "
+                        "adapt, as in --adapter.target-modules q_proj v_proj."
+                    ) from None
                 reasons = {}
                 for batching in BATCHINGS[:-1]:
                     if wanted not in ("auto", batching):
@@ -459,9 +475,13 @@ class RewardModel(nn.Module):
         except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
             self.forget_pass()
             return str(error).splitlines()[0][:120]
-        layers, calls = self.classifier.config.get_text_config().num_hidden_layers, len(batch.plan.calls)
-        if calls != layers:
-            return f"{calls} of {layers} layers use the tree attention"
+        text, calls = self.classifier.config.get_text_config(), batch.plan.calls
+        if len(calls) != text.num_hidden_layers:
+            return f"{len(calls)} of {text.num_hidden_layers} layers use the tree attention"
+        # the probe's conversations may be shorter than the window, so that rewards do not show it
+        told, wanted = sum(window is not None for _, window in calls), _num_windowed(text)
+        if told < wanted:
+            return f"{told} of {wanted} layers tell the attention of their sliding window"
         difference = float((rewards - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         return "" if difference <= tolerance else f"rewards differ by {difference:.1e}"
 
@@ -536,7 +556,7 @@ class RewardModel(nn.Module):
         """The decoder's layers."""
         count = self.classifier.config.get_text_config().num_hidden_layers
         decoder = getattr(self.backbone, "language_model", self.backbone)
-        return next(m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count)
+        return next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
     @property
     def head(self) -> torch.Tensor:
@@ -661,6 +681,16 @@ class RewardModel(nn.Module):
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _num_windowed(text: Any) -> int:
+    """How many layers of a decoder have a sliding window that its longest conversations leave."""
+    window: int | None = getattr(text, "sliding_window", None)
+    is_used = getattr(text, "use_sliding_window", True)
+    if not window or not is_used or window >= getattr(text, "max_position_embeddings", math.inf):
+        return 0
+    types = getattr(text, "layer_types", None)
+    return types.count("sliding_attention") if types else text.num_hidden_layers
 
 
 def _probe(vocabulary: int) -> list[TokenTree]:

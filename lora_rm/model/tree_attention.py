@@ -60,7 +60,9 @@ def tree_attention(
     """
     if tree_plan is None or s_aux is not None or not getattr(module, "is_causal", True):
         raise NotImplementedError("tree attention: no plan, attention sinks, or attention that is not causal")
-    tree_plan.calls.append(len(tree_plan.ends) if tree_plan.only_ends else query_1HTD.shape[2])
+    tree_plan.calls.append(
+        (len(tree_plan.ends) if tree_plan.only_ends else query_1HTD.shape[2], sliding_window)
+    )
     how = _How(tree_plan, scaling, dropout, sliding_window, softcap)
     # of one layer only the ends are wanted; these two compute all queries there, for a call an answer takes longer
     if tree_plan.core == "gathered" and softcap is None:
