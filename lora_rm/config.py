@@ -76,11 +76,7 @@ class ModelSettings(_Section):
     """Commit, tag or branch of a hub model; a commit makes the run repeatable."""
 
     quantization: Literal["nf4", "int8", "none"] = "nf4"
-    """Storage of the frozen linear layers: 4-bit NF4 (QLoRA), 8-bit (LLM.int8), or none.
-
-    LLM.int8 takes a column out of the 8-bit product as soon as one token of a row has an outlier there, so with
-    int8 a reward depends a little on what stands beside it in the row.
-    """
+    """Storage of the frozen linear layers: 4-bit NF4 (QLoRA), 8-bit (the codes of LLM.int8, with inputs as they are), or none."""
 
     double_quantization: bool = True
     """Quantise NF4's block constants too: 4.127 instead of 4.5 bits a weight."""

@@ -99,18 +99,21 @@ def test_the_codes_rebuilt_from_the_checkpoint_are_those_of_the_model(base):
         assert not torch.equal(halves.float(), values.float())  # so the load type must be remembered
 
 
-def test_float32_products_use_the_weights_that_bfloat16_products_use(base):
-    """bitsandbytes' own float32 product does not; see ExactLinear4bit."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_every_type_use_the_same_weights(base, dtype):
+    """bitsandbytes' own products do not; see ExactLinear4bit."""
     import bitsandbytes.functional as functional
 
-    layer = next(iter(quantized_layers(make_model(base)).values()))
-    x = torch.randn(5, 64, requires_grad=True)
+    model = make_model(base)
+    model.set_compute_dtype(dtype)
+    layer = next(iter(quantized_layers(model).values()))
     weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert weight.dtype == torch.bfloat16
+    x = torch.eye(64, requires_grad=True)  # picks single values of the weight, so that nothing is rounded
     y = layer(x)
-    torch.testing.assert_close(y, x @ weight.float().T)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, weight.float().sum(0).expand(5, -1))
+    assert torch.equal(y, weight.float().T)
+    y[:, 3].sum().backward()
+    assert torch.equal(x.grad, weight.float()[3].expand(64, -1))
 
 
 def test_an_evaluation_does_not_spoil_the_weights_for_training(base, trees):
@@ -222,8 +225,12 @@ def test_bfloat16_products_keep_float32_rewards_and_head(base, trees):
     assert 0 < float((rewards - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
-def test_the_score_of_an_answer_does_not_depend_on_its_neighbours(base, chat):
-    scorer = Scorer(make_model(base))
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_score_of_an_answer_does_not_depend_on_its_neighbours(base, chat, quantization):
+    """LLM.int8's own products do: one outlier changes how a column of the whole row is multiplied."""
+    model = make_model(base, quantization=quantization)
+    scorer = Scorer(model)
+    model.backbone.embed_tokens.weight.data[chat.text_ids(["something"])[0][-1], 5] = 60.0
     rows = chat.text_ids(["<s>one two three", "<s>a", "<s>something else, much longer than the others are"])
     together = scorer.score_ids(rows)
     alone = [scorer.score_ids([row])[0] for row in rows]
@@ -261,3 +268,23 @@ def test_a_file_of_another_shape_is_named_with_its_place(values, named):
     check_shape(Path("f.json"), {"a": [{"b": 1.5}, {"b": 2}]}, {"a": [{"b": float | int}]})
     with pytest.raises(ModelError, match=f"f.json: {named}"):
         check_shape(Path("f.json"), values, {"a": [{"b": float | int}]})
+
+
+def test_only_the_files_that_transformers_loads_are_the_base(base, tmp_path):
+    """An earlier state's shard, a variant and Mistral's consolidated file may lie beside them."""
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    expected = find_base(str(folder)).weight_files
+    assert [file.name for file in expected] == ["model.safetensors"]
+    stale = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name in ("consolidated.safetensors", "model-00001-of-00001.safetensors", "model.fp16.safetensors"):
+        save_file(stale, folder / name, metadata={"format": "pt"})
+    assert find_base(str(folder)).weight_files == expected
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(stale, "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [file.name for file in find_base(str(folder)).weight_files] == ["model-00001-of-00002.safetensors"]
+    model, plain = make_model(folder, quantization="none"), make_model(base, quantization="none")
+    assert torch.equal(model.backbone.norm.weight, plain.backbone.norm.weight)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter_config.json"):
+        find_base(str(folder))

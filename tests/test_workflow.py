@@ -467,3 +467,12 @@ def test_real_rows_of_every_kind_train(settings, tmp_path):
         )
         run = train_run(own)
         assert RunFolder.open(run.path).read_json("eval.json")["after"]["pairs"]["num_pairs"] > 0
+
+
+def test_rewards_after_8_bit_training_are_those_of_the_merged_model(settings):
+    settings = changed(settings, model={"quantization": "int8"})
+    run = train_run(settings)
+    merge_run(run.path, settings)
+    parity = json.loads((run.merged / "parity.json").read_text())
+    assert parity["passed"]
+    assert max(change["largest"] for change in parity["changes"].values()) < 0.01

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import Linear4bit as LoraLinear4bit
+from peft.tuners.lora import Linear8bitLt as LoraLinear8bit
 from torch import nn
 
-from lora_rm.model.quantization import ExactLinear4bit, dense_weight
+from lora_rm.model.quantization import ExactLinear4bit, ExactLinear8bit, dense_weight
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _Adapted:
         """Base and update; with dropout, DoRA or several adapters as PEFT computes them."""
         base = self.get_base_layer()
         is_plain = (
-            type(base) in (nn.Linear, ExactLinear4bit)
+            type(base) in (nn.Linear, ExactLinear4bit, ExactLinear8bit)
             and self.active_adapters == ["default"]
             and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
             and (type(self.lora_dropout["default"]) is nn.Identity or not self.training)
@@ -83,6 +84,10 @@ class AdaptedLinear4bit(_Adapted, LoraLinear4bit):  # type: ignore[misc]
     """On a 4-bit layer."""
 
 
+class AdaptedLinear8bit(_Adapted, LoraLinear8bit):  # type: ignore[misc]
+    """On an 8-bit layer."""
+
+
 def join_products(model: nn.Module) -> None:
     """Lets every adapted layer compute base and update as one product; layers of other kinds stay PEFT's."""
     for module in model.modules():
@@ -90,3 +95,5 @@ def join_products(model: nn.Module) -> None:
             module.__class__ = AdaptedLinear
         elif type(module) is LoraLinear4bit:
             module.__class__ = AdaptedLinear4bit
+        elif type(module) is LoraLinear8bit:
+            module.__class__ = AdaptedLinear8bit

@@ -39,7 +39,15 @@ class BaseModel:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The safetensors files in the order of their names."""
+        """The safetensors files that transformers loads, in the order of their names.
+
+        Others may lie beside them: an earlier state's shards, a variant (model.fp16.safetensors), Mistral's consolidated one.
+        """
+        whole, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return [self.path / name for name in sorted(_check_index(index))]
         return sorted(self.path.glob("*.safetensors"))
 
     def file_hashes(self) -> dict[str, str]:
@@ -125,7 +133,11 @@ def _from_hub(name: str, revision: str | None) -> BaseModel:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        # Mistral's models have all their weights twice
+        twice = ["consolidated*", "*/*.safetensors"]
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice)
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
             f"model.base: {name} cannot be fetched from the hub ({_first_line(error)}). "
@@ -145,13 +157,18 @@ def _checked(base: BaseModel) -> BaseModel:
         raise ModelError(
             f"model.base: {base.path} has no .safetensors weights ({found}). Convert it to safetensors first."
         )
+    if (base.path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.base: {base.path} holds an adapter_config.json, so transformers would open an adapter and its base instead. "
+            "Give a folder that holds the model alone."
+        )
     for index in base.path.glob("*.index.json"):
         _check_index(index)
     return base
 
 
-def _check_index(file: Path) -> None:
-    """An index names safetensors files beside it and nothing else: no other folder, no pickle.
+def _check_index(file: Path) -> set[str]:
+    """The files that an index names: safetensors files beside it and nothing else, no other folder, no pickle.
 
     Raises:
         ModelError: Otherwise.
@@ -159,7 +176,8 @@ def _check_index(file: Path) -> None:
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict):
         raise ModelError(f"{file}: has no weight_map, so it is no index of weights. Fetch the model again.")
-    for name in {name if isinstance(name, str) else repr(name) for name in names.values()}:
+    files = {name if isinstance(name, str) else repr(name) for name in names.values()}
+    for name in files:
         if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
             if file.name.endswith(".bin.index.json"):  # nothing reads it where there are safetensors files
                 continue
@@ -167,6 +185,7 @@ def _check_index(file: Path) -> None:
                 f"{file}: names {name[:80]!r}. Allowed are .safetensors files in the same folder; such an index "
                 "was made by mistake or to do harm. Fetch the model from its author."
             )
+    return files
 
 
 def read_auto_config(base: BaseModel) -> Any:

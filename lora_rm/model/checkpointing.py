@@ -26,15 +26,7 @@ MODES: tuple[Mode, ...] = ("none", "selective", "full")
 """From the most memory to the least."""
 
 PRODUCTS = ("aten::mm", "aten::addmm")
-KEPT = (
-    "attention",
-    "attn",
-    "gemm_4bit",
-    "grouped_mm",
-    "int8_linear",
-    "int8_scaled_mm",
-    "int8_mixed_scaled_mm",
-)
+KEPT = ("attention", "attn", "gemm_4bit", "grouped_mm")
 """Parts of the names of further operators whose results are kept."""
 
 

@@ -225,7 +225,6 @@ def fill(model: RewardModel, device: torch.device) -> None:
                         torch.ones(shape, dtype=torch.int8, device=device), requires_grad=False
                     )
                     new.CB, new.SCB = new.data, torch.ones(shape[0], device=device)
-                    module.state.threshold = 0.0  # which columns are outliers only real values tell
             else:
                 values = torch.empty(old.shape, dtype=old.dtype, device=device).normal_(std=0.02)
                 new = nn.Parameter(values, requires_grad=old.requires_grad)
