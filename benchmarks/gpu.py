@@ -69,14 +69,17 @@ MODELS: dict[str, dict[str, Any]] = {
 
 PEAK = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "4090": 165e12,
     "3090": 71e12,
+    "L40S": 362e12,
     "L40": 181e12,
     "5090": 210e12,
 }
-"""Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets."""
+"""Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets; of two names that fit, the first."""
 
 
 CAPPED = {8: ["llama3.2-3b"], 12: ["llama3.1-8b"], 16: ["llama3.1-8b"], 24: ["llama3.1-8b"]}

@@ -267,7 +267,9 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
 
 def _memory_here(device: torch.device) -> float:
     if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device) + machine_here(device).context
+        return min(float(total), free + own)  # other programs, a desktop for one, keep theirs
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / processes.LOCAL_COUNT
 
 

@@ -32,6 +32,7 @@ from lora_rm.data.batches import (
     Batching,
     Core,
     TreeBatch,
+    build_batch,
     microbatches,
     num_passes,
     prefetched,
@@ -300,7 +301,10 @@ def _rows(
         num_idle = num_passes(rows, model.batching, processes.count()) - len(own)
         can_be_cut = any(len(row) > 1 for row in rows)
         num_preferences = sum(map(len, rows))
-        yield _Step(step, num_preferences, [model.batch(row) for row in own], num_idle, can_be_cut)
+        batches = [build_batch(row, model.batching, model.core) for row in own]
+        if model.device.type == "cuda":  # so that copies wait for nothing
+            batches = [batch.pin() for batch in batches]
+        yield _Step(step, num_preferences, batches, num_idle, can_be_cut)
 
 
 def rows_of_steps(
@@ -334,17 +338,23 @@ def _gradients(
     The random states are then those from before, so that the repeated step draws the same dropout.
     """
     sums = StepSums()
+
+    def add(batch: TreeBatch) -> None:  # a function, so that what a failed step held goes with it
+        batch = batch.to(model.device)
+        rewards = model(batch)
+        losses = preference_losses(rewards, batch.preferences, settings.loss)
+        sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
+        scaler.scale(losses.sum() / num_preferences).backward()
+
     on_gpu = model.device.type == "cuda"
     before = torch.get_rng_state(), torch.cuda.get_rng_state(model.device) if on_gpu else None
     try:
         for batch in batches:
-            rewards = model(batch)
-            losses = preference_losses(rewards, batch.preferences, settings.loss)
-            sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
-            scaler.scale(losses.sum() / num_preferences).backward()
+            add(batch)
         return sums
-    except torch.OutOfMemoryError:
-        if model.is_sharded:  # the other processes wait for this one's part of the weights
+    except RuntimeError as error:
+        # sharded: the other processes wait for this one's part of the weights
+        if model.is_sharded or not _is_out_of_memory(error):
             raise
         torch.set_rng_state(before[0])
         if before[1] is not None:
@@ -353,6 +363,12 @@ def _gradients(
     if on_gpu:
         torch.cuda.empty_cache()
     return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch's allocator, or what CUDA's libraries allocate themselves, found too little memory."""
+    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _loss_scale(model: RewardModel) -> torch.amp.GradScaler:

@@ -226,7 +226,8 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
         )
     gc.collect()
     torch.cuda.empty_cache()  # what training in this process kept for itself
-    parity = verify(adapter, out, settings.verify, held_out=run.path / HELD_OUT if run else None)
+    held_out = run.path / HELD_OUT if run else None
+    parity = verify(adapter, out, settings.verify, held_out=held_out, device=settings.model.device)
     if run:
         run.write_json("parity.json", {key: value for key, value in parity.items() if key != "answers"})
     say(f"The merged model lies in {out}. Next: lora-rm export {path if run else out} --to huggingface")

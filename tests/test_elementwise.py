@@ -11,7 +11,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
 from lora_rm.model import elementwise
-from lora_rm.model.elementwise import _FusedNorm, _is_plain_rotation, fuse_elementwise
+from lora_rm.model.elementwise import FusedNorm, _is_plain_rotation, fuse_elementwise
 
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Largest difference, as a share of the largest value: both round to bfloat16, at other places."""
@@ -46,7 +46,7 @@ def test_a_norm_and_its_gradient_are_those_of_transformers(kind, dtype):
 
     expected = run()
     fuse_elementwise(torch.nn.Sequential(norm))
-    assert isinstance(norm, _FusedNorm)
+    assert isinstance(norm, FusedNorm)
     assert isinstance(norm, kind)
     assert_alike(run(), expected, dtype)
 
@@ -109,7 +109,7 @@ def test_transformers_gets_its_own_function_back(tmp_path):
 def test_families_that_get_them(tmp_path, family):
     model = make_model(make_base(tmp_path / family, family))
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
-    fused = [m for m in norms if isinstance(m, _FusedNorm)]
+    fused = [m for m in norms if isinstance(m, FusedNorm)]
     assert len(fused) == (0 if family.startswith("gemma") else len(norms))
     home = sys.modules[type(model.layers[0]).__module__]
     rotate = getattr(home, "apply_rotary_pos_emb", None)

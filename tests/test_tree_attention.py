@@ -289,31 +289,76 @@ def test_dropout_of_the_attention_is_not_lost(softcap):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_recomputed_layers_give_the_same_gradients(base, trees, quantization, mode):
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [
+        ("llama", {}),
+        ("llama", {"dropout": 0.3}),
+        ("llama", {"use_dora": True}),
+        ("qwen3", {}),
+        ("phi3", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_recomputed_layers_give_the_same_gradients(tmp_path, trees, family, adapter, quantization, mode):
     from lora_rm.config import AdapterSettings, ModelSettings
     from lora_rm.model.base import BaseModel
     from lora_rm.model.reward_model import RewardModel
 
-    found, products = [], []
+    base = BaseModel(name="base", path=make_base(tmp_path / family, family, dtype=torch.float32))
+    found, products, kept = [], [], []
     for checkpointing in ("none", mode):
         model = shake(
             RewardModel.load(
-                BaseModel(name=str(base), path=base),
+                base,
                 settings=ModelSettings(quantization=quantization, compute_dtype="float32"),
-                adapter=AdapterSettings(rank=4, alpha=12.0),
+                adapter=AdapterSettings(rank=4, alpha=12.0, **adapter),
                 checkpointing=checkpointing,
             )
         )
         model.choose_batching("shared")
         model.train()
-        with Products() as counted:
-            found.append(gradients(model, model.rewards(model.batch(trees[:5]))))
+        torch.manual_seed(3)
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with Products() as counted, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            rewards = model.rewards(model.batch(trees[:5]))
+            kept.append(sum(storages.values()))
+            found.append(gradients(model, rewards))
         products.append(counted.num_products)
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
     # 64 columns: the base's products; selective repeats none of them, full all of the forward pass
     assert (products[1] > products[0]) == (mode == "full")
+    has_known_parts = family in ("llama", "qwen3") and not adapter
+    by_torch = [layer.gradient_checkpointing for layer in model.layers]
+    assert by_torch == [mode == "full" or not has_known_parts] * 3
+    if mode == "selective" and has_known_parts:
+        assert kept[1] < 0.85 * kept[0]
+
+
+def test_an_input_that_was_changed_in_place_is_kept_itself(tmp_path):
+    """As routers with noise do: what it was made from would give another value."""
+    model = shake(
+        make_model(
+            make_base(tmp_path / "llama", dtype=torch.float32), quantization="none", load_dtype="float32"
+        )
+    )
+    trees, found = some_trees(model.classifier.config.vocab_size), []
+    handles = [
+        layer.input_layernorm.register_forward_hook(lambda *all: all[-1].mul_(1.5)) for layer in model.layers
+    ]
+    assert len(handles) == 3
+    for mode in ("none", "selective"):
+        model.set_checkpointing([mode] * 3)
+        found.append(gradients(model.train(), model.rewards(model.batch(trees))))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
 
 
 class Products(TorchDispatchMode):
@@ -322,8 +367,8 @@ class Products(TorchDispatchMode):
     num_products = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.name().startswith("aten::mm") and args[0].shape[1] > 4 and args[1].shape[1] > 4:
-            self.num_products += 1
+        if operator.name().partition(".")[0] in ("aten::mm", "aten::addmm"):
+            self.num_products += all(factor.shape[1] > 4 for factor in args[-2:])
         return operator(*args, **(kwargs or {}))
 
 

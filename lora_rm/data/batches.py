@@ -1,7 +1,7 @@
 """Trees of token ids -> batches under a token budget -> the tensors of one packed row."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,10 +68,10 @@ class TreePlan:
         """The plan of the last layer; shares the record of calls."""
         return replace(self, only_ends=True)
 
-    def to(self, device: torch.device) -> "TreePlan":
-        """The same plan with its indices on another device."""
-        indices = {name: tensor.to(device, non_blocking=True) for name, tensor in self.indices.items()}
-        return replace(self, ends=self.ends.to(device, non_blocking=True), indices=indices)
+    def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TreePlan":
+        """The same plan with its indices moved, to another device for instance."""
+        indices = {name: move(tensor) for name, tensor in self.indices.items()}
+        return replace(self, ends=move(self.ends), indices=indices)
 
     def with_core(self, core: Core) -> "TreePlan":
         """The same plan for another core, with what that core looks up.
@@ -162,14 +162,21 @@ class TreeBatch:
 
     def to(self, device: torch.device) -> "TreeBatch":
         """The same batch with its tensors on another device."""
-        mask = self.attention_mask
-        return TreeBatch(
-            self.preferences,
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.score_index.to(device, non_blocking=True),
-            None if self.plan is None else self.plan.to(device),
-            None if mask is None else mask.to(device, non_blocking=True),
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "TreeBatch":
+        """The same batch in memory that a GPU copies from by itself."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TreeBatch":
+        mask, plan = self.attention_mask, self.plan
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            score_index=move(self.score_index),
+            plan=None if plan is None else plan.mapped(move),
+            attention_mask=None if mask is None else move(mask),
         )
 
 

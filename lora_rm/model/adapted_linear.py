@@ -6,6 +6,7 @@ update accumulates into the base's product, forward and backward, as BLAS can (`
 then takes 13 % of the time of the base's products, not 18 %. Same sums, so losses differ by rounding alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from peft.tuners.lora import Linear4bit as LoraLinear4bit
 from peft.tuners.lora import Linear8bitLt as LoraLinear8bit
 from torch import nn
 
+from lora_rm.model.elementwise import made_again
 from lora_rm.model.quantization import ExactLinear4bit, ExactLinear8bit, dense_weight
 
 
@@ -27,11 +29,19 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, base: Any, keep: bool
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        base: Any,
+        keep: bool,
+        make: Callable[..., torch.Tensor] | None,
+        *sources: torch.Tensor,
     ) -> torch.Tensor:
         low = x @ a.T
-        ctx.save_for_backward(x, low, a, b)
-        ctx.scale, ctx.weight = scale, dense_weight(base)
+        ctx.save_for_backward(low, a, b, *(sources if make else (x,)))
+        ctx.scale, ctx.weight, ctx.make = scale, dense_weight(base), make
         product = base(x)
         if keep:
             return torch.addmm(product, low, b.T, alpha=scale)
@@ -39,52 +49,63 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, low, a, b = ctx.saved_tensors
+        low, a, b, *sources = ctx.saved_tensors
+        x = ctx.make(*sources).flatten(0, -2).to(a.dtype) if ctx.make else sources[0]
         low_gradient = (gradient @ b).mul_(ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ ctx.weight(gradient.dtype)).addmm_(low_gradient, a)
-        return of_x, low_gradient.T @ x, (gradient.T @ low).mul_(ctx.scale), None, None, None
+        own = (None,) * (4 + len(sources) * bool(ctx.make))
+        return of_x, low_gradient.T @ x, (gradient.T @ low).mul_(ctx.scale), *own
 
 
-class _Adapted:
+class Adapted:
     """The forward pass of an adapted layer, where it is a plain LoRA on a layer whose weight stands as (out, in)."""
 
     keeps_base_product = False
     """Whether selective checkpointing keeps what the base computes, and must find it as it was."""
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Base and update; with dropout, DoRA or several adapters as PEFT computes them."""
-        base = self.get_base_layer()
-        is_plain = (
-            type(base) in (nn.Linear, ExactLinear4bit, ExactLinear8bit)
+    def is_plain(self: Any, training: bool) -> bool:
+        """Whether base and update are all there is: no dropout, DoRA, bias of its own or second adapter."""
+        return (
+            type(self.get_base_layer()) in (nn.Linear, ExactLinear4bit, ExactLinear8bit)
             and self.active_adapters == ["default"]
-            and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
-            and (type(self.lora_dropout["default"]) is nn.Identity or not self.training)
+            and not (self.disable_adapters or self.merged or self.lora_variant)
+            and (type(self.lora_dropout["default"]) is nn.Identity or not training)
             and self.lora_B["default"].bias is None
         )
-        if not is_plain:
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base and update; with dropout, DoRA or several adapters as PEFT computes them."""
+        if args or kwargs or not self.is_plain(self.training):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc] # of PEFT's class
+        base, source = self.get_base_layer(), made_again(x)
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
         rows, scale = x.flatten(0, -2).to(dtype), self.scaling["default"]
         y: torch.Tensor = _AdaptedProduct.apply(
-            rows, a.to(dtype), b.to(dtype), scale, base, self.keeps_base_product
+            rows,
+            a.to(dtype),
+            b.to(dtype),
+            scale,
+            base,
+            self.keeps_base_product,
+            *((source.make, *source.sources) if source else (None,)),
         )
         y = y.unflatten(0, x.shape[:-1])
         return y if type(base) is nn.Linear else y.to(x.dtype)
 
 
-class AdaptedLinear(_Adapted, LoraLinear):  # type: ignore[misc] # PEFT is not checked
+class AdaptedLinear(Adapted, LoraLinear):  # type: ignore[misc] # PEFT is not checked
     """On a layer that is not quantised."""
 
 
-class AdaptedLinear4bit(_Adapted, LoraLinear4bit):  # type: ignore[misc]
+class AdaptedLinear4bit(Adapted, LoraLinear4bit):  # type: ignore[misc]
     """On a 4-bit layer."""
 
 
-class AdaptedLinear8bit(_Adapted, LoraLinear8bit):  # type: ignore[misc]
+class AdaptedLinear8bit(Adapted, LoraLinear8bit):  # type: ignore[misc]
     """On an 8-bit layer."""
 
 

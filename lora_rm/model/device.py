@@ -8,7 +8,9 @@ from lora_rm.model.quantization import DTYPES
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `model.device`.
+    """The device of `model.device`, which becomes torch's present one if it is a GPU.
+
+    What asks for no device in particular (bitsandbytes, `torch.cuda.synchronize`) then means this one.
 
     Raises:
         ModelError: If there is no such device here.
@@ -30,6 +32,8 @@ def pick_device(name: str) -> torch.device:
         raise ModelError(
             f"model.device is {name}, but torch finds {torch.cuda.device_count()} CUDA devices here."
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

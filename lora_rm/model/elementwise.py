@@ -1,13 +1,18 @@
-"""RMS norms and rotary positions in fewer passes over a row.
+"""RMS norms, rotary positions and gated activations in fewer passes over a row.
 
-transformers writes both operation by operation: a norm is 8 passes forward and some 20 backward, rotary positions are 9
+transformers writes the first two operation by operation: a norm is 8 passes forward and some 20 backward, rotary positions are 9
 and 16. Here a norm is one kernel each way on a GPU, and positions are three. Same sums, so rewards differ by rounding
-alone; of a norm only its input and a number a token wait for the backward pass.
+alone; of a norm only its input and a number a token wait for the backward pass, of an activation only what went in.
+
+What comes out of a norm or an activation waits for the backward pass all the same, as the input of an adapted layer. Under
+selective checkpointing it carries what it was made from instead (`made_again`), which waits already.
 """
 
 import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,15 +44,84 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(-mean).add_(weighted).mul_(scale).to(x.dtype), None, None
 
 
-class _FusedNorm(nn.Module):
+class MadeAgain(NamedTuple):
+    """How a tensor is computed again, bit for bit."""
+
+    make: Callable[..., torch.Tensor]
+    sources: tuple[torch.Tensor, ...]
+    """Its arguments, without gradient."""
+
+    version: int
+    """Of the tensor; another one has been changed in place since."""
+
+
+def made_again(x: torch.Tensor) -> MadeAgain | None:
+    """How an input can be computed again, if a norm or an activation says so."""
+    found: MadeAgain | None = getattr(x, "made_again", None)
+    return found if found is not None and found.version == x._version else None
+
+
+def _tell(y: torch.Tensor, make: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
+    # without gradient, for a tensor that knows where it came from would keep itself alive
+    y.made_again = MadeAgain(make, tuple(x.detach() for x in sources), y._version)  # type: ignore[attr-defined]
+    return y
+
+
+class FusedNorm(nn.Module):
     """The forward pass of a norm that is no more than eq. 4."""
 
+    tells_source = False
+    """Whether what comes out carries what it was made from."""
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """The norm; of a trained weight, or one of another type, as transformers computes it."""
         weight = getattr(self, "weight", None)  # some norms of a class have none
         if weight is None or weight.requires_grad or weight.dtype != x.dtype:
             return super().forward(x)
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        return _RMSNorm.apply(x, weight, eps)
+        y: torch.Tensor = _RMSNorm.apply(x, weight, eps)
+        return _tell(y, partial(_norm, eps=eps), x, weight) if self.tells_source else y
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)[0]
+    return y
+
+
+class _Gated(torch.autograd.Function):
+    """y = f(gate) up, of which gate and up alone wait for the backward pass; Shazeer 2020 (arXiv 2002.05202), eq. 6."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, f: Any) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.f = f
+        return f(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.f(gate)
+        (of_gate,) = torch.autograd.grad(activated, gate, gradient * up)
+        return of_gate, activated.detach() * gradient, None
+
+
+class GatedMLP(nn.Module):
+    """The forward pass of an MLP that is no more than down(f(gate(x)) up(x))."""
+
+    tells_source = False
+    """As of a norm."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """The MLP."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        y: torch.Tensor = _Gated.apply(gate, up, self.act_fn)
+        return self.down_proj(_tell(y, self.make_again, gate, up) if self.tells_source else y)
+
+    def make_again(self: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What goes into the last layer."""
+        return self.act_fn(gate) * up
 
 
 class _Rotation(torch.autograd.Function):
@@ -92,7 +166,7 @@ def apply_rotary_pos_emb(
 
 
 def fuse_elementwise(model: nn.Module) -> None:
-    """Lets a model's norms and rotary positions take fewer passes, where they are what the above computes.
+    """Lets a model's norms, activations and rotary positions take fewer passes, where they are what the above computes.
 
     Rotary positions are a function of a module of transformers, so every model of the family in this process gets ours, until
     `give_back_rotary`.
@@ -101,6 +175,8 @@ def fuse_elementwise(model: nn.Module) -> None:
         kind: Any = type(module)
         if kind.__name__.endswith("RMSNorm") and _is_plain_norm(kind):
             module.__class__ = _fused(kind)
+        if hasattr(module, "act_fn") and _is_plain_mlp(kind):
+            module.__class__ = _gated(kind)
         home = sys.modules[kind.__module__]
         theirs = getattr(home, "apply_rotary_pos_emb", None)
         if theirs not in (None, apply_rotary_pos_emb) and _is_plain_rotation(theirs):
@@ -121,13 +197,39 @@ def give_back_rotary() -> None:
 
 @functools.cache
 def _fused(kind: Any) -> Any:
-    return type(kind.__name__, (_FusedNorm, kind), {})
+    return type(kind.__name__, (FusedNorm, kind), {})
+
+
+@functools.cache
+def _gated(kind: Any) -> Any:
+    return type(kind.__name__, (GatedMLP, kind), {})
+
+
+@functools.cache
+def _is_plain_mlp(kind: Any) -> bool:
+    """Whether a class of MLPs computes down(f(gate(x)) up(x))."""
+    if issubclass(kind, GatedMLP):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.no_grad():
+        probe: Any = _gated(kind).__new__(_gated(kind))
+        nn.Module.__init__(probe)
+        probe.act_fn = nn.SiLU()
+        for name, shape in (("gate_proj", (12, 8)), ("up_proj", (12, 8)), ("down_proj", (8, 12))):
+            layer = nn.Linear(shape[1], shape[0])
+            layer.weight.copy_(torch.randn(shape, generator=generator))
+            setattr(probe, name, layer)
+        x = torch.randn((3, 8), generator=generator)
+        try:
+            return torch.equal(kind.forward(probe, x), probe(x))
+        except (TypeError, AttributeError, RuntimeError):
+            return False
 
 
 @functools.cache
 def _is_plain_norm(kind: Any) -> bool:
     """Whether a class of norms computes eq. 4 with its weight (Gemma's adds 1 to it), and this torch can in one operation."""
-    if issubclass(kind, _FusedNorm):
+    if issubclass(kind, FusedNorm):
         return False
     generator = torch.Generator().manual_seed(0)
     try:

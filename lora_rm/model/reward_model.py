@@ -187,8 +187,8 @@ class RewardModel(nn.Module):
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
         made.is_sharded = sharded
-        made.set_checkpointing([checkpointing] * len(made.layers))
-        return made._ready()
+        made._ready().set_checkpointing([checkpointing] * len(made.layers))
+        return made
 
     @classmethod
     def load_adapter(
@@ -293,13 +293,13 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, trees: list[TokenTree], tokens_per_microbatch: int = 4096, *, together: bool = False
+        self, trees: list[TokenTree], tokens_per_microbatch: int = 2048, *, together: bool = False
     ) -> list[list[float]]:
         """Rewards of every tree's answers, without gradients, in the order given.
 
         Args:
             trees: To be scored.
-            tokens_per_microbatch: Tokens computed at once.
+            tokens_per_microbatch: Tokens computed at once; 2,048 of a 14B model in float32 take 0.6 GiB.
             together: Every process calls this with the same trees and scores its share of them, if there are several.
 
         Raises:

@@ -18,6 +18,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -250,7 +251,7 @@ def time_cores(
         trees.append(Tree(start, 160 + 7 * number, (60 + number, 90 - number)))
         start = trees[-1].end
     ends = torch.tensor([tree.end - 1 for tree in trees])
-    plan = TreePlan(tuple(trees), ends)
+    plan, move = TreePlan(tuple(trees), ends), partial(torch.Tensor.to, device=device)
     shapes = [(1, count, start, size) for count in (heads, groups, groups)]
     generator = torch.Generator(device).manual_seed(0)  # a resumed run has its random state restored already
     inputs = [
@@ -258,11 +259,11 @@ def time_cores(
         for shape in shapes
     ]
     query, key, value = (x.detach().float() for x in inputs)
-    exact, _ = tree_attention(torch.nn.Module(), query, key, value, None, tree_plan=plan.to(device))
+    exact, _ = tree_attention(torch.nn.Module(), query, key, value, None, tree_plan=plan.mapped(move))
     step = torch.finfo(dtype).eps
     seconds: dict[Core, float] = {}
     for core in ("answers", "gathered", "varlen"):
-        own = plan.with_core(core).to(device)
+        own = plan.with_core(core).mapped(move)
         try:
             runs = [_run(inputs, own) for _ in range(5)]
         except (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError):
