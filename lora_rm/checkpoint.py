@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -409,7 +410,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a sentence about each newer one that was passed over."""
     passed_over: list[str] = []
-    for candidate in sorted(step_checkpoints(folder), reverse=True):
+    for candidate in reversed(_by_number(folder, "step")):
         fault = _fault(candidate)
         if not fault:
             return candidate, passed_over
@@ -417,20 +418,25 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def step_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by step, oldest first; the best one is not among them."""
-    return sorted(folder.glob("step-*"))
+def _by_number(folder: Path, kind: str) -> list[Path]:
+    """Checkpoints of a kind, step or best, oldest first; other names, as of a user's copy, are none."""
+    found = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-[0-9]{{6,}}", path.name)]
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def remove_old(folder: Path, keep: int, best_step: int) -> None:
     """Removes all but the newest checkpoints, the best one, and those that a kept one calls the best."""
-    newest = step_checkpoints(folder)
+    newest = _by_number(folder, "step")
     wanted = {best_step}
     for checkpoint in newest[-keep:]:
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: no run goes on from it
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             wanted.add(state["progress"]["best_step"])
-    best = [path for path in folder.glob("best-*") if int(path.name.removeprefix("best-")) not in wanted]
+    best = [path for path in _by_number(folder, "best") if _number(path) not in wanted]
     for old in [*newest[:-keep], *best]:
         # out of the way at once: what is half removed must not look like a damaged checkpoint
         removed = old.rename(old.with_name(f".{old.name}.removed"))

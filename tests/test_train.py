@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from lora_rm import checkpoint as checkpoint_module
 from lora_rm import train as train_module
-from lora_rm.checkpoint import RunFolder, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
+from lora_rm.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
 from lora_rm.cli import main
 from lora_rm.config import check_settings, save_settings
 from lora_rm.data.split import Data, Side
@@ -285,6 +292,17 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(settings, trees):
     _, run = run_once(own, trees)
     names = ["best-000004", "best-000006", "step-000004", "step-000005"]  # the steps still call 4 the best
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
+
+
+def test_checkpoints_are_told_by_their_numbers_and_copies_of_them_left_alone(tmp_path):
+    copies = ["best-000002-mine", "step-000002-mine", "step-9", "best-x"]
+    for name in ("best-000002", "step-999999", "step-1000000", *copies):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+        (tmp_path / name / "state.json").write_text('{"progress": {"best_step": 0}}')
+    assert newest_checkpoint(tmp_path)[0].name == "step-1000000"
+    remove_old(tmp_path, 1, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["step-1000000", *copies])
 
 
 def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monkeypatch, capsys):
