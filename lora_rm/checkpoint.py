@@ -418,6 +418,21 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def set_aside(folder: Path, chosen: Path | None) -> None:
+    """Renames checkpoints newer than the chosen one, which were passed over: they must not be kept in whole ones' place.
+
+    Raises:
+        StorageError: If they cannot be renamed.
+    """
+    for checkpoint in _by_number(folder, "step"):
+        if chosen is None or _number(checkpoint) > _number(chosen):
+            aside = checkpoint.with_name(f"unusable-{checkpoint.name}")
+            with storing(aside):
+                if aside.exists():
+                    shutil.rmtree(aside)
+                checkpoint.rename(aside)
+
+
 def _by_number(folder: Path, kind: str) -> list[Path]:
     """Checkpoints of a kind, step or best, oldest first; other names, as of a user's copy, are none."""
     found = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-[0-9]{{6,}}", path.name)]

@@ -25,6 +25,7 @@ from lora_rm.checkpoint import (
     newest_checkpoint,
     remove_old,
     save_checkpoint,
+    set_aside,
 )
 from lora_rm.config import Settings
 from lora_rm.console import say
@@ -434,8 +435,12 @@ def _resume(
     checkpoint, passed_over = newest_checkpoint(run.checkpoints)
     for sentence in passed_over:
         say(sentence)
+    processes.wait()  # until all have looked
+    if processes.IS_FIRST:
+        set_aside(run.checkpoints, checkpoint)
     if checkpoint is None:
-        say("There is no checkpoint yet: training starts at the first step.")
+        found = "No checkpoint can be used" if passed_over else "There is no checkpoint yet"
+        say(f"{found}: training starts at the first step.")
         return None
     say(f"Going on from {checkpoint}.")
     if changed := changed_versions(checkpoint):

@@ -173,6 +173,18 @@ def test_too_many_skipped_steps_stop_the_run_with_a_diagnosis(settings, trees):
         train(model, data_of(trees), own, RunFolder.create(own))
 
 
+def stop_after(monkeypatch, stop_at):
+    """Sends SIGTERM when a step's numbers are written; undone by `monkeypatch.undo`."""
+    real = MetricsLog.step
+
+    def step(self, number, values):
+        real(self, number, values)
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "step", step)
+
+
 @pytest.mark.parametrize("stop_at", [4, 12])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch, capsys, stop_at):
     """SIGTERM at a step of 12, dropout on, evaluation on; bit for bit the run that was not stopped."""
@@ -182,17 +194,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch,
         train={"num_epochs": 2, "eval_every_steps": 3, "save_every_steps": 5},
     )
     straight = train_run(changed(own, output_dir=own.output_dir + "-straight"))
-    real = MetricsLog.step
-
-    def step(self, number, values):
-        real(self, number, values)
-        if number == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(MetricsLog, "step", step)
+    stop_after(monkeypatch, stop_at)
     with pytest.raises(Interrupted, match=f"step {stop_at} of 12.*--resume"):
         train_run(own)
-    monkeypatch.setattr(MetricsLog, "step", real)
+    monkeypatch.undo()
     stopped = train_run(own, resume=True)
     assert "Going on from" in capsys.readouterr().out
     expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in (straight, stopped))
@@ -222,6 +227,45 @@ def test_a_damaged_checkpoint_is_passed_over(settings, trees):
     found, passed_over = newest_checkpoint(run.checkpoints)
     assert found.name == "step-000004"
     assert "step-000006 was passed over: optimizer.safetensors is damaged" in passed_over[0]
+
+
+@pytest.mark.parametrize(("keep", "damaged", "stop_at"), [(2, (8, 9), 3), (1, (9,), 9)])
+def test_damaged_checkpoints_take_no_place_of_whole_ones(
+    settings, trees, monkeypatch, capsys, keep, damaged, stop_at
+):
+    """Stopped after 9 steps, and again after it went on from before the damage."""
+    own = changed(
+        settings, train={"save_every_steps": 4, "keep_checkpoints": 2, "num_epochs": 2, "max_steps": 12}
+    )
+    run = RunFolder.create(own)
+    stop_after(monkeypatch, 9)
+    with pytest.raises(Interrupted):
+        train(open_model(own), data_of(trees), own, run)
+    monkeypatch.undo()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000008", "step-000009"]
+    for step in damaged:
+        break_weights(run.checkpoints / f"step-{step:06d}")
+    own = changed(own, train={"keep_checkpoints": keep})
+    for stop in (stop_at, stop_at + 1):
+        stop_after(monkeypatch, stop)
+        with pytest.raises(Interrupted, match=f"at step {stop} of"):
+            train(open_model(own), data_of(trees), own, run, resume=True)
+        monkeypatch.undo()
+        assert newest_checkpoint(run.checkpoints)[0].name == f"step-{stop:06d}"
+        names = {path.name for path in run.checkpoints.iterdir()}
+        assert {f"unusable-step-{step:06d}" for step in damaged} <= names
+        assert len(names - {f"unusable-step-{step:06d}" for step in damaged}) <= keep
+    said = capsys.readouterr().out
+    assert ("No checkpoint can be used: training starts at the first step." in said) == (len(damaged) == 2)
+    assert "There is no checkpoint yet" not in said
+    assert f"Going on from {run.checkpoints / f'step-{stop_at:06d}'}" in said
+
+
+def break_weights(folder):
+    """Flips a bit."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
 
 @pytest.mark.parametrize("manifest", ["[]", '{"../x": "0"}', '{"/dev/zero": "0"}', '{"gone": "0"}'])
