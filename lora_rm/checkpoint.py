@@ -411,7 +411,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a sentence about each newer one that was passed over."""
     passed_over: list[str] = []
     for candidate in reversed(_by_number(folder, "step")):
-        fault = _fault(candidate)
+        fault = find_fault(candidate) or _fault_of_best(candidate)
         if not fault:
             return candidate, passed_over
         passed_over.append(f"{candidate.name} was passed over: {fault}.")
@@ -449,8 +449,7 @@ def remove_old(folder: Path, keep: int, best_step: int) -> None:
     wanted = {best_step}
     for checkpoint in newest[-keep:]:
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: no run goes on from it
-            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            wanted.add(state["progress"]["best_step"])
+            wanted.add(_best_step(checkpoint))
     best = [path for path in _by_number(folder, "best") if _number(path) not in wanted]
     for old in [*newest[:-keep], *best]:
         # out of the way at once: what is half removed must not look like a damaged checkpoint
@@ -463,7 +462,23 @@ def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _fault(checkpoint: Path) -> str:
+def _best_step(checkpoint: Path) -> int:
+    """The step that a checkpoint calls the best, 0 if none was evaluated until then."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return state["progress"].get("best_step", 0)
+
+
+def _fault_of_best(checkpoint: Path) -> str:
+    """Why the state that a whole checkpoint calls the best could not be put back, or nothing; it may be that state itself."""
+    step = _best_step(checkpoint)
+    if step in (0, _number(checkpoint)):
+        return ""
+    best = checkpoint.with_name(f"best-{step:06d}")
+    fault = find_fault(best)
+    return fault and f"the state it calls the best, {best.name}, cannot be put back, since {fault}"
+
+
+def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or nothing."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))

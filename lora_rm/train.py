@@ -20,6 +20,7 @@ from lora_rm import processes
 from lora_rm.checkpoint import (
     RunFolder,
     changed_versions,
+    find_fault,
     load_checkpoint,
     load_weights,
     newest_checkpoint,
@@ -88,8 +89,8 @@ def train(
 
     Raises:
         Interrupted: After Ctrl-C or SIGTERM, when a checkpoint is saved.
-        ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient, or rows of a single
-            preference do not fit the device.
+        ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient, rows of a single
+            preference do not fit the device, or the best state was damaged meanwhile.
         StorageError: If the disk is full; earlier checkpoints are whole.
         ConfigError: If a setting needs hardware that is not here.
     """
@@ -136,6 +137,9 @@ def train(
             progress=asdict(progress),
         )
         remove_old(run.checkpoints, wanted.keep_checkpoints, progress.best_step)
+
+    if 0 < progress.best_step == progress.step and find_fault(run.checkpoints / f"best-{progress.step:06d}"):
+        save(f"best-{progress.step:06d}")  # what the run goes on from is that state
 
     model.train()
     with metrics.display(), _stop_signals() as stop, _sums_in_order(model):
@@ -207,7 +211,13 @@ def train(
                 break
     if progress.best_step:
         processes.wait()
-        load_weights(run.checkpoints / f"best-{progress.best_step:06d}", model)
+        best = run.checkpoints / f"best-{progress.best_step:06d}"
+        if fault := find_fault(best):
+            raise ModelError(
+                f"{best}: the best state cannot be put back, since {fault}. Go on with `lora-rm train {run.config} --resume`, "
+                "which trains again from the newest checkpoint that does not need it."
+            )
+        load_weights(best, model)
     for tracker in accelerator.trackers:  # end_training would part the processes too
         tracker.finish()
     return progress

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -259,6 +260,60 @@ def test_damaged_checkpoints_take_no_place_of_whole_ones(
     assert ("No checkpoint can be used: training starts at the first step." in said) == (len(damaged) == 2)
     assert "There is no checkpoint yet" not in said
     assert f"Going on from {run.checkpoints / f'step-{stop_at:06d}'}" in said
+
+
+@pytest.mark.parametrize(
+    ("damage", "start"), [("flipped", 4), ("missing", 4), ("with its step", 2), ("with all steps", 0)]
+)
+def test_a_damaged_best_state_is_found_and_made_again(settings, trees, monkeypatch, capsys, damage, start):
+    """The best of 6 steps is the fourth; checkpoints of the second and later ones are there."""
+
+    def fourth_is_best(model, data, settings, metrics, progress):
+        if progress.step == 4:
+            progress.best_step, progress.best_loss = 4, 0.5
+
+    monkeypatch.setattr(train_module, "_evaluate", fourth_is_best)
+    own = changed(
+        settings, train={"eval_every_steps": 1, "save_every_steps": 2, "keep_checkpoints": 9, "max_steps": 6}
+    )
+    model, run = run_once(own, trees)
+    best = run.checkpoints / "best-000004"
+    break_weights(best)
+    if damage == "missing":
+        shutil.rmtree(best)
+    if damage in ("with its step", "with all steps"):
+        break_weights(run.checkpoints / "step-000004")
+    if damage == "with all steps":
+        break_weights(run.checkpoints / "step-000002")
+    again = open_model(own)
+    capsys.readouterr()
+    train(again, data_of(trees), own, run, resume=True)
+    said = capsys.readouterr().out
+    assert (f"step-{start:06d}." if start else "No checkpoint can be used") in said
+    expected, found = trained_weights(model), trained_weights(again)
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+    assert newest_checkpoint(run.checkpoints)[1] == []
+
+
+def test_a_best_state_that_is_damaged_meanwhile_says_how_to_go_on(settings, trees, monkeypatch):
+    own = changed(settings, train={"eval_every_steps": 2, "max_steps": 4, "save_every_steps": 1})
+    run, real = RunFolder.create(own), MetricsLog.step
+
+    def step(self, number, values):
+        real(self, number, values)
+        if number == 3:
+            break_weights(run.checkpoints / "best-000002")
+
+    monkeypatch.setattr(MetricsLog, "step", step)
+    losses = iter([0.5, 0.6])
+    evaluation = train_module.evaluate
+    monkeypatch.setattr(
+        train_module, "evaluate", lambda *a: dataclasses.replace(evaluation(*a), loss=next(losses))
+    )
+    with pytest.raises(
+        ModelError, match="best-000002: the best state cannot be put back, since model.*--resume"
+    ):
+        train(open_model(own), data_of(trees), own, run)
 
 
 def break_weights(folder):
