@@ -196,9 +196,9 @@ def train(
                     save(f"best-{step:06d}")
             # one answer for all; a signal that comes later counts at the next step
             is_stopping = any(processes.gather(stop.requested))
-            if is_stopping or (
-                wanted.save_every_steps and step % wanted.save_every_steps == 0 and step < num_steps
-            ):
+            # the last one too: the evaluation and the adapter that follow may be interrupted as well
+            is_last = step == num_steps or _is_enough(progress, settings)
+            if is_stopping or (wanted.save_every_steps and (step % wanted.save_every_steps == 0 or is_last)):
                 save(f"step-{step:06d}")
             if is_stopping:
                 processes.wait()  # a process that left now would take the first one down while it writes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def test_resume_with_another_number_of_processes(settings, tmp_path):
     train_run(whole)
     cut = with_values(settings, tmp_path / "cut", max_steps=4, save_every_steps=2)
     assert launched(cut, tmp_path, 2).returncode == 0
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
     done = launched(cut, tmp_path, 1, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step-000002" in done.stdout

@@ -222,12 +222,12 @@ def test_a_damaged_checkpoint_is_passed_over(settings, trees):
     )
     _, run = run_once(own, trees)
     folders = sorted(path.name for path in run.checkpoints.iterdir())
-    assert folders == ["step-000002", "step-000004", "step-000006"]
-    file = run.checkpoints / "step-000006" / "optimizer.safetensors"
+    assert folders == ["step-000004", "step-000006", "step-000007"]
+    file = run.checkpoints / "step-000007" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-7] + b"damaged")
     found, passed_over = newest_checkpoint(run.checkpoints)
-    assert found.name == "step-000004"
-    assert "step-000006 was passed over: optimizer.safetensors is damaged" in passed_over[0]
+    assert found.name == "step-000006"
+    assert "step-000007 was passed over: optimizer.safetensors is damaged" in passed_over[0]
 
 
 @pytest.mark.parametrize(("keep", "damaged", "stop_at"), [(2, (8, 9), 3), (1, (9,), 9)])
@@ -361,7 +361,7 @@ def test_other_libraries_than_those_of_the_checkpoint_are_named(settings, trees,
     own = changed(settings, train={"save_every_steps": 1, "max_steps": 2})
     run = RunFolder.create(own)
     train(open_model(own), data_of(trees[:16]), own, run)
-    (state,) = run.checkpoints.glob("step-*/state.json")
+    state = run.checkpoints / "step-000002" / "state.json"
     values = json.loads(state.read_text())
     assert torch.__version__.startswith(values["versions"]["torch"].split("+")[0])
     values["versions"]["torch"] = "2.0.0"
@@ -389,7 +389,7 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(settings, trees):
         settings, train={"save_every_steps": 1, "keep_checkpoints": 2, "eval_every_steps": 2, "max_steps": 6}
     )
     _, run = run_once(own, trees)
-    names = ["best-000004", "best-000006", "step-000004", "step-000005"]  # the steps still call 4 the best
+    names = ["best-000004", "best-000006", "step-000005", "step-000006"]  # step 5 still calls 4 the best
     assert sorted(path.name for path in run.checkpoints.iterdir()) == names
 
 
@@ -510,6 +510,7 @@ def test_a_loss_scale_changes_no_step_and_is_resumed(settings, trees, monkeypatc
     } == dict.fromkeys(plain, True)
     state = json.loads((run.checkpoints / "step-000003" / "state.json").read_text())["progress"]["scaler"]
     assert (state["scale"], state["_growth_tracker"]) == (2048.0, 1)
+    shutil.rmtree(run.checkpoints / "step-000005")
     again = open_model(short)
     progress = train(again, data_of(trees), short, RunFolder.create(short, resume=True), resume=True)
     assert progress.scaler["scale"] == 4096.0

@@ -1,5 +1,6 @@
 """What happens to a run when its disk, its folder, its inputs or its device fail."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 import yaml
 from conftest import make_base
 
+from lora_rm import train as training
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import check_settings, dump_settings
 from lora_rm.data import tokens
@@ -178,6 +180,33 @@ found["same"] = all((disk / "run/adapter" / name).read_bytes() == (elsewhere / "
     assert (found["record"], found["same"]) == (False, True)
 
 
+@pytest.mark.parametrize("early_stopping", [0, 1])
+def test_what_comes_after_the_last_step_can_fail_without_a_step_being_repeated(
+    settings, monkeypatch, early_stopping
+):
+    """Too little memory for the last evaluation; stopped early, training ends at step 2 of 4."""
+    own = changed(
+        settings,
+        train={"max_steps": 4, "eval_every_steps": early_stopping, "early_stopping": early_stopping},
+        data={"max_eval": 20},
+    )
+    evaluation = training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *a: dataclasses.replace(evaluation(*a), loss=0.5))
+    straight = train_run(changed(own, output_dir=f"{own.output_dir}-straight"))
+
+    def refusing(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_rm.workflow.evaluate_after", refusing)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_run(own)
+    monkeypatch.setattr(training, "_gradients", lambda *_: pytest.fail("a step is repeated"))
+    run = train_run(own, resume=True)
+    for name in ("adapter/adapter_model.safetensors", "eval.json"):
+        assert (run.path / name).read_bytes() == (straight.path / name).read_bytes(), name
+
+
 class Dying:
     """A tokenizer whose process ends in the middle of its work, as one that the system kills for memory."""
 
@@ -319,10 +348,13 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing_else(settings, trees,
     found = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     # the same, told beforehand: two steps with wide rows, a checkpoint, three with narrow ones
-    told = changed(wide, output_dir=f"{wide.output_dir}-told", train={"save_every_steps": 2})
+    told = changed(
+        wide, output_dir=f"{wide.output_dir}-told", train={"save_every_steps": 2, "keep_checkpoints": 3}
+    )
     again, other = RunFolder.create(told), open_model(told)
     train(other, data_of(trees[:40]), told, again)
     shutil.rmtree(again.checkpoints / "step-000004")
+    shutil.rmtree(again.checkpoints / "step-000005")
     state = again.checkpoints / "step-000002" / "state.json"
     values = json.loads(state.read_text())
     values["progress"]["row"] = 128
