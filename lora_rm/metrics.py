@@ -77,15 +77,13 @@ def sum_steps(parts: Sequence[StepSums]) -> StepSums:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to the first that is not whole: a kill can leave half of one."""
+    """The lines of a metrics.jsonl but those that cannot be read: a kill can leave half of one."""
     lines: list[dict[str, Any]] = []
     if not file.is_file():
         return lines
     for line in file.read_bytes().splitlines():
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             lines.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            break
     return lines
 
 
@@ -98,7 +96,7 @@ class MetricsLog:
         """Opens the file for appending; what is in it stays.
 
         A run that goes on from a checkpoint repeats the steps after it, and with the same numbers: their lines are
-        there already and are not written again. Half a line, left by a kill, goes.
+        there already and are not written again. Half a line at the end, left by a kill, goes.
 
         Args:
             file: metrics.jsonl.
@@ -119,17 +117,13 @@ class MetricsLog:
         with storing(file):
             self.stream = file.open("a+b", buffering=0)
             self.stream.seek(0)
-            whole = 0
-            for line in self.stream.readlines():
+            lines = self.stream.readlines()
+            if lines and not lines[-1].endswith(b"\n"):
+                self.stream.truncate(self.stream.tell() - len(lines.pop()))
+            for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     found = json.loads(line)
-                    if line.endswith(b"\n"):
-                        self.written.add((found["step"], "eval" in found))
-                        whole += len(line)
-                        continue
-                break
-            if whole < file.stat().st_size and file.is_file():
-                self.stream.truncate(whole)
+                    self.written.add((found["step"], "eval" in found))
         self.bar: Progress | None = None
 
     @contextmanager

@@ -31,7 +31,7 @@ from lora_rm.data.split import Data, Side
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
-from lora_rm.metrics import MetricsLog
+from lora_rm.metrics import MetricsLog, read_metrics
 from lora_rm.train import count_steps, train
 from lora_rm.workflow import open_model, train_run
 
@@ -540,6 +540,20 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(settings, trees, mon
         for line in (Path(own.output_dir) / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["eval"]["loss"] for line in found if "eval" in line] == [None, 1.0, 2.0]
+
+
+def test_lines_of_metrics_after_an_unreadable_one_stay(tmp_path):
+    """Only an unterminated line at the end goes, whose step is written again."""
+    file = tmp_path / "metrics.jsonl"
+    bad = [bytes(20), b"[1]", b'{"step": [1]}', b"half of one\xff"]
+    good = [b'{"step": 1}', b'{"step": 2}', b'{"step": 2, "eval": {}}']
+    whole = b"\n".join([good[0], *bad, *good[1:], b""])
+    file.write_bytes(whole + b'{"step": 3, "loss"')
+    assert [line["step"] for line in read_metrics(file) if line["step"] != [1]] == [1, 2, 2]
+    log = MetricsLog(file, 3)
+    for step in (1, 2, 3):
+        log._write({"step": step})
+    assert file.read_bytes() == whole + b'{"step": 3}\n'
 
 
 def test_a_folder_that_is_no_run_is_left_alone(settings, tmp_path):
