@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from lora_rm.config import Settings, dump_settings, load_settings
+from lora_rm.console import say
 from lora_rm.errors import ConfigError, ModelError, storing
 from lora_rm.model.base import file_sha256
 from lora_rm.model.record import RECORD
@@ -453,8 +454,11 @@ def remove_old(folder: Path, keep: int, best_step: int) -> None:
     best = [path for path in _by_number(folder, "best") if _number(path) not in wanted]
     for old in [*newest[:-keep], *best]:
         # out of the way at once: what is half removed must not look like a damaged checkpoint
-        removed = old.rename(old.with_name(f".{old.name}.removed"))
-        shutil.rmtree(removed)
+        try:
+            removed = old.rename(old.with_name(f".{old.name}.removed"))
+            shutil.rmtree(removed)
+        except OSError as error:  # no reason to stop: what is new is saved
+            say(f"{old}: cannot be removed ({error.strerror or error}); training goes on.")
 
 
 def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

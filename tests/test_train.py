@@ -404,6 +404,29 @@ def test_checkpoints_are_told_by_their_numbers_and_copies_of_them_left_alone(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["step-1000000", *copies])
 
 
+@pytest.mark.parametrize("call", ["rename", "rmtree"])
+def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(settings, trees, monkeypatch, capsys, call):
+    """As of a folder that another program holds on a network disk."""
+    own = changed(settings, train={"save_every_steps": 1, "keep_checkpoints": 1, "max_steps": 3})
+    owner = Path if call == "rename" else shutil
+    real = getattr(owner, call)
+
+    def refusing(path, *rest, **more):
+        names = [str(path), *map(str, rest)]
+        if any(name.endswith("step-000001.removed") for name in names):
+            raise OSError(16, "Device or resource busy")
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(owner, call, refusing)
+    run = run_once(own, trees)[1]
+    assert (
+        "step-000001: cannot be removed (Device or resource busy); training goes on."
+        in capsys.readouterr().out
+    )
+    names = {"rename": ["step-000001", "step-000003"], "rmtree": [".step-000001.removed", "step-000003"]}
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == names[call]
+
+
 def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monkeypatch, capsys):
     """The evaluation loss is made to rise after the second one; the weights at the end are the second's."""
     from dataclasses import replace
