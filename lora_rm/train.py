@@ -99,7 +99,9 @@ def train(
     accelerator = _accelerator(settings, model.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(model, settings)
-    scheduler = get_scheduler(wanted.schedule, optimizer, round(wanted.warmup_share * num_steps), num_steps)
+    # the first step of a warm-up has the rate 0: a run of one step has none, or it would train nothing
+    num_warmup = round(wanted.warmup_share * num_steps) if num_steps > 1 else 0
+    scheduler = get_scheduler(wanted.schedule, optimizer, num_warmup, num_steps)
     begun_with = model.changed_base.sha256 if model.changed_base else ""
     progress = Progress(changed_base=begun_with)
     if resume:

@@ -139,6 +139,13 @@ def test_the_learning_rate_rises_and_reaches_its_end_value_on_the_last_step(sett
     assert kept[0].get_last_lr() == [0.0]
 
 
+def test_a_run_of_one_step_is_not_all_warm_up(settings, trees):
+    own = changed(settings, train={"max_steps": 1, "warmup_share": 1.0})
+    model, run = run_once(own, trees)
+    assert [line["learning_rate"] for line in lines(run)] == [1e-3]
+    assert any(weight.any() for name, weight in trained_weights(model).items() if "lora_B" in name)
+
+
 def test_lora_plus_gives_the_b_matrices_a_rate_of_their_own(settings):
     own = changed(settings, adapter={"lora_plus_ratio": 8.0})
     model = open_model(own)
