@@ -99,10 +99,11 @@ def check_replaceable(out: Path, *sources: Path) -> None:
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     is_ours = names & {"parity.json", "lora_rm_merge.json"} and "config.yaml" not in names
-    if (names and not is_ours) or out.resolve() in [source.resolve() for source in sources]:
+    is_file = out.exists() and not out.is_dir()
+    if is_file or (names and not is_ours) or out.resolve() in [source.resolve() for source in sources]:
         raise MergeError(
-            f"{out}: is not replaced, since it holds something else than an earlier merge or export, or what this one is "
-            "made from. Choose another --out, or remove it yourself."
+            f"{out}: is not replaced, since it is a file, holds something else than an earlier merge or export, or is what this "
+            "one is made from. Choose another --out, or remove it yourself."
         )
 
 

@@ -770,6 +770,12 @@ def test_refuses_to_overwrite_and_replaces_when_told(base, tmp_path):
         with pytest.raises(MergeError, match="is not replaced"):
             merge(adapter, out, MergeSettings(overwrite=True))
         assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    for out in (tmp_path / "thesis.tex", tmp_path / "parity.json"):
+        out.write_text("mine")
+        with pytest.raises(MergeError, match="is not replaced"):
+            merge(adapter, out, MergeSettings(overwrite=True))
+        assert out.read_text() == "mine"
+        assert not out.with_name(f".{out.name}.partial").exists()
 
 
 def test_a_single_file_of_any_name_can_be_opened(tmp_path):
