@@ -33,11 +33,13 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError, StorageError, storing
+from lora_rm.model.adapter import lora_layers
 from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.record import HEAD_KEY, check_weights_file, read_head, read_record, recorded_quantization
 from lora_rm.model.record import RECORD as RECORD_OF_ADAPTER
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, save_tensors, stored_tensors
 from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
 
@@ -370,6 +372,31 @@ def merge(
             ) from None
         say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing bfloat16 instead.")
     return _merge(Plan(adapter, replace(settings, dtype="bfloat16"), base), output)
+
+
+def check_mergeable(model: RewardModel) -> None:
+    """Finds by names alone, before anything is trained, what a merge would refuse afterwards.
+
+    A family whose tensors transformers fuses is no error: its adapter can be trained and scored.
+
+    Raises:
+        MergeError: If the adapter trains something that is no single weight of the base.
+    """
+    _, modules, renamings = _target(model.base)
+    for name, _ in lora_layers(model.classifier):
+        if f"{name}.weight" not in modules:
+            raise MergeError(
+                f"{name}: is adapted, but is no single weight of the base, so no merge could add to it. {_EXPERTS}"
+            )
+    try:
+        _shards(model.base, set(modules), renamings)
+    except MergeError as error:
+        say(f"What is trained here can be scored, but not merged or exported. {error}")
+
+
+_EXPERTS = (
+    "Experts are fused: name the layers to train, as in --adapter.target-modules q_proj k_proj v_proj o_proj."
+)
 
 
 def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
@@ -771,7 +798,9 @@ def _updates(adapter: Path, modules: dict[str, bool]) -> tuple[dict[str, Update]
     for name, part in parts.items():
         weight = f"{name}.weight"
         if weight not in modules or not {"A.weight", "B.weight"} <= part.keys():
-            raise MergeError(f"{adapter}: its update of {name} fits no weight of the base, or is not whole.")
+            raise MergeError(
+                f"{adapter}: its update of {name} fits no weight of the base, or is not whole. {_EXPERTS}"
+            )
         rank = part["A.weight"].shape[0]
         pattern = get_pattern_key(config.alpha_pattern.keys(), name)
         alpha = config.alpha_pattern.get(pattern, config.lora_alpha)

@@ -22,7 +22,7 @@ from lora_rm.data.split import Data, load_data, read_side
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
-from lora_rm.merge import combine, is_unverified, merge
+from lora_rm.merge import check_mergeable, combine, is_unverified, merge
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, read_config
@@ -68,6 +68,9 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
     Args:
         settings: Of the run.
         planned: What `lora_rm.plan.fit` found; decides what `train.checkpointing` auto keeps.
+
+    Raises:
+        LoraRmError: If the base or the adapter cannot be used, or the adapter trains what could not be merged.
     """
     config = read_config(find_config(settings.model.base, settings.model.revision))
     check_length(config, settings.data.max_length, "A conversation of data.max_length")
@@ -80,6 +83,7 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         seed=settings.seed,
         sharded=settings.train.sharding == "full" and processes.count() > 1,
     )
+    check_mergeable(model)
     model.chat.allow_special_tokens = settings.data.allow_special_tokens
     wanted = settings.train.checkpointing
     # unplanned: the way that is nearly as fast as keeping all where the device has enough to do, for half of the memory

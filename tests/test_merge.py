@@ -32,18 +32,29 @@ import lora_rm.verify as verify_module
 from lora_rm import unfinished
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.errors import MergeError, ModelError, StorageError
-from lora_rm.merge import RECORD, Plan, Update, Workers, _write_tensor, check_weights, combine, merge
+from lora_rm.merge import (
+    RECORD,
+    Plan,
+    Update,
+    Workers,
+    _write_tensor,
+    check_mergeable,
+    check_weights,
+    combine,
+    merge,
+)
 from lora_rm.model import quantization
 from lora_rm.model.quantization import code_hashes, codes_8bit
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import TensorWriter, stored_tensors
 from lora_rm.score import Scorer
 from lora_rm.verify import REQUANTIZED, verify
-from lora_rm.workflow import combine_runs
+from lora_rm.workflow import combine_runs, open_model
 
 
 def saved(model, folder):
     """Saves the adapter of a model with canaries of its own."""
+    check_mergeable(model)
     model.eval()
     record = model.describe(code_hashes(model.classifier))
     rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
@@ -659,6 +670,36 @@ def test_fused_experts_are_refused_by_name(tmp_path, monkeypatch):
     model = shake(make_model(base, quantization="none", adapter=adapter))
     with pytest.raises(MergeError, match="experts.*cannot be merged yet"):
         merge(saved(model, tmp_path / "adapter"), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_what_could_not_be_merged_is_told_before_it_is_trained(tmp_path, monkeypatch, capsys, family):
+    more = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    monkeypatch.setitem(FAMILIES, family, {**more, "sliding_window": None})
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"base": str(make_base(tmp_path / "base", family)), "compute_dtype": "float32"},
+    }
+    with pytest.raises(
+        MergeError, match=r"experts.*: is adapted, but.*Experts are fused.*target-modules q_proj"
+    ):
+        open_model(check_settings(values))
+    assert "not merged" not in capsys.readouterr().out
+    open_model(check_settings({**values, "adapter": {"target_modules": ["q_proj", "v_proj"]}}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "can be scored, but not merged or exported" in said
+    assert "experts.down_proj" in said
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_check_before_training_has_nothing_to_say_of_what_can_be_merged(
+    tmp_path, capsys, family, quantization
+):
+    model = make_model(make_base(tmp_path / "base", family, shards=True), quantization=quantization)
+    capsys.readouterr()
+    check_mergeable(model)
+    assert not capsys.readouterr().out
 
 
 def test_adapters_combined_with_weights_are_the_weighted_sum(base, tmp_path):
