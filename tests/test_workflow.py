@@ -67,8 +67,8 @@ def test_no_file_of_the_run_or_its_export_holds_a_secret_of_the_environment(job)
 def test_the_run_folder_holds_everything(job):
     names = {path.name for path in job.path.iterdir()}
     assert names == {
-        "config.yaml", "inputs.json", "data.json", "metrics.jsonl", "adapter", "eval.json", HELD_OUT, "merged", "parity.json",
-        "export", "summary.json",
+        "config.yaml", "inputs.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "eval.json", HELD_OUT, "merged",
+        "parity.json", "export", "summary.json",
     }  # fmt: skip
     summary = job.read_json("summary.json")
     assert set(summary) >= {
