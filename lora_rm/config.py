@@ -267,7 +267,7 @@ class TrainSettings(_Section):
     """Stop after so many evaluations without a better loss; 0: never."""
 
     save_every_steps: CountOrNone = 100
-    """Steps between checkpoints; 0: only when interrupted."""
+    """Steps between checkpoints, of which the last step gets one too; 0: only when interrupted."""
 
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept; the best one is kept beside them."""

@@ -222,10 +222,16 @@ def _fault(
             return (
                 f"Merging changed rewards by {change.mean:.2%} of their spread on average and {change.largest:.2%} at "
                 f"most ({way}; base: {merge_record['base_weights']}, stored as {merge_record['dtype']}; allowed: "
-                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). "
-                "Use --merge.base dequantized and --merge.dtype float16, or raise verify.max_change."
+                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). {_remedy(merge_record['dtype'])}"
             )
     return ""
+
+
+def _remedy(dtype: str) -> str:
+    if dtype != "float32":
+        finer = "float16 or float32" if dtype.startswith("bfloat16") else "float32"
+        return f"Use --merge.dtype {finer}, or raise verify.max_change."
+    return "Raise verify.max_change if that is little: few answers, or answers alike, make a small spread."
 
 
 def score_in_fresh_process(

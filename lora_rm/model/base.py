@@ -29,7 +29,7 @@ class BaseModel:
     """A base model on this disk."""
 
     name: str
-    """What the user asked for."""
+    """What the user asked for; of a folder or file here its whole path, since a run may be merged from elsewhere."""
 
     path: Path
     """Folder with config.json, tokenizer files and safetensors."""
@@ -88,9 +88,9 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.base: there is no file {path}. Give the path of a .gguf file.")
-        return BaseModel(name=name, path=_converted(path))
+        return BaseModel(name=str(path.absolute()), path=_converted(path))
     if path.is_dir():
-        return _checked(BaseModel(name=name, path=path))
+        return _checked(BaseModel(name=str(path.absolute()), path=path))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(
             f"model.base: there is no folder {name}. Give a folder with config.json, or a hub id like org/model."
