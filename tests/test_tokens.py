@@ -3,6 +3,7 @@
 import pytest
 from conftest import CHAT, make_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from lora_rm.data import tokens
 from lora_rm.data.preference import Preference
@@ -126,6 +127,28 @@ def test_a_conversation_that_the_template_refuses_is_named():
     )
     with pytest.raises(DataError, match=r"\['system', 'user'\]: no system turn.*chat_template"):
         make_chat(template).render(({"role": "system", "content": "a"}, user("b")))
+
+
+@pytest.mark.parametrize(
+    ("call", "day"),
+    [
+        ("strftime_now('%Y-%m-%d')", "2024-07-26"),  # gpt-oss, Mistral Small
+        ('strftime_now( "%d %B %Y" )', "26 July 2024"),  # SmolLM3
+        ("strftime_now(form)", "26 Jul 2024"),
+    ],
+)
+def test_a_template_takes_the_same_day_for_today_every_day(call, day, tmp_path):
+    template = (
+        "{% set form = '%d %b %Y %H:%M:%S.%f' %}{% if strftime_now is defined %}{{ " + call + " }}{% endif %}"
+    )
+    chat = make_chat(template + CHAT)
+    messages = (user("a"), assistant("b"))
+    assert chat.render(messages) == f"{day}<s><|user|>a</s><|assistant|>b</s>"
+    chat.save(tmp_path)
+    for again in (ChatTokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        text = getattr(again, "tokenizer", again).apply_chat_template(messages, tokenize=False)
+        assert text == chat.render(messages)
+    assert ChatTokenizer.load(tmp_path).template_hash == chat.template_hash
 
 
 # Padding.

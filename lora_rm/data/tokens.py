@@ -3,6 +3,8 @@
 A conversation is rendered by the chat template and tokenised without further special tokens; then it gets
 exactly one BOS if the tokenizer is one that adds a BOS. The reward is read at its last token.
 
+A template that prints the day it is used on (Llama 3.2, Mistral Small) always prints 26 July 2024: rewards stay.
+
 What a message says is text: `<|im_end|>` written inside it does not end the turn, unless
 `data.allow_special_tokens` says so. Only the template writes control tokens.
 """
@@ -18,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -38,6 +41,11 @@ PLAIN_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 """Template for base models that have none: Human and Assistant lines, an EOS after every answer."""
+
+TODAY = datetime(2024, 7, 26)
+"""The day that templates take for today: what Llama 3.2's prints where it is given none."""
+
+DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\\0]*)\1\s*\)""")
 
 ALLOW_SPECIAL = "lora_rm_allow_special_tokens"
 """Entry of tokenizer_config.json that takes `data.allow_special_tokens` along with adapter, merge and export."""
@@ -89,6 +97,7 @@ class ChatTokenizer:
                 "The tokenizer has no chat template, and how a conversation is written decides the rewards. "
                 "Set data.chat_template to plain (Human/Assistant lines) or to the path of a .jinja file."
             )
+        tokenizer.chat_template = _without_clock(tokenizer.chat_template)
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         sample: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -494,6 +503,14 @@ def _replaced(pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str],
 
 def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _without_clock(template: str) -> str:
+    """The template with `TODAY` for today: each `strftime_now("%d %b %Y")` becomes the text that it gives."""
+    template = DATE_CALL.sub(lambda call: f"{call[1]}{TODAY.strftime(call[2])}{call[1]}", template)
+    if "strftime_now(" in template and "macro strftime_now(" not in template:  # its format is no literal
+        return f"{{% macro strftime_now(format) %}}{TODAY:%d %b %Y}{{% endmacro %}}" + template
+    return template
 
 
 def _read_template(path: str) -> str:
