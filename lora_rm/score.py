@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_rm.checkpoint import RunFolder
+from lora_rm.data.conversations import read_answer, read_conversation, read_messages, read_prompt
+from lora_rm.data.fields import check_objects, wrong_type
 from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
@@ -62,8 +64,9 @@ def reward_function(
 
     Returns:
         `reward(prompts, completions, **columns) -> list[float]`. Prompts and completions are lists of messages, or
-        texts: a text is taken as one user message, or one assistant message. Columns of the data and TRL's own
-        (`completion_ids` are of the policy's tokenizer) are not used.
+        texts: a text is taken as one user message, or one assistant message; a completion may be empty, for a policy
+        may write nothing. Columns of the data and TRL's own (`completion_ids` are of the policy's tokenizer) are not
+        used.
 
     Raises:
         ModelError: As `load_reward_model` does.
@@ -74,13 +77,12 @@ def reward_function(
         prompts: Sequence[str | Sequence[Message]], completions: Sequence[str | Sequence[Message]], **_: Any
     ) -> list[float]:
         """Rewards of completions, each of its own prompt."""
-        pairs = zip(prompts, completions, strict=True)
-        return scorer.score_conversations(
-            [
-                (*_messages(prompt, "user"), *_messages(completion, "assistant"))
-                for prompt, completion in pairs
-            ]
-        )
+        conversations = [
+            read_prompt({f"prompts[{number}]": prompt}, f"prompts[{number}]")
+            + read_messages(completion, f"completions[{number}]", "assistant", may_be_empty=True)
+            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return scorer.score_ids(scorer.ids(conversations))
 
     return reward
 
@@ -98,44 +100,52 @@ class Scorer:
         self.model: Any = model
 
     def score(
-        self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]
+        self,
+        prompt: str | Sequence[Message],
+        answers: Sequence[str | Sequence[Message]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[float]:
         """Rewards of K answers to one prompt.
 
         Args:
             prompt: A text, taken as one user message, or messages.
             answers: Texts, taken as assistant messages, or lists of messages.
-        """
-        return self.score_conversations(self.conversations(prompt, answers))
+            tools: Definitions of tools that the chat template shows to the model.
 
-    def score_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        Raises:
+            DataError: If a message is not as training reads it, or `answers` is one text.
+        """
+        if isinstance(answers, str):
+            raise wrong_type("answers", answers, "a list of answers, of which one is a text or messages")
+        before = read_prompt({"prompt": prompt}, "prompt") if prompt else ()
+        after = [read_answer(answer, f"answers[{number}]") for number, answer in enumerate(answers)]
+        return self.score_ids(self.ids([before + answer for answer in after], tools))
+
+    def score_conversations(
+        self, conversations: Sequence[Sequence[Message]], *, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[float]:
         """Rewards of whole conversations; those that begin alike are not told apart from others.
 
         Raises:
-            DataError: If one is empty or ends with no assistant message.
+            DataError: If a message is not as training reads it, or a conversation ends with no assistant message.
         """
-        return self.score_ids(self.ids(conversations))
+        read = [read_conversation(one, f"conversations[{n}]") for n, one in enumerate(conversations)]
+        return self.score_ids(self.ids(read, tools))
 
-    @staticmethod
-    def conversations(
-        prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]
-    ) -> list[Messages]:
-        """The conversations of a prompt with each of its answers; see `score`."""
-        before = _messages(prompt, "user") if prompt else ()
-        return [(*before, *_messages(answer, "assistant")) for answer in answers]
-
-    def ids(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Token ids of whole conversations.
+    def ids(self, conversations: Sequence[Messages], tools: Sequence[dict[str, Any]] = ()) -> list[list[int]]:
+        """Token ids of whole conversations, whose messages were read already.
 
         Raises:
-            DataError: If one is empty or ends with no assistant message.
+            DataError: If one ends with no assistant message.
         """
+        tools = check_objects(list(tools), "tools")
         for number, conversation in enumerate(conversations):
-            if not conversation or conversation[-1]["role"] != "assistant":
+            if conversation[-1]["role"] != "assistant":
                 raise DataError(
                     f"conversation {number}: does not end with an assistant message, so there is no answer to score."
                 )
-        rows: list[list[int]] = self.model.chat.ids([(tuple(one), ()) for one in conversations])
+        rows: list[list[int]] = self.model.chat.ids([(one, tools) for one in conversations])
         return rows
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -153,12 +163,20 @@ class Scorer:
             )
         return rewards
 
-    def rank(self, prompt: str | Sequence[Message], answers: Sequence[str | Sequence[Message]]) -> list[int]:
+    def rank(
+        self,
+        prompt: str | Sequence[Message],
+        answers: Sequence[str | Sequence[Message]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> list[int]:
         """Indices of the answers, best first."""
-        rewards = self.score(prompt, answers)
+        rewards = self.score(prompt, answers, tools=tools)
         return sorted(range(len(answers)), key=lambda number: rewards[number], reverse=True)
 
-    def best_of(self, prompt: str | Sequence[Message], answers: Sequence[str]) -> str:
+    def best_of(
+        self, prompt: str | Sequence[Message], answers: Sequence[str], *, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         """The answer with the highest reward.
 
         Raises:
@@ -166,8 +184,4 @@ class Scorer:
         """
         if not answers:
             raise DataError("best_of needs at least one answer.")
-        return answers[self.rank(prompt, answers)[0]]
-
-
-def _messages(text: str | Sequence[Message], role: str) -> Messages:
-    return ({"role": role, "content": text},) if isinstance(text, str) else tuple(text)
+        return answers[self.rank(prompt, answers, tools=tools)[0]]

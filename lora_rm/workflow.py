@@ -18,6 +18,7 @@ from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
+from lora_rm.data.formats import parse_conversations
 from lora_rm.data.split import Data, load_data, read_side
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
@@ -390,17 +391,15 @@ def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any
     try:
         values = json.loads(line)
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
-        key = "rewards" if "messages" not in values and "responses" in values else "reward"
+        if not isinstance(values, dict):
+            raise DataError("it is no object")
+        key = "rewards" if values.get("responses") is not None else "reward"
         if key == "rewards" and not isinstance(values["responses"], list):
-            raise TypeError("responses is no list")
-        if "messages" in values:
-            conversations = [values["messages"]]
-        else:
-            answers = values["responses"] if key == "rewards" else [values["response"]]
-            conversations = scorer.conversations(values["prompt"], answers)
+            raise DataError("responses is no list")
+        conversations, tools = parse_conversations(values)
         values.pop(key, None)
-        return values, key, scorer.ids(conversations)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return values, key, scorer.ids(conversations, tools)
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{place}: is no conversation ({error}). Write "
             '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'

@@ -198,6 +198,42 @@ def test_lines_are_scored_and_bad_lines_named(job):
         list(score_lines(str(job.adapter), ['{"prompt": "a", "responses": "Paris"}'], "x.jsonl"))
 
 
+def test_lines_are_read_as_training_reads_them(job):
+    user, answer, system = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+    plain = {"prompt": "u", "response": "a"}
+    rows = [plain, plain | {"system": "s"}, {"messages": [system, user, answer]}]
+    rows.append({"messages": [user, answer], "system": "s", "tools": []})
+    lines = list(map(json.dumps, rows))
+    rewards = [json.loads(line)["reward"] for line in score_lines(str(job.adapter), lines, "x.jsonl")]
+    assert rewards[2:] == pytest.approx(rewards[1:2] * 2, abs=1e-5)
+    assert rewards[0] != pytest.approx(rewards[1], abs=1e-3)
+    bad_rows = {
+        "exactly one of messages, response and responses": plain | {"responses": ["c"]},
+        "'messages.1..role' is 'bot'": {"messages": [user, {"role": "bot", "content": "b"}]},
+        "'messages.0..content' is a list": {"messages": [{"role": "user", "content": [{"type": "text"}]}, answer]},
+        "'response' is empty": plain | {"response": ""},
+        "'prompt' is missing": {"prompt": None, "response": "b"},
+        "'responses.1.' is null": {"prompt": "a", "responses": ["b", None]},
+        "'messages' ends with the role 'user'": {"messages": [user]},
+        "'tools' is a list": plain | {"tools": ["add"]},
+        "it is no object": ["a"],
+    }  # fmt: skip
+    for message, row in bad_rows.items():
+        with pytest.raises(DataError, match=rf"x.jsonl line 1: is no conversation \(.*({message})"):
+            list(score_lines(str(job.adapter), [json.dumps(row)], "x.jsonl"))
+    scorer = load_reward_model(job.adapter)
+    for bad, message in (
+        (lambda: scorer.score("a", "Paris"), "'answers' is 'Paris'"),
+        (lambda: scorer.score("a", [None]), r"'answers\[0\]' is null"),
+        (lambda: scorer.score([{"content": "a"}], ["b"]), r"'prompt\[0\].role' is missing"),
+        (lambda: scorer.score_conversations([[user]]), "ends with the role 'user'"),
+        (lambda: scorer.score_conversations(["a"]), "for it is a whole conversation"),
+        (lambda: scorer.score("a", ["b"], tools=["add"]), "'tools' is a list"),
+    ):
+        with pytest.raises(DataError, match=message):
+            bad()
+
+
 def test_an_evaluation_of_the_run_repeats_the_number(job):
     found = evaluate_model(job.path, job.settings())
     assert found.pairs.accuracy == job.read_json("eval.json")["after"]["pairs"]["accuracy"]

@@ -59,8 +59,10 @@ def read_answer(value: Any, field: str) -> Messages:
 def read_conversation(value: Any, field: str) -> Messages:
     """Reads a whole conversation, which a text cannot be."""
     if isinstance(value, str):
-        raise wrong_type(field, value, "a list of messages, as the other answer has no 'prompt' and is one")
-    return read_messages(value, field, "assistant")
+        raise wrong_type(field, value, "a list of messages, for it is a whole conversation")
+    conversation = read_messages(value, field, "assistant")
+    check_ends_with_assistant(conversation, field)
+    return conversation
 
 
 def check_ends_with_assistant(answer: Messages, field: str) -> None:
@@ -130,19 +132,19 @@ def _repeats(conversation: Messages, prompt: Messages) -> bool:
     )
 
 
-def read_messages(value: Any, field: str, text_role: str) -> Messages:
-    """Reads a text, one message, or a list of messages."""
+def read_messages(value: Any, field: str, text_role: str, *, may_be_empty: bool = False) -> Messages:
+    """Reads a text, one message, or a list of messages; `may_be_empty`: of blank texts too."""
     if isinstance(value, str):
-        return ({"role": text_role, "content": check_text(value, field)},)
+        return ({"role": text_role, "content": check_text(value, field, may_be_empty=may_be_empty)},)
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list | tuple):
         raise wrong_type(field, value, "a text or a list of messages")
     if not items:
         raise empty(field)
-    return tuple(_message(item, f"{field}[{index}]") for index, item in enumerate(items))
+    return tuple(_message(item, f"{field}[{index}]", may_be_empty) for index, item in enumerate(items))
 
 
-def _message(value: Any, field: str) -> Message:
+def _message(value: Any, field: str, may_be_empty: bool) -> Message:
     """Reads {role, content} or ShareGPT's {from, value}; keeps tool calls and drops other keys."""
     if not isinstance(value, dict):
         raise wrong_type(field, value, "a message with 'role' and 'content'")
@@ -164,7 +166,8 @@ def _message(value: Any, field: str) -> Message:
     if content is None:
         raise missing(f"{field}.{content_key}", value)
     # A tool that prints nothing is no mistake.
-    text = check_text(content, f"{field}.{content_key}", may_be_empty=roles[role] == "tool")
+    may_be_empty = may_be_empty or roles[role] == "tool"
+    text = check_text(content, f"{field}.{content_key}", may_be_empty=may_be_empty)
     return {"role": roles[role], "content": text}
 
 

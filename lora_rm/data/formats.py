@@ -67,7 +67,7 @@ from lora_rm.data.files import BadRow, Row, read_rows
 from lora_rm.data.preference import Messages, Preference
 from lora_rm.errors import DataError
 
-__all__ = ["BadRow", "Row", "RowError", "parse_row", "read_preferences", "read_rows"]
+__all__ = ["BadRow", "Row", "RowError", "parse_conversations", "parse_row", "read_preferences", "read_rows"]
 
 TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
 MAX_BAD_START = 10_000
@@ -160,6 +160,29 @@ def parse_row(values: Mapping[str, Any], source: str) -> Preference:
         return _parse(row, source)
     except RowError as error:
         raise RowError(error.reason, f"{source}: {error}") from None
+
+
+def parse_conversations(values: Mapping[str, Any]) -> tuple[tuple[Messages, ...], tuple[dict[str, Any], ...]]:
+    """Reads what is to be scored as training reads it: `messages`, or `prompt` and `response` or `responses`.
+
+    Returns:
+        The conversations, and the tools that are shown to the model.
+
+    Raises:
+        RowError: If the row is none of these or breaks a rule.
+    """
+    row = {name: value for name, value in values.items() if value is not None}
+    if len(row.keys() & {"messages", "response", "responses"}) != 1:
+        message = f"exactly one of messages, response and responses is needed (found: {listed(row)})."
+        raise RowError("unknown format", message)
+    if "messages" in row:
+        return (with_system(read_conversation(row["messages"], "messages"), row),), read_tools(row)
+    if "response" in row:
+        answers = [read_answer(row["response"], "response")]
+    else:
+        answers = [read_answer(item, f"responses[{n}]") for n, item in enumerate(read_list(row, "responses"))]
+    prompt = with_system(read_prompt(row, "prompt"), row)
+    return tuple(prompt + answer for answer in answers), read_tools(row)
 
 
 def _parse(row: Fields, source: str) -> Preference:
