@@ -112,6 +112,16 @@ def test_the_prompt_leaves_an_answer_and_does_not_end_with_the_assistant():
     assert parse_row(same_start, "here").prompt == (user("a"),)
 
 
+def test_white_space_around_a_question_makes_no_other_prompt():
+    row = {
+        "chosen": [system("s"), user("q "), assistant("a")],
+        "rejected": [system("s "), user("q"), assistant("b")],
+    }
+    preference = parse_row(row, "here")
+    assert preference.prompt == (system("s"), user("q "))
+    assert preference.answers == ((assistant("a"),), (assistant("b"),))
+
+
 def test_one_answer_may_repeat_the_prompt_and_the_other_not(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": [user("q"), assistant("b")]}
     preference = read_one(tmp_path / "pairs.jsonl", row)
@@ -593,6 +603,28 @@ BAD_ROWS = [
         "different prompt",
         UF | {"chosen": [system("s"), user("q"), assistant("a")]},
         "the two conversations begin with different messages",
+    ),
+    (
+        "different prompt",
+        {
+            "chosen": [system("s"), user("q"), assistant("a")],
+            "rejected": [system("s"), user("r"), assistant("b")],
+        },
+        "begin with different messages ('q' and 'r')",
+    ),
+    (
+        "different prompt",
+        {"chosen": [user("q"), user("r"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        "begin with different messages ('r' and 'b')",
+    ),
+    (
+        "different prompt",
+        {
+            "prompt": [system("s")],
+            "chosen": [system("s"), user("q"), assistant("a")],
+            "rejected": [system("s"), user("r"), assistant("b")],
+        },
+        "begin with different messages ('q' and 'r')",
     ),
     ("not a number", LISTS | {"scores": [1, 2, 10**400]}, "'scores[2]' is a huge number"),
     ("not valid text", PAIR | {"tools": [{"name": "\ud800"}]}, "'tools' has half a character"),

@@ -105,20 +105,29 @@ def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages,
     assistant: two answers may begin with the same turn.
 
     Raises:
-        RowError: If they share no message, so that they answer different prompts.
+        RowError: If they share no more than a system message, or go on with other questions: different prompts.
     """
     length = 0
-    while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
+    while length < min(len(chosen), len(rejected)) - 1 and _is_same(chosen[length], rejected[length]):
         length += 1
     while length and chosen[length - 1]["role"] == "assistant":
         length -= 1
-    if not length:
+    if all(message["role"] == "system" for message in chosen[:length]) or any(
+        answer[length]["role"] != "assistant" for answer in (chosen, rejected)
+    ):
         message = (
-            f"the two conversations begin with different messages ({chosen[0]['content'][:40]!r} and "
-            f"{rejected[0]['content'][:40]!r}). Both must answer one prompt; correct one of the two."
+            f"the two conversations begin with different messages ({chosen[length]['content'][:40]!r} and "
+            f"{rejected[length]['content'][:40]!r}). Both must answer one prompt; correct one of the two."
         )
         raise RowError("different prompt", message)
     return chosen[:length], (chosen[length:], rejected[length:])
+
+
+def _is_same(first: Message, second: Message) -> bool:
+    """Whether two turns are the same; only white space around an answer makes another of it."""
+    if first["role"] == "assistant":
+        return first == second
+    return first | {"content": first["content"].strip()} == second | {"content": second["content"].strip()}
 
 
 def _repeats(conversation: Messages, prompt: Messages) -> bool:
