@@ -156,6 +156,23 @@ def test_hh_text(tmp_path):
     assert preference.answers == ((assistant("Goodbye!"),), (assistant("Human: what?"),))
 
 
+@pytest.mark.parametrize("end", ["", "\n\nAssistant:", "\n\nAssistant: \n"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_hh_text_as_prompt(end, is_whole):
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye"
+    chosen, rejected = (
+        f"{start}\n\nAssistant: {text}" if is_whole else f" {text}" for text in ("Goodbye!", "No.")
+    )
+    preference = parse_row({"prompt": start + end, "chosen": chosen, "rejected": rejected}, "here")
+    assert preference.prompt == (user("Hi"), assistant("Hello."), user("Bye"))
+    assert [answer[0]["content"].strip() for answer in preference.answers] == ["Goodbye!", "No."]
+
+
+def test_a_text_answer_that_begins_like_the_prompt_is_the_answer_as_it_stands():
+    preference = parse_row({"prompt": "Hello", "chosen": "Hello there", "rejected": "Hello\nyou"}, "here")
+    assert preference.answers == ((assistant("Hello there"),), (assistant("Hello\nyou"),))
+
+
 def test_sharegpt(tmp_path):
     row = {
         "conversations": [
@@ -626,6 +643,12 @@ BAD_ROWS = [
         },
         "begin with different messages ('q' and 'r')",
     ),
+    (
+        "different prompt",
+        {"prompt": "\n\nHuman: r", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
+        "an answer starts with the role 'user'",
+    ),
+    ("wrong roles", PAIR | {"prompt": "\n\nHuman: a\n\nAssistant: b"}, "'prompt' ends with a message from"),
     ("not a number", LISTS | {"scores": [1, 2, 10**400]}, "'scores[2]' is a huge number"),
     ("not valid text", PAIR | {"tools": [{"name": "\ud800"}]}, "'tools' has half a character"),
     ("identical answers", PAIR | {"rejected": "4"}, "two answers are identical"),

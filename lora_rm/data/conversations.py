@@ -33,10 +33,14 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_prompt(row: Fields, *names: str) -> Messages:
-    """Reads the prompt from the first column of `names` that is there; a text is one user message."""
+    """Reads the prompt from the first column of `names` that is there; a text is one user message or a transcript."""
     name = next((name for name in names if name in row), names[0])
     require(row, name)
-    prompt = read_messages(row[name], name, "user")
+    value = row[name]
+    if isinstance(value, str) and is_hh(value):
+        prompt = read_hh(value.rstrip().removesuffix("\n\nAssistant:"), name)
+    else:
+        prompt = read_messages(value, name, "user")
     if prompt[-1]["role"] == "assistant":
         message = f"field '{name}' ends with a message from the assistant. It ends before the answer; cut it."
         raise RowError("wrong roles", message)
@@ -54,6 +58,13 @@ def read_answer(value: Any, field: str) -> Messages:
         )
         raise RowError("wrong roles", message)
     return answer
+
+
+def read_repeating(value: Any, field: str) -> Messages:
+    """Reads an answer that may repeat the prompt: a list of messages or a transcript; other texts do not repeat it."""
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        return read_hh(value, field)
+    return read_messages(value, field, "assistant")
 
 
 def read_conversation(value: Any, field: str) -> Messages:
@@ -182,7 +193,7 @@ def _message(value: Any, field: str, may_be_empty: bool) -> Message:
 
 def is_hh(text: str) -> bool:
     """Whether a text is one of Anthropic's transcripts: "Human:" and "Assistant:" after blank lines."""
-    return HH_TURN.match("\n\n" + text.strip()) is not None
+    return text.lstrip().startswith("Human:")
 
 
 def read_hh(text: str, field: str) -> Messages:

@@ -5,8 +5,8 @@ The columns of a row say which format it has; the first line of the table that f
 columns                                        format                           kind
 conversations, chosen, rejected                ShareGPT as LLaMA-Factory has    pair
                                                it
-prompt, chosen, rejected                       the answers may repeat the       pair
-                                               prompt, as in UltraFeedback
+prompt, chosen, rejected                       lists of messages may repeat     pair
+                                               the prompt (UltraFeedback)
 chosen, rejected (lists of messages)           two whole conversations          pair
 chosen, rejected (texts, "\n\nHuman: ...")     raw Anthropic HH                 pair
 prompt, responses, scores or ranks             K answers; a high score and a    pair if K = 2, ranking
@@ -20,7 +20,8 @@ prompt or context, response1, response2,       a soft label: how likely the     
 prompt, response or completion, and            one answer and its number        rating
   rating, score or label
 
-An answer is a text or a list of messages, a prompt likewise. `response_a` and `response_b` are other
+An answer is a text or a list of messages, a prompt likewise. A list may repeat the prompt, and so may HH text; any
+other text is the answer as it stands. A prompt may be HH text too, with "\n\nAssistant:" at its end. `response_a` and `response_b` are other
 names of `response1` and `response2`, and so are `response_1` and `response_2`. A message is
 {role, content} or {from, value}.
 
@@ -43,8 +44,8 @@ from lora_rm.data.conversations import (
     read_answer,
     read_conversation,
     read_hh,
-    read_messages,
     read_prompt,
+    read_repeating,
     repeat_prompt,
     split_conversations,
     with_system,
@@ -235,7 +236,7 @@ def _parse_chosen_rejected(row: Fields) -> dict[str, Any]:
 def _chosen_rejected_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
     if "prompt" in row or "conversations" in row:
         prompt = read_prompt(row, "conversations", "prompt")
-        chosen, rejected = (read_messages(row[name], name, "assistant") for name in ("chosen", "rejected"))
+        chosen, rejected = (read_repeating(row[name], name) for name in ("chosen", "rejected"))
         is_repeated = any(answer[0]["role"] != "assistant" for answer in (chosen, rejected))
     else:
         prompt, is_repeated = (), True
