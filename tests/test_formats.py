@@ -274,6 +274,15 @@ def test_rating(tmp_path, answer, score):
     assert preference.scores == (4.0,)
 
 
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    preference = parse_row(
+        PAIR | {"images": [], "prompt": [user(parts)], "chosen": [assistant(parts)]}, "here"
+    )
+    assert preference.prompt == (user("42"),)
+    assert preference.answers[0] == (assistant("42"),)
+
+
 # Every type of source.
 
 MIXED = [
@@ -649,6 +658,15 @@ BAD_ROWS = [
         "an answer starts with the role 'user'",
     ),
     ("wrong roles", PAIR | {"prompt": "\n\nHuman: a\n\nAssistant: b"}, "'prompt' ends with a message from"),
+    ("not text", PAIR | {"images": ["a.png"]}, "field 'images' is no text"),
+    ("not text", PAIR | {"video": "a.mp4"}, "field 'video' is no text"),
+    ("not text", PAIR | {"prompt": [{**user("q"), "images": ["a.png"]}]}, "'prompt[0].images' is no text"),
+    (
+        "not text",
+        PAIR | {"prompt": [user([{"type": "image"}, {"type": "text", "text": "q"}])]},
+        "'prompt[0].content[0]' is no text",
+    ),
+    ("empty field", PAIR | {"prompt": [user([])]}, "'prompt[0].content' is empty"),
     ("not a number", LISTS | {"scores": [1, 2, 10**400]}, "'scores[2]' is a huge number"),
     ("not valid text", PAIR | {"tools": [{"name": "\ud800"}]}, "'tools' has half a character"),
     ("identical answers", PAIR | {"rejected": "4"}, "two answers are identical"),

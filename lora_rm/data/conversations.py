@@ -7,10 +7,12 @@ from typing import Any
 from lora_rm.data.fields import (
     Fields,
     RowError,
+    check_no_media,
     check_objects,
     check_text,
     empty,
     missing,
+    read_content,
     read_optional_text,
     require,
     shown,
@@ -179,15 +181,16 @@ def _message(value: Any, field: str, may_be_empty: bool) -> Message:
     if role not in roles:
         message = f"field '{field}.{role_key}' is {shown(role)}. Allowed: {', '.join(roles)}; rename it."
         raise RowError("wrong roles", message)
+    check_no_media(value, field)
     if tool_calls:
         checked_calls = check_objects(tool_calls, f"{field}.tool_calls")
-        text = check_text("" if content is None else content, f"{field}.{content_key}", may_be_empty=True)
+        text = read_content("" if content is None else content, f"{field}.{content_key}", may_be_empty=True)
         return {"role": roles[role], "content": text, "tool_calls": checked_calls}
     if content is None:
         raise missing(f"{field}.{content_key}", value)
     # A tool that prints nothing is no mistake.
     may_be_empty = may_be_empty or roles[role] == "tool"
-    text = check_text(content, f"{field}.{content_key}", may_be_empty=may_be_empty)
+    text = read_content(content, f"{field}.{content_key}", may_be_empty=may_be_empty)
     return {"role": roles[role], "content": text}
 
 

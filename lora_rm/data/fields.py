@@ -14,6 +14,10 @@ MAX_DEPTH = 100
 """Levels of lists and objects in a tool definition or call: templates and `json` walk them by recursion."""
 
 
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns, and keys of messages, that go with models of more than text."""
+
+
 class RowError(DataError):
     """A row that cannot be used; `reason` is a few words to count it under."""
 
@@ -41,6 +45,33 @@ def check_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
         )
         raise RowError("not valid text", message) from error
     return value
+
+
+def check_no_media(values: Fields, field: str = "") -> None:
+    """Raises if a row, or the message `field`, has pictures or sounds: without them the answers mean something else."""
+    for name in MEDIA:
+        if values.get(name):
+            raise not_text(f"{field}.{name}" if field else name)
+
+
+def read_content(value: Any, field: str, *, may_be_empty: bool = False) -> str:
+    """Returns the text of a message, which may come in parts: {"type": "text", "text": ...}."""
+    if not isinstance(value, list | tuple):
+        return check_text(value, field, may_be_empty=may_be_empty)
+    for index, part in enumerate(value):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise not_text(f"{field}[{index}]")
+    texts = [part.get("text") if isinstance(part, dict) else None for part in value]
+    known = [text for text in texts if isinstance(text, str)]
+    if len(known) < len(texts):
+        raise wrong_type(field, value, 'a text, or a list of {"type": "text", "text": ...}')
+    return check_text("".join(known), field, may_be_empty=may_be_empty)
+
+
+def not_text(field: str) -> RowError:
+    """The error for what is a picture, a video or a sound."""
+    message = f"field '{field}' is no text, and reward models here read text alone. Leave such rows out."
+    return RowError("not text", message)
 
 
 def read_optional_text(row: Fields, name: str) -> str:

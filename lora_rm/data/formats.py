@@ -23,7 +23,8 @@ prompt, response or completion, and            one answer and its number        
 An answer is a text or a list of messages, a prompt likewise. A list may repeat the prompt, and so may HH text; any
 other text is the answer as it stands. A prompt may be HH text too, with "\n\nAssistant:" at its end. `response_a` and `response_b` are other
 names of `response1` and `response2`, and so are `response_1` and `response_2`. A message is
-{role, content} or {from, value}.
+{role, content} or {from, value}; its content may be a list of texts, which are joined. Rows with images, videos or
+sounds are refused.
 
 Any row may also have `system` (a text, put before the prompt), `tools` (a list or its JSON), `subset`
 (a text); a pair also `margin` (0 or more), `tie` (true: probability 0.5), `probability` (that `chosen`,
@@ -53,6 +54,7 @@ from lora_rm.data.conversations import (
 from lora_rm.data.fields import (
     Fields,
     RowError,
+    check_no_media,
     check_number,
     listed,
     missing,
@@ -156,9 +158,8 @@ def parse_row(values: Mapping[str, Any], source: str) -> Preference:
     Raises:
         RowError: If the row fits no format or breaks a rule; the message begins with `source`.
     """
-    row = {name: value for name, value in values.items() if value is not None}
     try:
-        return _parse(row, source)
+        return _parse(_known(values), source)
     except RowError as error:
         raise RowError(error.reason, f"{source}: {error}") from None
 
@@ -172,7 +173,7 @@ def parse_conversations(values: Mapping[str, Any]) -> tuple[tuple[Messages, ...]
     Raises:
         RowError: If the row is none of these or breaks a rule.
     """
-    row = {name: value for name, value in values.items() if value is not None}
+    row = _known(values)
     if len(row.keys() & {"messages", "response", "responses"}) != 1:
         message = f"exactly one of messages, response and responses is needed (found: {listed(row)})."
         raise RowError("unknown format", message)
@@ -184,6 +185,12 @@ def parse_conversations(values: Mapping[str, Any]) -> tuple[tuple[Messages, ...]
         answers = [read_answer(item, f"responses[{n}]") for n, item in enumerate(read_list(row, "responses"))]
     prompt = with_system(read_prompt(row, "prompt"), row)
     return tuple(prompt + answer for answer in answers), read_tools(row)
+
+
+def _known(values: Mapping[str, Any]) -> Fields:
+    """The columns that hold something, all of it text."""
+    check_no_media(values)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _parse(row: Fields, source: str) -> Preference:
