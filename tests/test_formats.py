@@ -84,8 +84,33 @@ def test_explicit_prompt_of_messages(tmp_path):
             {"role": "tool", "content": ""},
             assistant("4"),
         ),
-        (assistant("5"),),
+        ({**assistant("5"), "thinking": "hm"},),
     )
+
+
+def test_what_templates_read_of_a_message_is_kept_and_arguments_are_objects():
+    def call(arguments):
+        return {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+    result = {"role": "tool", "content": "4", "name": "add", "tool_call_id": "1"}
+    prompt = [user("q"), {"role": "assistant", "tool_calls": [call('{"a": 2}'), call("")]}, result]
+    chosen = {**assistant("4"), "reasoning_content": "2 + 2", "refusal": "no"}
+    preference = parse_row({"prompt": prompt, "chosen": [chosen], "rejected": "5"}, "here")
+    assert preference.prompt[1]["tool_calls"] == [call({"a": 2}), call({})]
+    assert preference.prompt[2] == result
+    assert preference.answers[0] == ({**assistant("4"), "reasoning_content": "2 + 2"},)
+
+
+def test_sharegpt_calls_are_tool_calls():
+    calls = '[{"name": "now", "arguments": "{}"}, {"name": "add", "arguments": {"a": 1}}]'
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": calls}]
+    row = {"conversations": [*turns, {"from": "observation", "value": "4"}], "chosen": "a", "rejected": "b"}
+    message = parse_row(row, "here").prompt[1]
+    assert message["content"] == ""
+    assert [c["function"] for c in message["tool_calls"]] == [
+        {"name": "now", "arguments": {}},
+        {"name": "add", "arguments": {"a": 1}},
+    ]
 
 
 def test_two_whole_conversations(tmp_path):
@@ -658,6 +683,24 @@ BAD_ROWS = [
         "an answer starts with the role 'user'",
     ),
     ("wrong roles", PAIR | {"prompt": "\n\nHuman: a\n\nAssistant: b"}, "'prompt' ends with a message from"),
+    (
+        "broken JSON",
+        PAIR
+        | {"chosen": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "'chosen[0].tool_calls[0].function.arguments' is no JSON",
+    ),
+    (
+        "broken JSON",
+        PAIR | {"chosen": [{"from": "function_call", "value": "add(1)"}]},
+        "'chosen[0].value' is no JSON",
+    ),
+    (
+        "missing field",
+        PAIR | {"chosen": [{"from": "function_call", "value": "{}"}]},
+        "'chosen[0].value.name' is",
+    ),
+    ("wrong type", PAIR | {"chosen": [{**assistant("a"), "name": 7}]}, "'chosen[0].name' is 7"),
+    ("own template settings", PAIR | {"chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' sets"),
     ("not text", PAIR | {"images": ["a.png"]}, "field 'images' is no text"),
     ("not text", PAIR | {"video": "a.mp4"}, "field 'video' is no text"),
     ("not text", PAIR | {"prompt": [{**user("q"), "images": ["a.png"]}]}, "'prompt[0].images' is no text"),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lora_rm.data.fields import (
     Fields,
@@ -12,8 +12,10 @@ from lora_rm.data.fields import (
     check_text,
     empty,
     missing,
+    parse_json,
     read_content,
     read_optional_text,
+    read_tool_calls,
     require,
     shown,
     wrong_type,
@@ -30,6 +32,9 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
+KEPT = ("tool_call_id", "name", "reasoning_content", "thinking")
+"""Keys of a message, all texts, that chat templates read beside role, content and tool calls."""
+
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -167,7 +172,7 @@ def read_messages(value: Any, field: str, text_role: str, *, may_be_empty: bool 
 
 
 def _message(value: Any, field: str, may_be_empty: bool) -> Message:
-    """Reads {role, content} or ShareGPT's {from, value}; keeps tool calls and drops other keys."""
+    """Reads {role, content} or ShareGPT's {from, value}; keeps tool calls and `KEPT`, drops other keys."""
     if not isinstance(value, dict):
         raise wrong_type(field, value, "a message with 'role' and 'content'")
     is_sharegpt = "from" in value and "role" not in value
@@ -179,19 +184,38 @@ def _message(value: Any, field: str, may_be_empty: bool) -> Message:
     if not isinstance(role, str):
         raise wrong_type(f"{field}.{role_key}", role, "a text")
     if role not in roles:
-        message = f"field '{field}.{role_key}' is {shown(role)}. Allowed: {', '.join(roles)}; rename it."
-        raise RowError("wrong roles", message)
+        words = f"field '{field}.{role_key}' is {shown(role)}. Allowed: {', '.join(roles)}; rename it."
+        raise RowError("wrong roles", words)
     check_no_media(value, field)
-    if tool_calls:
-        checked_calls = check_objects(tool_calls, f"{field}.tool_calls")
-        text = read_content("" if content is None else content, f"{field}.{content_key}", may_be_empty=True)
-        return {"role": roles[role], "content": text, "tool_calls": checked_calls}
+    if role == "function_call":
+        content, tool_calls = "", _sharegpt_calls(content, f"{field}.{content_key}")
+    if content is None and tool_calls:
+        content = ""
     if content is None:
         raise missing(f"{field}.{content_key}", value)
     # A tool that prints nothing is no mistake.
-    may_be_empty = may_be_empty or roles[role] == "tool"
+    may_be_empty = may_be_empty or bool(tool_calls) or roles[role] == "tool"
     text = read_content(content, f"{field}.{content_key}", may_be_empty=may_be_empty)
-    return {"role": roles[role], "content": text}
+    message: dict[str, Any] = {"role": roles[role], "content": text}
+    if tool_calls:
+        message["tool_calls"] = read_tool_calls(tool_calls, f"{field}.tool_calls")
+    for key in KEPT:
+        if value.get(key) is not None:
+            message[key] = check_text(value[key], f"{field}.{key}", may_be_empty=True)
+    return cast(Message, message)
+
+
+def _sharegpt_calls(value: Any, field: str) -> list[dict[str, Any]]:
+    """The tool calls of a `function_call` turn, which is JSON: {name, arguments}, or a list of them."""
+    found = parse_json(check_text(value, field), field, "{name, arguments} or a list of them, as JSON")
+    calls = check_objects([found] if isinstance(found, dict) else found, field)
+    for call in calls:
+        if not isinstance(call.get("name"), str):
+            raise missing(f"{field}.name", call)
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
 
 
 def is_hh(text: str) -> bool:

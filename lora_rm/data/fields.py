@@ -138,17 +138,36 @@ def check_objects(value: Any, field: str) -> list[dict[str, Any]]:
     return list(value)
 
 
+def read_tool_calls(value: Any, field: str) -> list[dict[str, Any]]:
+    """Returns the tool calls of a message, their arguments as objects: OpenAI's API gives them as JSON text."""
+    return [_read_call(call, f"{field}[{index}]") for index, call in enumerate(check_objects(value, field))]
+
+
+def _read_call(call: dict[str, Any], field: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _read_call(call["function"], f"{field}.function")}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    arguments = parse_json(call["arguments"] or "{}", f"{field}.arguments", "an object, or its JSON")
+    return call | {"arguments": check_objects([arguments], f"{field}.arguments")[0]}
+
+
+def parse_json(text: str, field: str, allowed: str) -> Any:
+    """Returns what a JSON text says; `allowed` puts in words what the field may hold."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"field '{field}' is no JSON ({error}). Allowed: {allowed}."
+        raise RowError("broken JSON", message) from error
+
+
 def read_tools(row: Fields) -> tuple[dict[str, Any], ...]:
     """Returns the tool definitions of a row, given as a list or as its JSON."""
     if "tools" not in row:
         return ()
     value = row["tools"]
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else ()
-        except (ValueError, RecursionError) as error:
-            message = f"field 'tools' is no JSON ({error}). Allowed: a list of tool definitions, or its JSON."
-            raise RowError("broken JSON", message) from error
+        value = parse_json(value, "tools", "a list of tool definitions, or its JSON") if value.strip() else ()
     return tuple(check_objects(value, "tools"))
 
 

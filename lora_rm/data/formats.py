@@ -23,7 +23,8 @@ prompt, response or completion, and            one answer and its number        
 An answer is a text or a list of messages, a prompt likewise. A list may repeat the prompt, and so may HH text; any
 other text is the answer as it stands. A prompt may be HH text too, with "\n\nAssistant:" at its end. `response_a` and `response_b` are other
 names of `response1` and `response2`, and so are `response_1` and `response_2`. A message is
-{role, content} or {from, value}; its content may be a list of texts, which are joined. Rows with images, videos or
+{role, content} or {from, value}; its content may be a list of texts, which are joined. `tool_calls`,
+`tool_call_id`, `name`, `reasoning_content` and `thinking` reach the chat template, other keys do not. Rows with images, videos or
 sounds are refused.
 
 Any row may also have `system` (a text, put before the prompt), `tools` (a list or its JSON), `subset`
@@ -190,6 +191,12 @@ def parse_conversations(values: Mapping[str, Any]) -> tuple[tuple[Messages, ...]
 def _known(values: Mapping[str, Any]) -> Fields:
     """The columns that hold something, all of it text."""
     check_no_media(values)
+    if values.get("chat_template_kwargs"):
+        message = (
+            "field 'chat_template_kwargs' sets the chat template for one row. Every row is rendered alike: empty the "
+            "field, and put what it asks for in the .jinja file of data.chat_template."
+        )
+        raise RowError("own template settings", message)
     return {name: value for name, value in values.items() if value is not None}
 
 

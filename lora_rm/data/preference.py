@@ -12,6 +12,10 @@ class Message(TypedDict):
     role: str
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    thinking: NotRequired[str]
 
 
 Messages: TypeAlias = tuple[Message, ...]
