@@ -151,6 +151,31 @@ def test_a_template_takes_the_same_day_for_today_every_day(call, day, tmp_path):
     assert ChatTokenizer.load(tmp_path).template_hash == chat.template_hash
 
 
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
+CALLS = CHAT.replace("{{ eos_token }}", "{{ (m.tool_calls or []) | tojson }}{{ eos_token }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [(CHAT, "tools"), (TOOLS + CHAT, "tool calls"), (CALLS, "tools"), (TOOLS + CALLS, "")],
+)
+def test_tools_and_calls_that_the_template_leaves_out_are_refused(template, left_out):
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "add", "arguments": {}}}],
+    }
+    conversation = ((user("q"), call, {"role": "tool", "content": "4"}, assistant("4")), [{"name": "add"}])
+    chat = make_chat(template)
+    assert chat.ids([(conversation[0][:1], ())])
+    if left_out:
+        with pytest.raises(DataError, match=f"the chat template prints no {left_out}, and"):
+            chat.ids([conversation])
+    else:
+        (row,) = chat.ids([conversation])
+        assert chat.tokenizer.decode(row).count("add") == 2
+
+
 # Padding.
 
 

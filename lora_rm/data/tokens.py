@@ -181,8 +181,10 @@ class ChatTokenizer:
         """Token ids of whole conversations, each with its tools; exactly one BOS where there is one.
 
         Raises:
-            DataError: If the template refuses a conversation.
+            DataError: If the template refuses a conversation, or leaves out its tools or tool calls.
         """
+        for messages, tools in conversations:
+            self._check_tools(messages, tools)
         rendered = [self._render_as_text(messages, tools) for messages, tools in conversations]
         rows = self.text_ids([text for text, _ in rendered])
         if not all(rows):
@@ -194,6 +196,25 @@ class ChatTokenizer:
             self._ids_as_text(text, spans) if spans else row
             for (text, spans), row in zip(rendered, rows, strict=True)
         ]
+
+    def _check_tools(self, messages: Messages, tools: Sequence[dict[str, Any]]) -> None:
+        """Raises if the text is the same without the tools, or without the tool calls: answers would look alike."""
+        others: list[tuple[str, Conversation]] = [("tools", (messages, ()))] if tools else []
+        if any("tool_calls" in message for message in messages):
+            bare: list[Any] = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
+            others.append(("tool calls", (tuple(bare), tools)))
+        for name, other in others:
+            try:
+                is_left_out = self.render(*other) == self.render(messages, tools)
+            except (
+                DataError
+            ):  # what cannot do without them reads them; if it refuses both, that is said later
+                continue
+            if is_left_out:
+                raise DataError(
+                    f"the chat template prints no {name}, and a conversation has some. Choose another "
+                    "data.chat_template, which prints them, or leave such rows out."
+                )
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that are rendered already; their special tokens count, whoever wrote them."""
