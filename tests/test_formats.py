@@ -173,6 +173,36 @@ def test_ultrafeedback(tmp_path, scores, probability, margin):
     assert (preference.probability, preference.margin) == (probability, margin)
 
 
+@pytest.mark.parametrize(
+    "names", ["chosen_score rejected_score", "chosen_rating rejected_rating", "chosen-rating rejected-rating"]
+)
+def test_other_names_of_the_two_scores(tmp_path, names):
+    chosen, rejected = names.split()
+    assert parse_row(UF | {chosen: 5, rejected: 3.5}, "here").margin == 1.5
+    assert parse_row(UF | {chosen: 5, rejected: 5}, "here").is_tie
+    with pytest.raises(RowError, match=f"{chosen} is below {rejected}"):
+        parse_row(UF | {chosen: 1, rejected: 2}, "here")
+    csv_bytes(
+        ["prompt", "chosen", "rejected", chosen, rejected], [["q", "a", "b", "5", "3"]], tmp_path / "a.csv"
+    )
+    assert read_preferences(str(tmp_path / "a.csv"))[0][0].margin == 2.0
+
+
+def test_history_stands_before_the_prompt(tmp_path):
+    history = [["a", "b"], ["c", "d"]]
+    turns = (user("a"), assistant("b"), user("c"), assistant("d"))
+    question = user(PAIR["prompt"])
+    preference = parse_row(PAIR | {"history": history, "system": "s"}, "here")
+    assert preference.prompt == (system("s"), *turns, question)
+    in_prompt = parse_row(PAIR | {"history": history, "prompt": [system("s"), question]}, "here")
+    assert in_prompt.prompt == preference.prompt
+    for nothing in ([], None, ""):
+        assert parse_row(PAIR | {"history": nothing}, "here").prompt == (question,)
+    row = ["q", "a", "b", json.dumps(history)]
+    csv_bytes(["prompt", "chosen", "rejected", "history"], [row], tmp_path / "a.csv")
+    assert read_preferences(str(tmp_path / "a.csv"))[0][0].prompt == (*turns, user("q"))
+
+
 def test_hh_text(tmp_path):
     start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHere to help.\n\nHuman: Bye\n\nAssistant:"
     row = {"chosen": start + " Goodbye!", "rejected": start + " Human: what?\n"}
@@ -701,6 +731,9 @@ BAD_ROWS = [
     ),
     ("wrong type", PAIR | {"chosen": [{**assistant("a"), "name": 7}]}, "'chosen[0].name' is 7"),
     ("own template settings", PAIR | {"chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' sets"),
+    ("wrong type", PAIR | {"history": "so far"}, "'history' is 'so far'"),
+    ("wrong type", PAIR | {"history": [["a"]]}, "'history[0]' is a list"),
+    ("empty field", PAIR | {"history": [["a", ""]]}, "'history[0]' is empty"),
     ("not text", PAIR | {"images": ["a.png"]}, "field 'images' is no text"),
     ("not text", PAIR | {"video": "a.mp4"}, "field 'video' is no text"),
     ("not text", PAIR | {"prompt": [{**user("q"), "images": ["a.png"]}]}, "'prompt[0].images' is no text"),

@@ -14,6 +14,7 @@ from lora_rm.data.fields import (
     missing,
     parse_json,
     read_content,
+    read_list,
     read_optional_text,
     read_tool_calls,
     require,
@@ -51,7 +52,20 @@ def read_prompt(row: Fields, *names: str) -> Messages:
     if prompt[-1]["role"] == "assistant":
         message = f"field '{name}' ends with a message from the assistant. It ends before the answer; cut it."
         raise RowError("wrong roles", message)
-    return prompt
+    start = 1 if prompt[0]["role"] == "system" else 0
+    return prompt[:start] + _read_history(row) + prompt[start:]
+
+
+def _read_history(row: Fields) -> Messages:
+    """The turns before the prompt: LLaMA-Factory's and ms-swift's column of [user, assistant] pairs."""
+    turns: list[Message] = []
+    for index, pair in enumerate(read_list(row, "history") if row.get("history") else ()):
+        field = f"history[{index}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise wrong_type(field, pair, "a pair [user, assistant] of texts")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": check_text(text, field)})
+    return tuple(turns)
 
 
 def read_answer(value: Any, field: str) -> Messages:

@@ -50,13 +50,19 @@ NUMBER_COLUMNS = {
     "probability",
     "score_chosen",
     "score_rejected",
+    "chosen_score",
+    "rejected_score",
+    "chosen_rating",
+    "rejected_rating",
+    "chosen-rating",
+    "rejected-rating",
     "overall_preference",
     "preference_strength",
     "rating",
     "score",
     "label",
 }
-LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "tools"}
+LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "tools", "history"}
 MESSAGE_COLUMNS = {
     "prompt",
     "context",

@@ -30,7 +30,8 @@ sounds are refused.
 Any row may also have `system` (a text, put before the prompt), `tools` (a list or its JSON), `subset`
 (a text); a pair also `margin` (0 or more), `tie` (true: probability 0.5), `probability` (that `chosen`,
 or the first response, is better) and, beside `chosen`, `score_chosen` and `score_rejected` (their
-difference is the margin, none is a tie). Other columns and nulls are ignored.
+difference is the margin, none is a tie; `chosen_score`, `chosen_rating` and `chosen-rating` are other names, and so
+for `rejected`). `history` is a list of [user, assistant] texts before the prompt. Other columns and nulls are ignored.
 """
 
 import math
@@ -74,6 +75,12 @@ from lora_rm.errors import DataError
 __all__ = ["BadRow", "Row", "RowError", "parse_conversations", "parse_row", "read_preferences", "read_rows"]
 
 TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
 MAX_BAD_START = 10_000
 """A source is given up after so many bad rows, if fewer than one in `MIN_GOOD` was good: it is another kind of file."""
 
@@ -236,12 +243,11 @@ def _parse_chosen_rejected(row: Fields) -> dict[str, Any]:
     require(row, "rejected")
     prompt, answers = _chosen_rejected_messages(row)
     advantage, probability = 0.0, 1.0
-    if "score_chosen" in row and "score_rejected" in row:
-        advantage = read_number(row, "score_chosen") - read_number(row, "score_rejected")
+    scores = next((names for names in SCORES if row.keys() >= set(names)), None)
+    if scores:
+        advantage = read_number(row, scores[0]) - read_number(row, scores[1])
         if advantage < 0:
-            message = (
-                "score_chosen is below score_rejected. It is above, or equal for a tie; swap the answers."
-            )
+            message = f"{scores[0]} is below {scores[1]}. It is above, or equal for a tie; swap the answers."
             raise RowError("chosen scored below rejected", message)
         probability = 1.0 if advantage > 0 else 0.5
     return _pair(row, prompt, answers, probability, _margin(row, default=advantage))
