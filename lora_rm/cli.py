@@ -182,6 +182,7 @@ def evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     options, flags = _parse(parser, words, only=("data",))
     settings = _settings_of(options.model, flags)
+    _refuse_other_model(settings, _settings_of(options.model, []), options.model)
     from lora_rm.workflow import evaluate_model
 
     evaluate_model(Path(options.model), settings, Path(options.json) if options.json else None)
@@ -354,6 +355,24 @@ def _settings_of(model: str, flags: Sequence[str]) -> Settings:
     """The settings of a run with flags over them, or the defaults with flags for another folder."""
     config_file = Path(model) / "config.yaml"
     return load_settings(config_file if config_file.is_file() else None, flags)
+
+
+FIXED = {
+    "model": ("base", "revision", "quantization", "double_quantization", "load_dtype", "head_init"),
+    "data": ("chat_template", "allow_special_tokens"),
+}
+"""Settings that a trained model was made with and keeps; all of `adapter` too."""
+
+
+def _refuse_other_model(settings: Settings, own: Settings, model: str) -> None:
+    """Raises if flags ask for another model than the one that is there."""
+    for section, names in {**FIXED, "adapter": tuple(vars(own.adapter))}.items():
+        for name in names:
+            value, known = (getattr(getattr(s, section), name) for s in (settings, own))
+            if value != known:
+                raise ConfigError(
+                    f"{section}.{name} is {value!r}, but {model} is trained already and keeps its own. Leave the flag out."
+                )
 
 
 def _refuse(flags: Sequence[str]) -> None:

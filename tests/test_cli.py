@@ -187,6 +187,21 @@ def test_a_command_reads_the_settings_of_its_run(run, tmp_path):
         assert "verify.max_change is -3" in errors
 
 
+def test_an_evaluation_changes_nothing_of_the_model(run, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {chat_template: plain}\nadapter: {rank: 8}\n")
+    for flags in (["--data.chat-template", "tokenizer"], ["--adapter.rank", "4"], ["--model.base", "a/b"]):
+        status, _, errors = run("eval", str(tmp_path), *flags)
+        assert status == 1
+        assert f"ConfigError: {flags[0][2:].replace('-', '_')} is " in errors
+        assert "keeps its own. Leave the flag out." in errors
+    same = run("eval", str(tmp_path), "--data.chat-template", "plain", "--data.eval", "x.jsonl")[2]
+    assert "keeps its own" not in same
+    assert (
+        "keeps its own"
+        in run("eval", "my-model", "--data.eval", "x.jsonl", "--data.chat-template", "plain")[2]
+    )
+
+
 def test_resume_goes_on_with_a_run_and_starts_none(run, tmp_path):
     status, _, errors = run("train", "--output-dir", str(tmp_path / "run"), "--resume")
     assert status == 1
