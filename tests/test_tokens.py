@@ -1,5 +1,7 @@
 """Text to token ids: BOS, padding, lengths, the common prompt, cache and workers."""
 
+import json
+
 import pytest
 from conftest import CHAT, make_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -76,6 +78,25 @@ def test_a_tokenizer_without_template_is_refused_with_the_choices():
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match=r"no chat template.*plain.*\.jinja"):
         ChatTokenizer(tokenizer)
+
+
+def test_of_several_templates_the_default_one_is_taken(tmp_path):
+    named = {"default": CHAT, "tool_use": "{{ tools }}" + CHAT}
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(tmp_path / "files")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "list")
+    config = json.loads((tmp_path / "list" / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+    (tmp_path / "list" / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = make_chat()
+    for chat in (make_chat(named), *(ChatTokenizer.load(tmp_path / name) for name in ("files", "list"))):
+        assert (chat.template_hash, chat.identity()) == (expected.template_hash, expected.identity())
+        chat.save(tmp_path / "saved")
+        assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == CHAT
+    with pytest.raises(ModelError, match="no chat template"):
+        make_chat({"tool_use": CHAT})
 
 
 def test_the_plain_template_writes_lines_and_an_eos_after_every_answer():

@@ -92,6 +92,8 @@ class ChatTokenizer:
             tokenizer.chat_template = PLAIN_TEMPLATE
         elif template != "tokenizer":
             tokenizer.chat_template = _read_template(template)
+        if isinstance(tokenizer.chat_template, dict):  # several, by name: one decides all rewards
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
             raise ModelError(
                 "The tokenizer has no chat template, and how a conversation is written decides the rewards. "
