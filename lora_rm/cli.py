@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{name!r} is no command. Commands: {', '.join(COMMANDS)}. `lora-rm --help` explains them."
             )
-        COMMANDS[name](rest)
+        try:
+            COMMANDS[name](rest)
+        except BrokenPipeError:
+            # who read the output, like `head`, has enough; the interpreter would complain of what is left in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
     return 0
 
 

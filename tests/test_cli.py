@@ -91,6 +91,16 @@ def test_a_page_can_be_read_in_any_encoding(encoding):
     assert done.stdout.count("usage:") == 1
 
 
+@pytest.mark.parametrize("words", [["config"], ["train", "--help"]])
+def test_a_reader_that_leaves_early_is_no_mistake(words):
+    command = [sys.executable, "-m", "lora_rm.cli", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 MISTAKES = [
     (["trian"], "ConfigError: 'trian' is no command. Commands: train, merge"),
     (["train", "--train.lerning-rate", "1"], "train.lerning_rate is not a setting. Did you mean train.learning_rate?"),
