@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from lora_rm.config import LossSettings
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import TokenTree
-from lora_rm.errors import DataError
+from lora_rm.errors import DataError, ModelError
 from lora_rm.losses import preference_losses
 from lora_rm.model.reward_model import RewardModel
 
@@ -90,11 +90,26 @@ def evaluate(
 
     Raises:
         DataError: If there is nothing to evaluate.
+        ModelError: If a reward is not finite.
     """
     if not trees:
         raise DataError("There are no preferences to evaluate on. Give data.eval, or raise data.eval_share.")
     rewards = model.score(list(trees), tokens_per_microbatch, together=True)
+    check_finite(reward for own in rewards for reward in own)
     return summarize(trees, rewards, loss or LossSettings())
+
+
+def check_finite(rewards: Iterable[float]) -> None:
+    """Raises if a reward is not finite.
+
+    Raises:
+        ModelError: If so.
+    """
+    if not all(map(math.isfinite, rewards)):
+        raise ModelError(
+            "A reward is not finite. If its products are in float16, they overflowed: open the model with compute_dtype "
+            "float32 or bfloat16. If not, look at it with `lora-rm doctor`."
+        )
 
 
 def summarize(

@@ -1,6 +1,5 @@
 """Rewards for users: open any run, adapter or export in one call; score, rank, pick the best of n."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from lora_rm.data.fields import check_objects, wrong_type
 from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
+from lora_rm.evaluate import check_finite
 from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
 
@@ -156,11 +156,7 @@ class Scorer:
         """
         trees = [TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,)) for row in rows]
         rewards = [rewards[0] for rewards in self.model.score(trees)]
-        if not all(map(math.isfinite, rewards)):
-            raise ModelError(
-                "A reward is not finite. If its products are in float16, they overflowed: open the model with compute_dtype "
-                "float32 or bfloat16. If not, look at it with `lora-rm doctor`."
-            )
+        check_finite(rewards)
         return rewards
 
     def rank(

@@ -12,7 +12,7 @@ from conftest import make_model
 from lora_rm.config import LossSettings
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import TokenTree
-from lora_rm.errors import DataError
+from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import (
     PairCount,
     bag_of_words_baseline,
@@ -98,6 +98,13 @@ def test_an_evaluation_keeps_to_the_tokens_of_a_microbatch(model, held_out):
         evaluate(model, held_out[:5], tokens_per_microbatch=budget)
     handle.remove()
     assert len(rows) == 5 + 1
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_a_fault_of_the_model(model, held_out, monkeypatch, number):
+    monkeypatch.setattr(model, "score", lambda *_, **__: [[0.0, number]])
+    with pytest.raises(ModelError, match="A reward is not finite"):
+        evaluate(model, held_out[:1])
 
 
 def test_a_preference_may_stand_in_the_list_twice(model, held_out):
