@@ -168,7 +168,7 @@ class DataSettings(_Section):
     """What to do with a longer one: drop the preference, or cut the start of its prompt."""
 
     on_bad_row: Literal["raise", "skip"] = "raise"
-    """A row that cannot be read stops the run, or is counted and left out."""
+    """A row that cannot be read, or that the chat template refuses, stops the run, or is counted and left out."""
 
     max_dropped_share: Share = 0.1
     """More than this share of rows dropped, for whatever reason, is an error."""

@@ -1,5 +1,6 @@
 """Text to token ids: BOS, padding, lengths, the common prompt, cache and workers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -170,6 +171,27 @@ def test_a_template_takes_the_same_day_for_today_every_day(call, day, tmp_path):
         text = getattr(again, "tokenizer", again).apply_chat_template(messages, tokenize=False)
         assert text == chat.render(messages)
     assert ChatTokenizer.load(tmp_path).template_hash == chat.template_hash
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_row_that_the_template_refuses_is_named_or_dropped(tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(tokens, "PARALLEL_FROM", 3)
+    chat, good = make_chat(NO_SYSTEM), make_preference("a", "b", "c", source="pairs.jsonl line 1")
+    with_system = ({"role": "system", "content": "s"}, *good.prompt)
+    refused = dataclasses.replace(good, prompt=with_system, source="pairs.jsonl line 2")
+    for _ in range(2):  # the second time out of the cache
+        options = {"max_length": 512, "num_workers": num_workers, "cache": tmp_path}
+        with pytest.raises(
+            DataError, match=r"pairs.jsonl line 2: the chat template refuses .*no system turn"
+        ):
+            tokenize([good, refused], chat, **options)
+        (first, second), counts = tokenize([good, refused], chat, on_bad_row="skip", **options)
+        assert first.conversations() == one(chat, good)[0].conversations()
+        assert second is None
+        assert counts == {"dropped: refused by the chat template": 1}
 
 
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"

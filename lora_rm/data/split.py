@@ -159,6 +159,7 @@ def _side(
         chat,
         max_length=settings.max_length,
         length_policy=settings.length_policy,
+        on_bad_row=settings.on_bad_row,
         num_workers=settings.num_workers,
         cache=cache,
     )

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -343,6 +344,7 @@ def tokenize(
     *,
     max_length: int,
     length_policy: Literal["drop", "truncate_prompt"] = "drop",
+    on_bad_row: Literal["raise", "skip"] = "raise",
     num_workers: int = 1,
     cache: Path | None = None,
 ) -> tuple[list[TokenTree | None], Counter[str]]:
@@ -353,6 +355,7 @@ def tokenize(
         chat: Tokenizer and template.
         max_length: Longest conversation, in tokens.
         length_policy: `drop`, or `truncate_prompt`, which keeps the BOS, the end of the prompt and whole answers.
+        on_bad_row: Whether a conversation that the template refuses is an error, or dropped.
         num_workers: Processes; 0: as many as cores. Short lists are done in this process.
         cache: Folder in which token ids are kept under a hash of texts, tokenizer and template.
 
@@ -360,19 +363,28 @@ def tokenize(
         One tree a preference, None where it was dropped, and how many were dropped or truncated, by reason.
 
     Raises:
-        DataError: If a conversation ends with the padding id, or the template refuses one.
+        DataError: If a conversation ends with the padding id, or the template refuses one (with `on_bad_row` raise).
     """
     ids = _all_ids(preferences, chat, num_workers, cache)
     counts: Counter[str] = Counter()
     trees: list[TokenTree | None] = []
     for preference, rows in zip(preferences, ids, strict=True):
-        if any(row[-1] == chat.pad_id for row in rows):
+        if any(row[-1:] == [chat.pad_id] for row in rows):
             raise DataError(
                 f"{preference.source}: its conversation ends with the padding token "
                 f"{chat.tokenizer.pad_token!r}, so other programs would read the reward at another token. "
                 "End the chat template with the EOS token."
             )
-        tree, reason = _tree(preference, rows, chat, max_length, length_policy)
+        try:
+            if not all(rows):
+                rows = chat.ids(
+                    [(preference.prompt + answer, preference.tools) for answer in preference.answers]
+                )
+            tree, reason = _tree(preference, rows, chat, max_length, length_policy)
+        except DataError as error:
+            if on_bad_row == "raise":
+                raise DataError(f"{preference.source}: {error}") from None
+            tree, reason = None, "dropped: refused by the chat template"
         trees.append(tree)
         if reason:
             counts[reason] += 1
@@ -437,7 +449,7 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
 def _all_ids(
     preferences: Sequence[Preference], chat: ChatTokenizer, num_workers: int, cache: Path | None
 ) -> list[list[list[int]]]:
-    """The ids of every conversation of every preference, out of the cache if they are there."""
+    """The ids of every conversation of every preference, out of the cache if they are there; [] where refused."""
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
@@ -483,14 +495,14 @@ def _tokenize_all(
     with progress("tokenising", len(conversations)) as advance:
         if workers == 1 or len(conversations) < PARALLEL_FROM:
             for chunk in chunks:
-                flat += chat.ids(chunk)
+                flat += _ids_if_rendered(chat, chunk)
                 advance(len(chunk))
             return flat
         # spawn, not fork: a forked child would inherit torch's and the tokenizer's threads in unknown states
         context = multiprocessing.get_context("spawn")
         try:
             with ProcessPoolExecutor(workers, mp_context=context) as pool:
-                for rows in pool.map(chat.ids, chunks):
+                for rows in pool.map(partial(_ids_if_rendered, chat), chunks):
                     flat += rows
                     advance(len(rows))
         except BrokenProcessPool:
@@ -500,6 +512,16 @@ def _tokenize_all(
                 "imported: put it under `if __name__ == '__main__':`. Nothing was written."
             ) from None
     return flat
+
+
+def _ids_if_rendered(chat: ChatTokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Token ids of conversations; none of one that the template refuses, for which the caller asks alone."""
+    try:
+        return chat.ids(conversations)
+    except DataError:
+        if len(conversations) == 1:
+            return [[]]
+    return [row for one in conversations for row in _ids_if_rendered(chat, [one])]
 
 
 def _holds(pattern: re.Pattern[str], value: Any) -> bool:
