@@ -338,6 +338,43 @@ def test_parts_of_text_are_joined():
     assert preference.answers[0] == (assistant("42"),)
 
 
+@pytest.mark.parametrize(
+    ("more", "first", "probability"),
+    [
+        ({"response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}, "a", 1.0),
+        ({"response_0": "a", "response_1": "b", "better_response_id": 1}, "b", 1.0),
+        ({"response_a": "a", "response_b": "b", "winner": "model_b"}, "b", 1.0),
+        ({"response_a": "a", "response_b": "b", "winner": "tie"}, "a", 0.5),
+        ({"conversation_a": [user("q"), assistant("a")], "conversation_b": [user("q"), assistant("b")], "winner": "model_b"}, "b", 1.0),
+        ({"query": "q", "prompt": None, "response": "a", "rejected_response": "b"}, "a", 1.0),
+        ({"messages": [user("q"), assistant("a")], "rejected_response": "b"}, "a", 1.0),
+        ({"question": "q", "prompt": None, "chosen": "a", "rejected": "b"}, "a", 1.0),
+        ({"instruction": "q", "input": "", "prompt": None, "chosen": "a", "rejected": "b"}, "a", 1.0),
+    ],
+)  # fmt: skip
+def test_pairs_of_other_tools_and_data_sets(more, first, probability):
+    preference = parse_row({"prompt": "q"} | more, "here")
+    assert preference.prompt == (user("q"),)
+    assert preference.answers[0] == (assistant(first),)
+    assert (preference.kind, preference.probability, preference.margin) == ("pair", probability, 0.0)
+
+
+def test_an_instruction_goes_on_with_its_input():
+    row = {"instruction": "Add.", "input": "2, 2", "response": "4", "rating": 1}
+    assert parse_row(row, "here").prompt == (user("Add.\n2, 2"),)
+
+
+def test_a_question_beside_whole_conversations_is_ignored():
+    assert parse_row(UF | {"prompt": None, "question": 7}, "here").prompt == (user("q"),)
+
+
+def test_lists_of_chosen_and_rejected_texts_are_a_ranking():
+    row = {"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "subset": "Focus"}
+    preference = parse_row(row, "here")
+    assert (preference.kind, preference.scores) == ("ranking", (1.0, 0.0, 0.0))
+    assert preference.answers == ((assistant("a"),), (assistant("b"),), (assistant("c"),))
+
+
 # Every type of source.
 
 MIXED = [
@@ -734,6 +771,23 @@ BAD_ROWS = [
     ("wrong type", PAIR | {"history": "so far"}, "'history' is 'so far'"),
     ("wrong type", PAIR | {"history": [["a"]]}, "'history[0]' is a list"),
     ("empty field", PAIR | {"history": [["a", ""]]}, "'history[0]' is empty"),
+    (
+        "out of range",
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        "Allowed: 0, 1",
+    ),
+    (
+        "out of range",
+        {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"},
+        "Allowed: model_a, model_b",
+    ),
+    ("unknown format", {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": 1}, "LMSYS"),
+    (
+        "unknown format",
+        {"instruction": "q", "completions": [{"response": "a", "overall_score": 7}]},
+        "the original UltraFeedback",
+    ),
+    ("not a number", {"prompt": "q", "completion": "a", "label": True}, "as for KTO"),
     ("not text", PAIR | {"images": ["a.png"]}, "field 'images' is no text"),
     ("not text", PAIR | {"video": "a.mp4"}, "field 'video' is no text"),
     ("not text", PAIR | {"prompt": [{**user("q"), "images": ["a.png"]}]}, "'prompt[0].images' is no text"),

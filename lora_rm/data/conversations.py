@@ -33,6 +33,9 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
+QUESTIONS = ("question", "instruction", "query")
+"""Other names of the prompt, where the answers are texts; alpaca's `instruction` goes on with its `input`."""
+
 KEPT = ("tool_call_id", "name", "reasoning_content", "thinking")
 """Keys of a message, all texts, that chat templates read beside role, content and tool calls."""
 
@@ -41,10 +44,15 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_prompt(row: Fields, *names: str) -> Messages:
-    """Reads the prompt from the first column of `names` that is there; a text is one user message or a transcript."""
-    name = next((name for name in names if name in row), names[0])
+    """Reads the prompt from the first column of `names`, or of `QUESTIONS`, that is there.
+
+    A text is one user message, or a transcript.
+    """
+    name = next((name for name in (*names, *QUESTIONS) if name in row), names[0])
     require(row, name)
     value = row[name]
+    if name == "instruction" and read_optional_text(row, "input"):
+        value = f"{check_text(value, name)}\n{row['input']}"
     if isinstance(value, str) and is_hh(value):
         prompt = read_hh(value.rstrip().removesuffix("\n\nAssistant:"), name)
     else:

@@ -17,12 +17,20 @@ prompt or context, response1, response2, and   HelpSteer: -3..3, below 0 the    
   overall_preference or preference_strength    first is better; the margin
 prompt or context, response1, response2,       a soft label: how likely the     pair
   probability                                  first is better
+prompt or context, response1, response2, and   PKU-SafeRLHF (0, 1); arena's     pair
+  better_response_id or winner                 model_a, model_b or tie
+conversation_a, conversation_b, winner         two whole conversations of an    pair
+                                               arena
+prompt, chosen, rejected (lists of texts)      RewardBench 2: each chosen one   ranking
+                                               is better than each rejected
 prompt, response or completion, and            one answer and its number        rating
   rating, score or label
 
 An answer is a text or a list of messages, a prompt likewise. A list may repeat the prompt, and so may HH text; any
 other text is the answer as it stands. A prompt may be HH text too, with "\n\nAssistant:" at its end. `response_a` and `response_b` are other
-names of `response1` and `response2`, and so are `response_1` and `response_2`. A message is
+names of `response1` and `response2`, and so are `response_1` and `response_2`, `response_0` and `response_1`;
+`question`, `instruction` (with `input`) and `query` of a text `prompt`. `rejected_response` is ms-swift's name of
+`rejected`, beside `response` or `messages`. A message is
 {role, content} or {from, value}; its content may be a list of texts, which are joined. `tool_calls`,
 `tool_call_id`, `name`, `reasoning_content` and `thinking` reach the chat template, other keys do not. Rows with images, videos or
 sounds are refused.
@@ -41,6 +49,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from lora_rm.data.conversations import (
+    QUESTIONS,
     as_repeated,
     check_ends_with_assistant,
     is_hh,
@@ -66,6 +75,7 @@ from lora_rm.data.fields import (
     read_optional_text,
     read_tools,
     require,
+    shown,
     wrong_type,
 )
 from lora_rm.data.files import BadRow, Row, read_rows
@@ -74,7 +84,15 @@ from lora_rm.errors import DataError
 
 __all__ = ["BadRow", "Row", "RowError", "parse_conversations", "parse_row", "read_preferences", "read_rows"]
 
-TWO_RESPONSES = (("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
+TWO_RESPONSES = (
+    ("response1", "response2"),
+    ("response_1", "response_2"),
+    ("response_a", "response_b"),
+    ("response_0", "response_1"),
+)
+WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
+"""What an arena calls the outcome, and how likely the first answer is the better."""
+
 SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -91,7 +109,7 @@ MAX_ANSWERS = 1000
 
 ACCEPTED = (
     "prompt + chosen + rejected; chosen + rejected (whole conversations or HH text); "
-    "conversations + chosen + rejected; prompt + response1 + response2 + overall_preference or probability; "
+    "conversations + chosen + rejected; prompt + response1 + response2 + overall_preference, probability or winner; "
     "context + completions; prompt + responses + scores or ranks; prompt + response + rating"
 )
 
@@ -208,12 +226,16 @@ def _known(values: Mapping[str, Any]) -> Fields:
 
 
 def _parse(row: Fields, source: str) -> Preference:
+    if "rejected_response" in row:
+        row = _from_swift(row)
     if "chosen" in row or "rejected" in row:
         fields = _parse_chosen_rejected(row)
     elif "responses" in row:
         fields = _parse_responses(row)
     elif "completions" in row:
         fields = _parse_completions(row)
+    elif "conversation_a" in row or "conversation_b" in row:
+        fields = _parse_arena(row)
     elif any(name in row for names in TWO_RESPONSES for name in names):
         fields = _parse_two_responses(row)
     elif "response" in row or "completion" in row:
@@ -241,6 +263,8 @@ def _parse(row: Fields, source: str) -> Preference:
 def _parse_chosen_rejected(row: Fields) -> dict[str, Any]:
     require(row, "chosen")
     require(row, "rejected")
+    if _is_texts(row["chosen"]) and _is_texts(row["rejected"]):
+        return _two_lists(row)
     prompt, answers = _chosen_rejected_messages(row)
     advantage, probability = 0.0, 1.0
     scores = next((names for names in SCORES if row.keys() >= set(names)), None)
@@ -254,13 +278,14 @@ def _parse_chosen_rejected(row: Fields) -> dict[str, Any]:
 
 
 def _chosen_rejected_messages(row: Fields) -> tuple[Messages, tuple[Messages, ...]]:
-    if "prompt" in row or "conversations" in row:
+    is_texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
+    if row.keys() & ({"prompt", "conversations", *QUESTIONS} if is_texts else {"prompt", "conversations"}):
         prompt = read_prompt(row, "conversations", "prompt")
         chosen, rejected = (read_repeating(row[name], name) for name in ("chosen", "rejected"))
         is_repeated = any(answer[0]["role"] != "assistant" for answer in (chosen, rejected))
     else:
         prompt, is_repeated = (), True
-        if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+        if is_texts:
             if not (is_hh(row["chosen"]) and is_hh(row["rejected"])):
                 require(row, "prompt")
             chosen, rejected = (read_hh(row[name], name) for name in ("chosen", "rejected"))
@@ -276,6 +301,46 @@ def _chosen_rejected_messages(row: Fields) -> tuple[Messages, tuple[Messages, ..
         prompt = as_repeated(prompt, (chosen, rejected))
         chosen, rejected = repeat_prompt(prompt, chosen), repeat_prompt(prompt, rejected)
     return split_conversations(chosen, rejected)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _two_lists(row: Fields) -> dict[str, Any]:
+    """Every chosen text is better than every rejected one."""
+    answers: list[Messages] = []
+    scores: list[float] = []
+    for name, score in (("chosen", 1.0), ("rejected", 0.0)):
+        answers += [read_answer(text, f"{name}[{index}]") for index, text in enumerate(row[name])]
+        scores += [score] * len(row[name])
+    return _scored(row, read_prompt(row, "prompt"), tuple(answers), scores)
+
+
+def _from_swift(row: Fields) -> Fields:
+    """ms-swift's `response` or last message beside `rejected_response`, as chosen and rejected."""
+    if "messages" in row:
+        *prompt, chosen = read_list(row, "messages")
+        return {**row, "prompt": prompt, "chosen": [chosen], "rejected": row["rejected_response"]}
+    require(row, "response")
+    return {**row, "chosen": row["response"], "rejected": row["rejected_response"]}
+
+
+def _parse_arena(row: Fields) -> dict[str, Any]:
+    for name in ("conversation_a", "conversation_b", "winner"):
+        require(row, name)
+    both = [read_conversation(row[name], name) for name in ("conversation_a", "conversation_b")]
+    return _pair(row, *split_conversations(*both), _first_wins(row), 0.0)
+
+
+def _first_wins(row: Fields) -> float:
+    """The probability that the first answer is the better, by `winner` or `better_response_id`."""
+    name, known = ("winner", WINNERS) if "winner" in row else ("better_response_id", {"0": 1.0, "1": 0.0})
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int) or str(value) not in known:
+        message = f"field '{name}' is {shown(value)}. Allowed: {', '.join(known)}; correct it."
+        raise RowError("out of range", message)
+    return known[str(value)]
 
 
 def _parse_responses(row: Fields) -> dict[str, Any]:
@@ -304,6 +369,9 @@ def _parse_completions(row: Fields) -> dict[str, Any]:
         field = f"completions[{index}]"
         if not isinstance(item, dict):
             raise wrong_type(field, item, "an object with 'rank' and 'completion'")
+        if "response" in item and "overall_score" in item:
+            message = "the original UltraFeedback has several scores an answer. Write responses and scores, or take its binarized form."
+            raise RowError("unknown format", message)
         for name in ("rank", "completion"):
             if item.get(name) is None:
                 raise missing(f"{field}.{name}", item)
@@ -313,11 +381,19 @@ def _parse_completions(row: Fields) -> dict[str, Any]:
 
 
 def _parse_two_responses(row: Fields) -> dict[str, Any]:
-    names = next(names for names in TWO_RESPONSES if any(name in row for name in names))
+    if "winner_model_a" in row:
+        message = "LMSYS's arena of 55k rows has JSON lists of turns as texts. Write conversation_a, conversation_b, winner."
+        raise RowError("unknown format", message)
+    names = next(
+        (names for names in TWO_RESPONSES if row.keys() >= set(names)),
+        next(names for names in TWO_RESPONSES if any(name in row for name in names)),
+    )
     for name in names:
         require(row, name)
     answers = tuple(read_answer(row[name], name) for name in names)
     prompt = read_prompt(row, "prompt", "context")
+    if "winner" in row or "better_response_id" in row:
+        return _pair(row, prompt, answers, _first_wins(row), 0.0)
     strength_name = "preference_strength" if "preference_strength" in row else "overall_preference"
     if strength_name in row:
         strength = read_number(row, strength_name)
@@ -337,6 +413,9 @@ def _parse_rating(row: Fields) -> dict[str, Any]:
     score_name = next((name for name in ("rating", "score", "label") if name in row), "rating")
     require(row, score_name)
     answer = read_answer(row[answer_name], answer_name)
+    if score_name == "label" and isinstance(row["label"], bool):
+        message = "field 'label' is true or false, as for KTO, which compares no answers. Write 1 or 0 to train on it as a rating."
+        raise RowError("not a number", message)
     score = read_number(row, score_name)
     return {"prompt": read_prompt(row, "prompt"), "answers": (answer,), "kind": "rating", "scores": (score,)}
 
