@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Interval
-from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from lora_rm.errors import ConfigError, redacted
 
@@ -25,6 +25,14 @@ CountOrNone = Annotated[int, Interval(ge=0, lt=2**31)]
 Share = Annotated[float, Interval(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Ge(0.0), AllowInfNan(False)]
 Positive = Annotated[float, Gt(0.0), AllowInfNan(False)]
+
+
+def _or_none(value: Any) -> Any:
+    """None for the words that say so, which YAML takes for texts."""
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
+
+
+TextOrNone = Annotated[str | None, BeforeValidator(_or_none)]
 
 
 MAX_YAML = 2**17
@@ -72,7 +80,7 @@ class ModelSettings(_Section):
     base: str = ""
     """Base model: a hub id, a local folder, a .gguf file, or builtin:smollm2-135m. Required."""
 
-    revision: str | None = None
+    revision: TextOrNone = None
     """Commit, tag or branch of a hub model; a commit makes the run repeatable."""
 
     quantization: Literal["nf4", "int8", "none"] = "nf4"
@@ -146,7 +154,7 @@ class DataSettings(_Section):
     train_split: str = "train"
     """Split of a hub data set or datasets folder that is trained on."""
 
-    eval: str | None = None
+    eval: TextOrNone = None
     """Evaluation preferences, of the same kinds as train; none: a share of the prompts is held out."""
 
     eval_split: str = "test"
@@ -440,7 +448,15 @@ def check_settings(values: Mapping[str, Any], mistakes: Sequence[str] = ()) -> S
     try:
         settings = TypeAdapter(Settings).validate_python(values)
     except ValidationError as error:
-        mistakes += [_sentence(item) for item in error.errors()]
+        found: dict[str, list[str]] = {}
+        for item in error.errors():
+            key = _key(item["loc"])
+            if item["type"] == "unexpected_keyword_argument":
+                mistakes.append(_unknown_key(key))
+            else:  # of a setting of several types, one mistake each
+                found.setdefault(f"{key[:200]} is {_found(item)}", []).append(_allowed(item["msg"]))
+        mistakes += [f"{start}; allowed: {' or '.join(allowed)}." for start, allowed in found.items()]
+    mistakes += _booleans(values)
     if settings is not None:
         mistakes += _unsafe_texts(settings) + _contradictions(settings)
     if settings is None or mistakes:
@@ -549,35 +565,79 @@ def _flag_value(key: str, annotation: Any, given: list[str]) -> tuple[Any, str]:
             parsed = _parse_yaml(given[0]) if len(given) == 1 and len(given[0]) <= MAX_YAML else given
         except ConfigError:
             parsed = given[0]
-        return (given if origin is tuple and not isinstance(parsed, list) else parsed), ""
+        if origin is tuple and (len(given) > 1 or not isinstance(parsed, list)):
+            parsed = [part.strip() for word in given for part in word.split(",")]
+        return parsed, ""
     if len(given) > 1:
         return None, f"{key} takes one value, found {len(given)}: {_short(' '.join(given))}. Give one."
-    is_optional = origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(annotation)
-    if is_optional and given[0].lower() in ("none", "null"):
-        return None, ""
     return given[0], ""
 
 
+OTHER_NAMES = {
+    "lr": "train.learning_rate",
+    "epochs": "train.num_epochs",
+    "num_train_epochs": "train.num_epochs",
+    "batch_size": "train.preferences_per_step",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "max_seq_length": "data.max_length",
+}
+"""What other tools call a setting, where its name here looks otherwise."""
+
+
 def _unknown_key(key: str) -> str:
+    if key in _sections():
+        return f"{key} is a section. Give its settings one by one, as in --{key}.{dataclasses.fields(_sections()[key])[0].name} VALUE."
     names = [name for name, _ in _keys()]
     last = key.rpartition(".")[2]
     near = [name for name in names if name.rpartition(".")[2] == last]  # the right name in the wrong section
+    if not near and last in OTHER_NAMES:
+        near = [OTHER_NAMES[last]]
     near = near or difflib.get_close_matches(key, [*names, *_sections()], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else " `lora-rm train --help` lists every setting."
     return f"{_short(key)[1:-1]} is not a setting.{hint}"
 
 
-def _sentence(item: Any) -> str:
-    """One mistake found by pydantic, in this project's words."""
-    key = ".".join(str(part) for part in item["loc"] if part not in ("tuple[str, ...]",))
-    if item["type"] == "unexpected_keyword_argument":
-        return _unknown_key(key)
-    allowed = item["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "list")
-    allowed = allowed.split(", unable to parse")[0]
-    found = item["input"]
-    if dataclasses.is_dataclass(found) or (isinstance(found, dict) and "dataclass" in item["type"]):
-        found = type(found).__name__
-    return f"{key[:200]} is {_short(found)}; allowed: {allowed}."
+def _key(place: Sequence[int | str]) -> str:
+    """The dotted name of what pydantic found a mistake in."""
+    parts = [str(part) for part in place]
+    annotation = dict(_keys()).get(".".join(parts[:2]))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = parts[:2]  # pydantic adds its name of the type that it tried
+    return ".".join(parts)
+
+
+def _found(item: Any) -> str:
+    value = item["input"]
+    if dataclasses.is_dataclass(value) or (isinstance(value, dict) and "dataclass" in item["type"]):
+        value = type(value).__name__
+    return _short(value)
+
+
+def _allowed(message: str) -> str:
+    """What pydantic says is allowed, in this project's words."""
+    allowed = message.removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "list")
+    return allowed.split(", unable to")[0]
+
+
+def _booleans(values: Mapping[str, Any]) -> list[str]:
+    """Mistakes where a number is true or false, which pydantic takes for 1 and 0."""
+    mistakes = []
+    for key, annotation in _keys():
+        section, _, name = key.rpartition(".")
+        held = values.get(section) if section else values
+        value = held.get(name) if isinstance(held, Mapping) else None
+        inner = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        )
+        if _is_number(annotation) and any(isinstance(item, bool) for item in inner):
+            mistakes.append(f"{key} is {_short(value)}; allowed: numbers, which true and false are not.")
+    return mistakes
+
+
+def _is_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_is_number, typing.get_args(annotation)))
 
 
 def _short(value: Any) -> str:

@@ -83,6 +83,10 @@ def test_an_empty_file_or_section_is_the_default(tmp_path, text):
         (["--adapter.target-modules", "q_proj"], "adapter.target_modules", ("q_proj",)),
         (["--adapter.target-modules", "q_proj", "v_proj"], "adapter.target_modules", ("q_proj", "v_proj")),
         (["--adapter.target-modules", "[q_proj, v_proj]"], "adapter.target_modules", ("q_proj", "v_proj")),
+        (["--adapter.target-modules", "q_proj, v_proj"], "adapter.target_modules", ("q_proj", "v_proj")),
+        (["--adapter.target-modules", "q_proj,k_proj", "v_proj"], "adapter.target_modules", ("q_proj", "k_proj", "v_proj")),
+        (["--adapter.layers-to-transform", "1,2"], "adapter.layers_to_transform", (1, 2)),
+        (["--train.trackers=wandb,trackio"], "train.trackers", ("wandb", "trackio")),
         (["--adapter.layers-to-transform=[1, 2]"], "adapter.layers_to_transform", (1, 2)),
         (["--adapter.layers-to-transform", "1", "2"], "adapter.layers_to_transform", (1, 2)),
         (["--train.trackers", "[]"], "train.trackers", ()),
@@ -104,6 +108,12 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path, text, value):
     found = load_settings(write(tmp_path, f"train:\n  learning_rate: {text}\n")).train.learning_rate
     assert found == value
     assert type(found) is float
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null", "~"])
+def test_none_in_a_file_is_none_as_in_a_flag(tmp_path, text):
+    settings = load_settings(write(tmp_path, f"data: {{eval: {text}}}\nmodel: {{revision: {text}}}\n"))
+    assert (settings.data.eval, settings.model.revision) == (None, None)
 
 
 # What is refused.
@@ -136,6 +146,19 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path, text, value):
         ("train: {trackers: [wandb, mlflow]}", [], ["train.trackers.1 is 'mlflow'", "'trackio'"]),
         ("train: 3", [], ["train is 3"]),
         ("train: 3", ["--train.seed", "3"], ["train is 3", "train.seed is not a setting"]),
+        ("adapter: {rank: true}", [], ["adapter.rank is True", "numbers, which true and false are not"]),
+        ("train: {eval_every_steps: yes}", [], ["train.eval_every_steps is True", "numbers"]),
+        ("adapter: {rank_pattern: {q: true}}", [], ["adapter.rank_pattern is {'q': True}", "numbers"]),
+        ("train: {tokens_per_microbatch: 4k}", [], ["train.tokens_per_microbatch is '4k'; allowed: integer or 'auto'."]),
+        ("train: {tokens_per_microbatch: 8}", [], ["microbatch is 8; allowed: greater than or equal to 16 or 'auto'."]),
+        ("overwrite: 2", [], ["overwrite is 2; allowed: boolean."]),
+        # names that other tools have
+        ("", ["--lr", "1"], ["lr is not a setting. Did you mean train.learning_rate?"]),
+        ("", ["--train.lr", "1"], ["Did you mean train.learning_rate?"]),
+        ("", ["--adapter.r", "8"], ["Did you mean adapter.rank?"]),
+        ("", ["--train.epochs", "3"], ["Did you mean train.num_epochs?"]),
+        ("", ["--train.batch_size", "8"], ["Did you mean train.preferences_per_step?"]),
+        ("", ["--adapter", "{rank: 8}"], ["adapter is a section", "--adapter.rank VALUE"]),
         # flags that are no flags
         ("", ["fast"], ["'fast'", "flag was expected"]),
         ("", ["--seed"], ["seed has no value", "--seed VALUE"]),
