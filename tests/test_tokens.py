@@ -161,11 +161,13 @@ def test_a_conversation_that_the_template_refuses_is_named():
 )
 def test_a_template_takes_the_same_day_for_today_every_day(call, day, tmp_path):
     template = (
-        "{% set form = '%d %b %Y %H:%M:%S.%f' %}{% if strftime_now is defined %}{{ " + call + " }}{% endif %}"
+        "\n{% set form = '%d %b %Y %H:%M:%S.%f' %}{% if strftime_now is defined %}{{ "
+        + call
+        + " }}{% endif %}"
     )
     chat = make_chat(template + CHAT)
     messages = (user("a"), assistant("b"))
-    assert chat.render(messages) == f"{day}<s><|user|>a</s><|assistant|>b</s>"
+    assert chat.render(messages) == f"\n{day}<s><|user|>a</s><|assistant|>b</s>"
     chat.save(tmp_path)
     for again in (ChatTokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         text = getattr(again, "tokenizer", again).apply_chat_template(messages, tokenize=False)

@@ -46,7 +46,7 @@ PLAIN_TEMPLATE = """\
 TODAY = datetime(2024, 7, 26)
 """The day that templates take for today: what Llama 3.2's prints where it is given none."""
 
-DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\\0]*)\1\s*\)""")
+DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([\w %.,:/-]*)\1\s*\)""", re.ASCII)
 
 ALLOW_SPECIAL = "lora_rm_allow_special_tokens"
 """Entry of tokenizer_config.json that takes `data.allow_special_tokens` along with adapter, merge and export."""
@@ -554,7 +554,8 @@ def _without_clock(template: str) -> str:
     """The template with `TODAY` for today: each `strftime_now("%d %b %Y")` becomes the text that it gives."""
     template = DATE_CALL.sub(lambda call: f"{call[1]}{TODAY.strftime(call[2])}{call[1]}", template)
     if "strftime_now(" in template and "macro strftime_now(" not in template:  # its format is no literal
-        return f"{{% macro strftime_now(format) %}}{TODAY:%d %b %Y}{{% endmacro %}}" + template
+        # templates are read with trim_blocks: the line break after the block goes
+        return f"{{% macro strftime_now(format) %}}{TODAY:%d %b %Y}{{% endmacro %}}\n" + template
     return template
 
 
