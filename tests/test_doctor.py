@@ -350,6 +350,14 @@ def test_check_length_finds(preferences, chat):
     )
     found = doctor.preferences.check_length(prefs, chat, DataSettings(max_length=16))
     assert is_found(found, "60 of 60", "--data.max-length", "truncate_prompt")
+    refusing = ChatTokenizer(make_tokenizer())
+    refusing.tokenizer.chat_template = (
+        "{% if 'word' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+        + refusing.tokenizer.chat_template
+    )
+    skipping = DataSettings(max_length=512, on_bad_row="skip")
+    found = doctor.preferences.check_length([*prefs, long], refusing, skipping)
+    assert is_found(found, "dropped: refused by the chat template: 1 of 61", status="warning")
     same = pair(better="x", worse="x ")  # a template that strips makes them one
     stripping = ChatTokenizer(make_tokenizer())
     stripping.tokenizer.chat_template = stripping.tokenizer.chat_template.replace(

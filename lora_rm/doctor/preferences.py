@@ -190,13 +190,16 @@ def check_disjoint(
 
 def check_length(preferences: Sequence[Preference], chat: ChatTokenizer, wanted: DataSettings) -> Finding:
     """How many rows are longer than `data.max_length`, and are dropped or cut."""
-    trees, _ = tokenize(preferences, chat, max_length=10**9, cache=cache_folder())
+    trees, _ = tokenize(
+        preferences, chat, max_length=10**9, on_bad_row=wanted.on_bad_row, cache=cache_folder()
+    )
     lengths = sorted(max(map(len, tree.conversations())) for tree in trees if tree is not None)
     _, counts = tokenize(
         preferences,
         chat,
         max_length=wanted.max_length,
         length_policy=wanted.length_policy,
+        on_bad_row=wanted.on_bad_row,
         cache=cache_folder(),
     )
     dropped = sum(n for reason, n in counts.items() if reason.startswith("dropped")) / len(preferences)
@@ -217,6 +220,8 @@ def check_length(preferences: Sequence[Preference], chat: ChatTokenizer, wanted:
             )
     if any("identical" in reason for reason in counts):
         advice.append("Remove rows whose answers are identical as tokens: there is nothing to choose.")
+    if any("refused" in reason for reason in counts):
+        advice.append("--data.on-bad-row raise names the first row that the chat template refuses, and why.")
     remedy = " ".join(advice)
     return judge(
         "length limit", found, remedy, fault=dropped > wanted.max_dropped_share, warning=lost > 0, value=lost

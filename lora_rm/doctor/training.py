@@ -32,7 +32,9 @@ def usable_trees(
 ) -> list[TokenTree]:
     """Preferences with a better answer, one a prompt, the shortest first; out of at most a thousand."""
     chosen = {p.prompt_key: p for p in preferences[:1000] if decided(p)}
-    trees, _ = tokenize(list(chosen.values()), chat, max_length=wanted.max_length)
+    trees, _ = tokenize(
+        list(chosen.values()), chat, max_length=wanted.max_length, on_bad_row=wanted.on_bad_row
+    )
     found = [tree for tree in trees if tree is not None]
     return sorted(found, key=lambda tree: len(tree.prompt_ids) + sum(map(len, tree.answer_ids)))
 
