@@ -1,6 +1,6 @@
 """Rewards for users: open any run, adapter or export in one call; score, rank, pick the best of n."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ class Scorer:
         Raises:
             DataError: If a message is not as training reads it, or `answers` is one text.
         """
-        if isinstance(answers, str):
+        if isinstance(answers, str | dict) or not isinstance(answers, Iterable):
             raise wrong_type("answers", answers, "a list of answers, of which one is a text or messages")
         before = read_prompt({"prompt": prompt}, "prompt") if prompt else ()
         after = [read_answer(answer, f"answers[{number}]") for number, answer in enumerate(answers)]

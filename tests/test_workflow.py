@@ -224,6 +224,8 @@ def test_lines_are_read_as_training_reads_them(job):
     scorer = load_reward_model(job.adapter)
     for bad, message in (
         (lambda: scorer.score("a", "Paris"), "'answers' is 'Paris'"),
+        (lambda: scorer.score("a", None), "'answers' is null"),
+        (lambda: scorer.score("a", {"b": 1}), "'answers' is an object"),
         (lambda: scorer.score("a", [None]), r"'answers\[0\]' is null"),
         (lambda: scorer.score([{"content": "a"}], ["b"]), r"'prompt\[0\].role' is missing"),
         (lambda: scorer.score_conversations([[user]]), "ends with the role 'user'"),
