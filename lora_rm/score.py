@@ -11,6 +11,7 @@ from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import check_finite
+from lora_rm.model.base import read_json
 from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
 
@@ -43,11 +44,24 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
     elif (folder / "config.json").is_file():
         model = RewardModel.load_merged(folder, device=device, compute_dtype=compute_dtype)
     else:
+        target = export_target(folder)
+        if target:
+            raise ModelError(
+                f"{path}: is an export to {target}, which other programs open: its README.md tells how. Give the run or the "
+                "merged model here."
+            )
         raise ModelError(
             f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders."
         )
     model.choose_batching()
     return Scorer(model.eval())
+
+
+def export_target(folder: Path) -> str | None:
+    """What a folder was exported to (`lora_rm.export.TARGETS`), or None if it is no export."""
+    file = folder / "parity.json"
+    target = read_json(file).get("target") if file.is_file() else None
+    return target if isinstance(target, str) else None
 
 
 def reward_function(

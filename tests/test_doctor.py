@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,8 +30,8 @@ from lora_rm.model.record import HEAD_KEY, RECORD
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import GIB, UNMEASURED, Peak, Plan
 from lora_rm.score import load_reward_model
-from lora_rm.verify import score_rows
-from lora_rm.workflow import train_run
+from lora_rm.verify import score_rows, verify
+from lora_rm.workflow import export_run, train_run
 
 CPU = torch.device("cpu")
 
@@ -849,6 +850,25 @@ def test_a_sound_base_and_a_merged_model_are_free_of_faults(base, run, planned, 
         "rewards as saved"
     ]  # made without a proof
     assert "padded left" in findings["padding"].found
+
+
+def test_every_export_is_checked_or_named(run, tmp_path):
+    verify(run.adapter, shutil.copytree(run.merged, tmp_path / "merged"))
+    for to in ("huggingface", "vllm"):
+        out = export_run(tmp_path / "merged", to=to, out=tmp_path / to)
+        findings = examined(out, dataclasses.replace(run.settings(), data=DataSettings()))
+        assert [f for f in findings.values() if f.status != "ok"] == []
+        assert "16 rewards" in findings["rewards as saved"].found
+    for to in ("onnx", "torch-export", "vllm-lora", "gguf"):
+        folder = tmp_path / to
+        folder.mkdir()
+        (folder / "parity.json").write_text(json.dumps({"passed": True, "target": to, "answers": []}))
+        with pytest.raises(
+            ConfigError, match=f"is an export to {to}, which the doctor does not open; its README"
+        ):
+            doctor.kind_of(str(folder))
+        with pytest.raises(ModelError, match=f"is an export to {to}, which other programs open"):
+            load_reward_model(folder)
 
 
 def test_a_model_that_does_not_fit_is_not_trained(base, planned, monkeypatch):

@@ -63,7 +63,7 @@ from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import cache_folder, find_base, find_config
 from lora_rm.model.device import pick_device
 from lora_rm.model.record import RECORD
-from lora_rm.score import load_reward_model
+from lora_rm.score import export_target, load_reward_model
 from lora_rm.verify import score_rows
 
 
@@ -133,6 +133,12 @@ def kind_of(source: str | None) -> Kind:
     is_hub_id = not path.exists() and source.count("/") == 1 and source[0] not in "./~"
     if source == bases.BUILTIN or path.suffix == ".gguf" or is_hub_id:
         return "base"
+    target = export_target(path)
+    if target:
+        raise ConfigError(
+            f"{source}: is an export to {target}, which the doctor does not open; its README.md tells what does. Give the run "
+            "or the merged model that it was made from."
+        )
     raise ConfigError(
         f"{source}: is no run, adapter, merged model, base model or data file. Give the folder of one, a file that ends "
         f"with {', '.join(SUFFIXES)}, a hub id like org/model, or nothing at all to check this machine."

@@ -150,7 +150,9 @@ def remembered_rewards(folder: Path, model: RewardModel) -> tuple[list[float], l
     else:
         parity = bases.read_json(folder / "parity.json") if (folder / "parity.json").is_file() else {}
         stored: Any = parity.get("answers", [])
-        answers = [(answer["ids"], answer["merged"]) for answer in stored]
+        # of a merge, or of an export, which scored some of its answers
+        keys = ("merged", "exported")
+        answers = [(answer["ids"], answer[key]) for answer in stored for key in keys if key in answer]
     if not answers:
         return [], []
     with model.precise():
