@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,7 +22,7 @@ from lora_rm.cli import main
 from lora_rm.config import check_settings
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, MergeError, ModelError
-from lora_rm.export import TARGETS, graph, onnx
+from lora_rm.export import TARGETS, graph, huggingface, onnx
 from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import need, prove, read_parity
@@ -268,9 +269,12 @@ PARITY = {
 }
 
 
-def proved(tmp_path, shift, *, noise=1e-6, rounded=()):
+def proved(tmp_path, shift, *, noise=1e-6, rounded=(), distance=0.4, **more):
     found = {"alone": [a["merged"] + shift for a in PARITY["answers"]]}
-    return prove(tmp_path, PARITY, found, target="x", runtime="X", dtype="int8", noise=noise, rounded=rounded)
+    parity = PARITY | {"without_adapter": {"mean": distance}}
+    return prove(
+        tmp_path, parity, found, target="x", runtime="X", dtype="int8", noise=noise, rounded=rounded, **more
+    )
 
 
 def test_an_exact_export_may_differ_by_the_noise_of_this_machine(tmp_path):
@@ -293,6 +297,41 @@ def test_a_rounded_export_may_cost_something_but_not_the_adapter(tmp_path):
             proved(tmp_path, shift, rounded=["alone"])
     with pytest.raises(MergeError, match="The adapter was lost"):
         proved(tmp_path, math.nan)
+
+
+def test_an_adapter_that_learnt_little_is_not_lost_in_the_rounding_of_products(merged, tmp_path, monkeypatch):
+    little = {"distance": 0.0135, "rounded": ["alone"]}
+    with pytest.raises(MergeError, match="The adapter was lost: .* Choose a type with more bits"):
+        proved(tmp_path, 0.0126, **little)
+    found = proved(tmp_path, 0.0126, **little, rounding=0.02)
+    assert found["allowed"]["mean"] == 0.02
+    with pytest.raises(MergeError, match="The adapter was lost: .* Do this"):
+        proved(tmp_path, 0.05, **little, rounding=0.02, remedy="Do this.")
+    with pytest.raises(
+        MergeError, match="The adapter was lost"
+    ):  # in float32 nothing is allowed for rounding
+        proved(tmp_path, 0.0126, distance=0.0135, rounding=0.02)
+    # the same through the pipeline, whose float16 rows are moved by more and more
+    parity = parity_of(merged)
+    parity["merge"]["dtype"] = "float16"
+    parity["without_adapter"]["mean"] = 0.0135
+    folder = shutil.copytree(merged, tmp_path / "merged")
+    (folder / "parity.json").write_text(json.dumps(parity))
+    rewards = [answer["merged"] for answer in parity["answers"][:16]]
+
+    def scored(shift):
+        moved = [reward + shift * parity["spread"] for reward in rewards[:8]]
+        ways = {"float32": rewards, "float32, padded": rewards, "float16": moved}
+        monkeypatch.setattr(huggingface, "score_in_fresh_process", lambda *_: ways)
+
+    scored(0.0063)
+    out = export_run(folder, out=tmp_path / "out")
+    assert parity_of(out)["changes"]["pipeline in float16"]["against_merged"] == pytest.approx(0.0063)
+    scored(0.03)
+    out = tmp_path / "other"
+    command = "lora-rm merge RUN --merge.dtype float32 --merge.overwrite True"
+    with pytest.raises(MergeError, match=f"^{out}: .*The adapter was lost.*{command}$"):
+        export_run(folder, out=out)
 
 
 def test_a_merge_without_proof_is_not_exported(merged, tmp_path):

@@ -10,6 +10,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.errors import MergeError
 from lora_rm.export.proof import (
     NUM_PADDED,
+    TOLERANCE,
     copy_public,
     export_folder,
     hub_id,
@@ -54,7 +55,7 @@ def export_huggingface(
             if file.name == "parity.json":  # the export's own is written below
                 continue
             unfinished.once(file.name, partial(_link_or_copy, file))
-        proved = check_pipeline(folder, parity, target=target)
+        proved = check_pipeline(folder, parity, target=target, out=out, run=run)
         write_parity(folder, proved)
         card = model_card(parity | {"changes": parity["changes"] | proved["changes"]}, run, out.name)
         (folder / "README.md").write_text(card + usage, encoding="utf-8")
@@ -62,9 +63,23 @@ def export_huggingface(
 
 
 def check_pipeline(
-    folder: Path, parity: dict[str, Any], num_answers: int = NUM_PADDED, *, target: str = "huggingface"
+    folder: Path,
+    parity: dict[str, Any],
+    num_answers: int = NUM_PADDED,
+    *,
+    target: str = "huggingface",
+    out: Path | None = None,
+    run: RunFolder | None = None,
 ) -> dict[str, Any]:
     """Scores texts through the transformers pipeline in a fresh process, in float32 and as it opens by itself.
+
+    Args:
+        folder: To open.
+        parity: Of the merged model (`read_parity`).
+        num_answers: To score.
+        target: As the command names it.
+        out: What messages call the folder; None: as it is.
+        run: Whose model it is, for messages.
 
     Returns:
         What the export's `parity.json` is to hold.
@@ -79,10 +94,11 @@ def check_pipeline(
         # of 16 bits only some: float16 products take a CPU seven times as long as float32
         "stored": {} if stored == "float32" else {stored: num_answers // 2},
     }
-    found = score_in_fresh_process(f"{folder} and the transformers pipeline", PIPELINE, request)
+    out = out or folder
+    found = score_in_fresh_process(f"{out} and the transformers pipeline", PIPELINE, request)
     alone, together = found["float32"], found["float32, padded"]
     return prove(
-        folder,
+        out,
         parity,
         {f"pipeline in {way}": rewards for way, rewards in found.items()},
         target=target,
@@ -90,6 +106,9 @@ def check_pipeline(
         dtype=stored,
         noise=largest_difference(alone, together) / (parity["spread"] or 1.0),
         rounded=[f"pipeline in {stored}"] if stored != "float32" else [],
+        # an adapter that learnt little does less than 16-bit products round; float32 shows that it is there
+        rounding=TOLERANCE,
+        remedy=f"Store it in float32: lora-rm merge {run.path if run else 'RUN'} --merge.dtype float32 --merge.overwrite True",
     )
 
 

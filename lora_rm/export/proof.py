@@ -206,6 +206,8 @@ def prove(
     dtype: str,
     noise: float,
     rounded: Collection[str] = (),
+    rounding: float = 0.0,
+    remedy: str = "Choose a type with more bits.",
 ) -> dict[str, Any]:
     """Compares the rewards that an export gave with those expected.
 
@@ -219,6 +221,9 @@ def prove(
         noise: Largest difference between two ways of summing the merged model's float32 rewards on this machine,
             as a share of the spread.
         rounded: Ways that compute with other weights or products than the merged model's in float32.
+        rounding: Mean change, as a share of the spread, that these may have however little the adapter does: where
+            another way computes the same weights in float32, that one would show a lost adapter.
+        remedy: What to do where the adapter was lost by rounding.
 
     Returns:
         What the export's own `parity.json` is to hold; `write_parity` puts it there.
@@ -228,6 +233,7 @@ def prove(
     """
     answers, distance, spread = parity["answers"], parity["without_adapter"]["mean"], parity["spread"] or 1.0
     allowed = min(TOLERANCE, max(NOISE_FACTOR * noise, LEAST_ALLOWED))
+    allowed_mean = max(LOST * distance, rounding)
     changes: dict[str, dict[str, Any]] = {}
     errors: dict[str, float] = {}
     """Mean changes of the merged model's rewards: one merged into another base is far from the trained adapter's own."""
@@ -260,13 +266,13 @@ def prove(
         if change["against_merged"] <= allowed:  # as exact as float32 is, however little the adapter does
             continue
         # written so that NaN fails too
-        is_lost = not errors[way] <= LOST * distance
+        is_lost = not errors[way] <= (allowed_mean if way in rounded else LOST * distance)
         if not is_lost and way in rounded:
             continue
         bound = "" if way in rounded else f" (allowed: {allowed:.3%}; noise of float32 here: {noise:.1e})"
         lost = (
             f" The adapter was lost: the mean change is {errors[way]:.2%}, that of the model without adapter "
-            f"{distance:.2%}. Choose a type with more bits."
+            f"{distance:.2%}.{f' {remedy}' if way in rounded else ''}"
         )
         raise MergeError(
             f"{folder}: the {runtime}'s rewards differ by up to {change['against_merged']:.2%} of the spread from the "
@@ -283,7 +289,7 @@ def prove(
         "spread": parity["spread"],
         "num_answers": len(answers),
         "noise": noise,
-        "allowed": {"against_merged": allowed, "mean": LOST * distance},
+        "allowed": {"against_merged": allowed, "mean": allowed_mean},
         "without_adapter": parity["without_adapter"],
         "changes": changes,
         "answers": [
