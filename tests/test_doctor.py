@@ -332,6 +332,10 @@ def test_check_disjoint_finds(preferences):
     assert is_found(found, "1 of 61 training rows", status="warning")
     found = doctor.preferences.check_disjoint(train, [*held_out, *train[:20]], DataSettings())
     assert is_found(found, "20 of 60 training rows")
+    found = doctor.preferences.check_disjoint([pair(), pair(worse="other")], [], DataSettings())
+    assert is_found(found, "too few prompts to hold any out: 1 in 2 rows", "--data.eval FILE")
+    found = doctor.preferences.check_disjoint(train, [], DataSettings(eval="b.jsonl"))
+    assert is_found(found, "no row of b.jsonl can be used")
 
 
 def test_check_length_passes(preferences, chat):

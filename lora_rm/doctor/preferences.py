@@ -162,6 +162,15 @@ def check_disjoint(
 
     Training leaves rows with the very same prompt out by itself, and refuses if they are too many.
     """
+    if not eval_side:
+        num_prompts = len({p.prompt_key for p in train_side})
+        found = (
+            f"no row of {wanted.eval} can be used, so there is nothing to evaluate on"
+            if wanted.eval
+            else f"there are too few prompts to hold any out: {num_prompts} in {len(train_side)} rows"
+        )
+        remedy = "Add rows with other prompts, or give preferences to evaluate on: --data.eval FILE."
+        return judge("train and eval apart", found, remedy, fault=True, value=0)
     exact, near = {p.prompt_key for p in eval_side}, {_squeezed(p) for p in eval_side}
     same = [p for p in train_side if p.prompt_key in exact]
     alike = [p for p in train_side if p.prompt_key not in exact and _squeezed(p) in near]
@@ -182,7 +191,7 @@ def check_disjoint(
         "train and eval apart",
         found,
         remedy,
-        fault=too_many or is_leak or not eval_side,
+        fault=too_many or is_leak,
         warning=bool(same or alike),
         value=share,
     )
