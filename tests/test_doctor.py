@@ -293,6 +293,8 @@ def test_check_ties_finds():
     tie = pair(probability=0.5)
     assert is_found(doctor.preferences.check_ties([tie, pair()]), "1 of 2 rows (50.0%)", status="warning")
     assert is_found(doctor.preferences.check_ties([tie] * 4), "4 of 4 rows", "labels were read rightly")
+    same = [rating(5.0, prompt=str(n)) for n in range(3)]
+    assert is_found(doctor.preferences.check_ties(same), "all 3 ratings are 5, so none is better")
 
 
 def test_check_length_bias_passes(preferences):
@@ -310,6 +312,27 @@ def test_check_length_bias_finds():
     assert found.value == pytest.approx(0.1)
     found = doctor.preferences.check_length_bias([long] * 70 + [short] * 30)
     assert is_found(found, "70.0%", status="warning")
+
+
+def test_check_words_passes(preferences):
+    assert is_clean(doctor.preferences.check_words(*preferences))
+    few = [pair(prompt=str(n)) for n in range(10)]
+    assert is_clean(doctor.preferences.check_words(few[2:], few[:2]))  # two pairs prove nothing
+    assert doctor.preferences.check_words([rating(1.0)], [rating(2.0)]).status == "unchecked"
+
+
+def test_check_words_finds(preferences):
+    def begun(p):
+        better, worse = p.answers
+        (first, *rest) = better
+        return dataclasses.replace(
+            p, answers=(({**first, "content": "Sure! " + first["content"]}, *rest), worse)
+        )
+
+    train, held_out = ([begun(p) for p in side] for side in preferences)
+    found = doctor.preferences.check_words(train, held_out)
+    assert is_found(found, f"of {len(held_out)} held-out pairs", "share a greeting", status="warning")
+    assert found.value > 0.9
 
 
 def test_check_disjoint_passes(preferences):

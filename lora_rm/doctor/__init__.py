@@ -42,6 +42,7 @@ from lora_rm.doctor.preferences import (
     check_length_bias,
     check_rows,
     check_ties,
+    check_words,
     read_sides,
 )
 from lora_rm.doctor.rewards import (
@@ -181,6 +182,7 @@ def examine_data(wanted: DataSettings, settings: Settings) -> Iterator[Finding]:
     yield attempt("contradictions", check_conflicts, everything)
     yield attempt("ties", check_ties, everything)
     yield attempt("length of the better answer", check_length_bias, everything)
+    yield attempt("words of the better answer", check_words, train_side, eval_side)
     yield attempt("train and eval apart", check_disjoint, train_side, eval_side, wanted)
     names = ("length limit", "template on these rows")
     if not settings.model.base:

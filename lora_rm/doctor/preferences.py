@@ -1,6 +1,7 @@
 """Checks of preferences: rows, copies, contradictions, ties, lengths, the split."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from lora_rm.data.preference import Messages, Preference
 from lora_rm.data.split import BUILTIN, split_by_prompt
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
 from lora_rm.doctor.finding import Finding, judge, unchecked
-from lora_rm.evaluate import ordered_pairs, wilson_interval
+from lora_rm.evaluate import bag_of_words_baseline, ordered_pairs, wilson_interval
 from lora_rm.model.base import cache_folder
 
 
@@ -105,7 +106,11 @@ def check_conflicts(preferences: Sequence[Preference]) -> Finding:
 
 
 def check_ties(preferences: Sequence[Preference]) -> Finding:
-    """Pairs without a better answer, which teach little and are left out of the accuracy."""
+    """Pairs without a better answer, which teach little and are left out of the accuracy; ratings that are all one."""
+    ratings = [p.scores[0] for p in preferences if p.kind == "rating"]
+    if len(ratings) > 1 and len(set(ratings)) == 1:
+        found = f"all {len(ratings)} ratings are {ratings[0]:g}, so none is better than another"
+        return judge("ties", found, "Look whether the column of the ratings was read rightly.", fault=True)
     ties = sum(p.is_tie for p in preferences)
     share = ties / len(preferences)
     comparisons = sum(p.kind != "rating" for p in preferences)
@@ -151,6 +156,28 @@ def check_length_bias(preferences: Sequence[Preference]) -> Finding:
         remedy,
         fault=is_sure and best > 0.8,
         warning=is_sure and best > 0.6,
+        value=accuracy,
+    )
+
+
+def check_words(train_side: Sequence[Preference], eval_side: Sequence[Preference]) -> Finding:
+    """Whether single words of the answers, say one that every better answer begins with, tell the better one."""
+    accuracy = bag_of_words_baseline(train_side, eval_side)
+    if math.isnan(accuracy):
+        return unchecked("words of the better answer", "no held-out pair says which of two answers is better")
+    num_pairs = sum(p.kind == "pair" and not p.is_tie for p in eval_side)
+    low, _ = wilson_interval(accuracy * num_pairs, num_pairs)
+    found = f"counts of words, without the prompt, are right on {accuracy:.1%} of {num_pairs} held-out pairs"
+    remedy = (
+        "A model can learn these words instead of what is good. Look whether one side's answers share a greeting, a mark or a "
+        "style, and remove it or add pairs without it."
+    )
+    return judge(
+        "words of the better answer",
+        found,
+        remedy,
+        fault=False,
+        warning=low > 0.5 and accuracy > 0.8,
         value=accuracy,
     )
 
