@@ -396,6 +396,14 @@ def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any
         key = "rewards" if values.get("responses") is not None else "reward"
         if key == "rewards" and not isinstance(values["responses"], list):
             raise DataError("responses is no list")
+        if {"chosen", "rejected"} <= values.keys() and not values.keys() & {
+            "messages",
+            "response",
+            "responses",
+        }:
+            raise DataError(
+                "it is a preference pair: evaluate those with `lora-rm eval MODEL --data.eval FILE`"
+            )
         conversations, tools = parse_conversations(values)
         values.pop(key, None)
         return values, key, scorer.ids(conversations, tools)

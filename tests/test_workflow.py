@@ -194,6 +194,11 @@ def test_lines_are_scored_and_bad_lines_named(job):
     assert found[1]["id"] == 7
     with pytest.raises(DataError, match="x.jsonl line 2: is no conversation"):
         list(score_lines(str(job.adapter), [lines[0], '{"text": 1}'], "x.jsonl"))
+    pair = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    with pytest.raises(
+        DataError, match=r"line 1: is no conversation \(it is a preference pair: .*`lora-rm eval MODEL"
+    ):
+        list(score_lines(str(job.adapter), [pair], "x.jsonl"))
     with pytest.raises(DataError, match="line 1: is no conversation .responses is no list"):
         list(score_lines(str(job.adapter), ['{"prompt": "a", "responses": "Paris"}'], "x.jsonl"))
 
