@@ -31,7 +31,7 @@ def parity_of(folder):
 def test_a_good_folder_and_its_command(merged, tmp_path):
     out = export_vllm(merged, tmp_path / "my model")
     assert parity_of(out)["target"] == "vllm"
-    command = "vllm serve 'my model' --runner pooling --convert classify --dtype float32"
+    command = "vllm serve './my model' --runner pooling --convert classify --dtype float32"
     assert command in (out / "README.md").read_text()  # vLLM would compute a float32 model in float16
     check_servable(out, parity_of(out))
 

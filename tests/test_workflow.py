@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -160,6 +161,18 @@ def test_the_model_card_tells_the_numbers_of_the_run(job):
     assert "license" not in card  # never guessed
     assert "| pipeline in float16 |" in card
     assert str(job.path) not in card
+
+
+def test_the_snippet_of_the_model_card_runs_as_pasted(job):
+    folder = job.exports / "huggingface"
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (expected,) = load_reward_model(folder, compute_dtype="float32").score("2 + 2?", ["4"])
+    spread = job.read_json("parity.json")["spread"]
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=0.02 * spread)
 
 
 @pytest.mark.parametrize("form", ["run", "adapter", "merged", "export"])

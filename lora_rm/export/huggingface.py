@@ -178,10 +178,11 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
         "",
         "```python",
         "from transformers import pipeline",
-        'reward = pipeline("text-classification", model=PATH)',
+        'reward = pipeline("text-classification", model=".")  # this folder: its path, or its name on the hub',
+        'messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]',
         "text = reward.tokenizer.apply_chat_template(messages, tokenize=False)  # ends with the answer",
         *bos,
-        'reward(text)[0]["score"]',
+        'print(reward(text)[0]["score"])',
         "```",
         "",
     ]

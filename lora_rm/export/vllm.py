@@ -47,7 +47,7 @@ def export_vllm(merged: Path, out: Path, *, run: RunFolder | None = None, overwr
     """
     check_servable(merged, read_parity(merged))
     config = read_json(merged / "config.json")
-    usage = USAGE.format(command=serve_command(out.name, config))
+    usage = USAGE.format(command=serve_command(f"./{out.name}", config))
     export_huggingface(merged, out, run=run, overwrite=overwrite, target="vllm", usage=usage)
     say(f"Serve it, in an environment with vLLM, with:\n  {serve_command(str(out), config)}")
     return out
@@ -138,6 +138,8 @@ def _has_template(folder: Path) -> bool:
 
 USAGE = """
 ## Serving with vLLM
+
+Where this folder lies:
 
 ```bash
 {command}

@@ -77,7 +77,7 @@ def export_vllm_lora(
             rounded=[way] if kind == "int8" else [],
         )
         write_parity(folder, proved)
-        command = serve_command("base", config, *lora_words(max_rank, "adapter"))
+        command = serve_command("./base", config, *lora_words(max_rank, "adapter"))
         (folder / "README.md").write_text(USAGE.format(command=command), encoding="utf-8")
     command = serve_command(f"{out}/base", config, *lora_words(max_rank, f"{out}/adapter"))
     say(f"Serve it, in an environment with vLLM, with:\n  {command}")
@@ -153,7 +153,7 @@ USAGE = """\
 # Reward model, as an adapter on its base
 
 `base` is the base model as training saw it (dequantised), with a head of zeros; `adapter` holds the LoRA matrices and
-the score head. Measured against the trained adapter: `parity.json`.
+the score head. Measured against the trained adapter: `parity.json`. In this folder:
 
 ```bash
 {command}
