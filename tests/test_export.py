@@ -357,7 +357,7 @@ def test_a_missing_extra_is_named_with_its_command(merged, tmp_path, monkeypatch
         importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name)
     )
     with pytest.raises(
-        ConfigError, match=r"needs onnx and onnxscript and onnxruntime.*pip install 'lora_rm\[onnx\]'"
+        ConfigError, match=r"needs onnx and onnxscript and onnxruntime.*source: pip install '\.\[onnx\]'"
     ):
         export_onnx(merged, tmp_path / "out")
     need("torch-export", "torch")

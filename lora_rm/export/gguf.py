@@ -707,7 +707,8 @@ def _num_threads() -> int:
 USAGE = f"""\
 # Reward model, as a GGUF file
 
-`{FILE}` holds backbone, score head and tokenizer. With `pip install 'lora_rm[gguf]' llama-cpp-python`:
+`{FILE}` holds backbone, score head and tokenizer. After `pip install '.[gguf]' llama-cpp-python` in the folder of
+lora_rm's source:
 
 ```python
 from lora_rm import load_reward_model

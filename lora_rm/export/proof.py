@@ -68,7 +68,7 @@ def need(target: str, *packages: str) -> None:
     if missing:
         raise ConfigError(
             f"--to {target} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            f"Run: pip install 'lora_rm[{target}]'"
+            f"Run in the folder of lora_rm's source: pip install '.[{target}]'"
         )
 
 
