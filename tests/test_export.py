@@ -176,11 +176,23 @@ def test_mlx_gives_the_rewards_of_the_export(merged, tmp_path):
     assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
 
 
-def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path, monkeypatch):
+def phases(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ...")]
+
+
+def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path, monkeypatch, capsys):
     import onnx as library
 
     monkeypatch.setattr(onnx, "ONE_FILE_BYTES", 0)
     out = export_onnx(merged, tmp_path / "int8", dtype="int8")
+    assert phases(capsys) == [
+        "Opening the merged model in float32 ...",
+        "Measuring the noise of float32 ...",
+        "Tracing the model ...",
+        "Writing model.onnx ...",
+        "Quantising its linear layers ...",
+        f"Scoring in a fresh process: {out / 'model.onnx'} in ONNX Runtime ...",
+    ]
     parity = parity_of(out)
     assert parity["dtype"] == "int8"
     for change in parity["changes"].values():
@@ -222,8 +234,9 @@ def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
         export_torch_export(merged, out)
 
 
-def test_torch_export_in_bfloat16_says_what_it_costs(merged, tmp_path):
+def test_torch_export_in_bfloat16_says_what_it_costs(merged, tmp_path, capsys):
     parity = parity_of(export_torch_export(merged, tmp_path / "pt2", dtype="bfloat16"))
+    assert {"Tracing the model ...", "Writing model.pt2 ..."} <= set(phases(capsys))
     assert parity["dtype"] == "bfloat16"
     assert 1e-4 < parity["changes"]["one by one"]["mean"] < 0.2
 

@@ -89,6 +89,7 @@ def export_gguf(
     need("gguf", "gguf")
     with export_folder(merged, out, "gguf", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
         folder, source = unfinished.path, Source(merged)
+        say(f"Writing {FILE} and reading every tensor back ...")
         unfinished.once(FILE, lambda file: write(source, file, dtype))
         is_exact = check_tensors(source, folder / FILE, dtype)
         check_tokenizer(source.chat, folder / FILE, parity)

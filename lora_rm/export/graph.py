@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_rm.console import say
 from lora_rm.errors import MergeError
 from lora_rm.export.proof import NUM_PADDED, largest_difference
 from lora_rm.model.quantization import StoredLinear
@@ -43,6 +44,7 @@ class RewardGraph(nn.Module):
 
 def load_graph(merged: Path) -> RewardGraph:
     """Opens a merged model in float32 on the CPU."""
+    say("Opening the merged model in float32 ...")
     model = RewardModel.load_merged(merged, device="cpu", compute_dtype="float32").eval()
     for module in model.modules():
         if isinstance(module, StoredLinear):  # a graph holds float32 weights, and no casts
@@ -57,6 +59,7 @@ def trace(graph: RewardGraph) -> Any:
     Raises:
         MergeError: If the model's code cannot be traced, say because its position encoding looks at the length.
     """
+    say("Tracing the model ...")
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     shape = {0: batch, 1: length}
     ids = torch.ones(2, 7, dtype=torch.long)  # neither 1, which would be taken for fixed
@@ -109,6 +112,7 @@ def _pad(rows: Sequence[Sequence[int]], on_the_left: float, more: int = 0) -> Ba
 @torch.inference_mode()
 def noise_floor(graph: RewardGraph, parity: Mapping[str, Any]) -> float:
     """Largest difference of rewards in float32 between alone and padded, as a share of the spread."""
+    say("Measuring the noise of float32 ...")
     kinds = batches([answer["ids"] for answer in parity["answers"][:NUM_PADDED]])
     alone, *others = (
         [

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_rm.checkpoint import RunFolder
+from lora_rm.console import say
 from lora_rm.errors import ConfigError, MergeError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
@@ -74,7 +75,7 @@ def export_onnx(
             "batches": kinds,
             "texts": [answer["text"] for answer in answers],
         }
-        found = score_in_fresh_process(str(out / FILE), PROGRAM, request)
+        found = score_in_fresh_process(f"{out / FILE} in ONNX Runtime", PROGRAM, request)
         changed = [a["text"] for a, ids in zip(answers, found["ids"], strict=True) if a["ids"] != ids]
         if changed:
             raise MergeError(
@@ -98,6 +99,7 @@ def export_onnx(
 def _write(graph: RewardGraph, dtype: str, file: Path) -> None:
     """A model as an ONNX file."""
     program, num_bytes = trace(graph), sum(p.nbytes for p in graph.parameters())
+    say(f"Writing {FILE} ...")
     axes = {0: "batch", 1: "length"}
     with _quiet():
         torch.onnx.export(
@@ -112,6 +114,7 @@ def _write(graph: RewardGraph, dtype: str, file: Path) -> None:
             external_data=num_bytes > ONE_FILE_BYTES,
         )
     if dtype == "int8":
+        say("Quantising its linear layers ...")
         _quantize(file)
 
 

@@ -165,13 +165,14 @@ def score_in_fresh_process(what: str, program: str, request: dict[str, Any]) -> 
     """Runs a program that opens an export from the disk; returns the JSON of its last line.
 
     Args:
-        what: Names the export and its runtime, for the message.
+        what: Names the export and its runtime, for messages.
         program: Python; reads the request from the file `sys.argv[1]`.
         request: To be written as JSON.
 
     Raises:
         MergeError: If it fails; with what it said.
     """
+    say(f"Scoring in a fresh process: {what} ...")
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "request.json")
         file.write_text(json.dumps(request), encoding="utf-8")

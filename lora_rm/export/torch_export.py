@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from lora_rm.checkpoint import RunFolder
+from lora_rm.console import say
 from lora_rm.errors import ConfigError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
@@ -56,7 +57,7 @@ def export_torch_export(
         (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
         kinds = batches([answer["ids"] for answer in parity["answers"]])
         request = {"file": str((folder / FILE).resolve()), "batches": kinds}
-        found = score_in_fresh_process(f"{out / FILE}", PROGRAM, request)
+        found = score_in_fresh_process(f"{out / FILE} in torch", PROGRAM, request)
         proved = prove(
             out,
             parity,
@@ -73,7 +74,9 @@ def export_torch_export(
 
 def _write(graph: RewardGraph, file: Path) -> None:
     """A model as a .pt2 file."""
-    torch.export.save(trace(graph), file)
+    program = trace(graph)
+    say(f"Writing {FILE} ...")
+    torch.export.save(program, file)
 
 
 PROGRAM = """\
