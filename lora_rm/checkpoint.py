@@ -102,7 +102,7 @@ class RunFolder:
                     shutil.rmtree(stale)
             return run
         if run.config.exists():
-            if not settings.overwrite:
+            if run.is_begun() and not settings.overwrite:
                 raise ConfigError(
                     f"{run.path}: a run lies here already. Choose another output_dir, go on with "
                     f"`lora-rm train {run.config} --resume`, or replace it with --overwrite True."
@@ -158,6 +158,16 @@ class RunFolder:
                 f"{run.path}: is no run folder (it has no config.yaml). Give the output_dir of a run."
             )
         return run
+
+    def is_begun(self) -> bool:
+        """Whether anything would be lost if another run began here; a start that failed leaves settings and counts."""
+        for path in (self.metrics, self.checkpoints, self.adapter, self.merged, self.exports):
+            if any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size:
+                return True
+        with contextlib.suppress(ConfigError):  # another program's file
+            # a preset that somebody wrote by hand would be lost too
+            return dump_settings(self.settings()) != self.config.read_text(encoding="utf-8")
+        return True
 
     def trained(self) -> Path:
         """The adapter of a run that is over.

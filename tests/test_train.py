@@ -483,9 +483,9 @@ def test_a_paged_optimizer_without_a_gpu_is_refused(settings, trees):
 
 def test_an_earlier_run_is_not_overwritten(settings):
     RunFolder.create(settings)
+    (Path(settings.output_dir) / "metrics.jsonl").write_text("{}")
     with pytest.raises(ConfigError, match="--resume`, or replace it with --overwrite True"):
         RunFolder.create(settings)
-    (Path(settings.output_dir) / "metrics.jsonl").write_text("{}")
     run = RunFolder.create(changed(settings, overwrite=True))
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
 

@@ -220,6 +220,25 @@ def test_a_process_that_tokenises_and_dies_is_told(monkeypatch):
         tokens._tokenize_all([((), ())] * 600, Dying(), 2)
 
 
+def test_a_start_that_failed_does_not_refuse_the_corrected_command(settings, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}\n")
+    with pytest.raises(DataError):
+        train_run(changed(settings, data={"train": str(file)}))
+    run = RunFolder.create(settings)
+    assert run.settings() == settings
+    (run.path / "metrics.jsonl").touch()
+    (run.path / "checkpoints").mkdir()
+    RunFolder.create(settings)
+    (run.path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="a run lies here already"):
+        RunFolder.create(settings)
+    (run.path / "metrics.jsonl").unlink()
+    run.config.write_text("# by hand\n" + run.config.read_text())
+    with pytest.raises(ConfigError, match="a run lies here already"):
+        RunFolder.create(settings)
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/run: cannot be written"):
