@@ -19,7 +19,8 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.formats import parse_conversations
-from lora_rm.data.split import Data, load_data, read_side
+from lora_rm.data.split import Data, check_sources, load_data, read_side
+from lora_rm.data.tokens import read_template
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
@@ -51,6 +52,7 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
         LoraRmError: If a setting, the data or the model cannot be used, or training was stopped.
     """
     processes.join(settings.model.device)
+    check_start(settings)
     settings, planned = fit(settings)
     run = RunFolder.create(settings, resume, allow=allow)
     model = open_model(settings, planned)
@@ -61,6 +63,17 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     save_adapter(model, data, settings, run)
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
+
+
+def check_start(settings: Settings) -> None:
+    """Looks for what else would be missed only when a base of many gigabytes is fetched and loaded.
+
+    Raises:
+        LoraRmError: If a local file of the data or the chat template is missing.
+    """
+    check_sources(settings.data)
+    if settings.data.chat_template not in ("tokenizer", "plain"):
+        read_template(settings.data.chat_template)
 
 
 def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:

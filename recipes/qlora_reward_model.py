@@ -17,6 +17,7 @@ from lora_rm.console import plain_errors
 from lora_rm.plan import fit
 from lora_rm.train import train
 from lora_rm.workflow import (
+    check_start,
     evaluate_after,
     evaluate_before,
     export_run,
@@ -32,6 +33,7 @@ def main(settings: Settings) -> None:
     """Goes all the way, in the order in which it is written."""
     started = time.monotonic()
     processes.join(settings.model.device)  # under torchrun or accelerate launch
+    check_start(settings)
     settings, planned = fit(settings)
     run = RunFolder.create(settings)
     model = open_model(settings, planned)

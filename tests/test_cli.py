@@ -140,8 +140,14 @@ def test_a_mistake_is_one_message_and_exit_state_1(run, words, message, tmp_path
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["train"], "ModelError: "),
-        (["train", "--model.base", "absent/folder/x"], "ModelError: "),
+        (["train"], "DataError: data.train is not set"),
+        (["train", "--data.train", "builtin:checkable", "--model.base", "absent/folder/x"], "ModelError: "),
+        (["train", "--data.train", "absent.jsonl"], "DataError: absent.jsonl: no such file"),
+        (["train", "--data.train", "a/b", "--data.eval", "no.csv"], "DataError: no.csv: no such file"),
+        (
+            ["train", "--data.train", "a/b", "--data.chat-template", "c.jinja"],
+            "ModelError: data.chat_template is c.jinja",
+        ),
         (["merge", "runs/absent"], "Error: "),
         (["export", "runs/absent"], "MergeError: "),
         (["eval", "runs/absent"], "ConfigError: data.eval is not set"),

@@ -135,8 +135,12 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
         raise DataError(f"{source} holds no rows. A source needs at least one; check how it was written.")
 
 
-def _open(source: str, split: str) -> Iterator[Row | BadRow]:
-    """Chooses the reader by what the source is."""
+def find_source(source: str) -> Path | None:
+    """The file or folder that a source names; None for a data set on the Hub.
+
+    Raises:
+        DataError: If there is no such file, or it is of an unknown type.
+    """
     try:
         path = Path(source).expanduser()
         path.stat()
@@ -144,19 +148,32 @@ def _open(source: str, split: str) -> Iterator[Row | BadRow]:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, NUL, ~nobody
         raise DataError(f"{shown(source)} cannot be looked up: {error}. Check the path.") from error
-    suffix = next((known for known in SUFFIXES if path.name.lower().endswith(known)), "")
     if path.is_dir():
-        return _saved_rows(source, path, split)
+        return path
     if path.exists() and not path.is_file():
         raise DataError(
             f"{source} is no regular file. Allowed: a file or a folder; save what it gives first."
         )
+    suffix = _suffix(path)
     if path.exists() and not suffix:
         raise DataError(f"{source} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
     if not path.exists() and (suffix or not HUB_ID.fullmatch(source)):
         raise DataError(f"{source}: no such file. Check the path; it is looked up from {Path.cwd()}.")
-    if not path.exists():
+    return path if path.exists() else None
+
+
+def _suffix(path: Path) -> str:
+    return next((known for known in SUFFIXES if path.name.lower().endswith(known)), "")
+
+
+def _open(source: str, split: str) -> Iterator[Row | BadRow]:
+    """Chooses the reader by what the source is."""
+    path = find_source(source)
+    if path is None:
         return _hub_rows(source, split)
+    if path.is_dir():
+        return _saved_rows(source, path, split)
+    suffix = _suffix(path)
     readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     rows = readers[suffix.removesuffix(".gz")](source, path)
     return _no_more_than_packed(rows, source, path) if suffix.endswith((".gz", ".parquet")) else rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_rm.config import DataSettings
 from lora_rm.console import show_table
 from lora_rm.data.checkable import checkable_preferences
+from lora_rm.data.files import find_source
 from lora_rm.data.formats import read_preferences
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
@@ -54,6 +55,18 @@ class Data:
         )
         rows = [[reason, *(counts.get(reason, 0) for counts in self.report.values())] for reason in reasons]
         show_table("Preferences", ["", *self.report], rows)
+
+
+def check_sources(settings: DataSettings) -> None:
+    """Looks whether the files are there, which costs nothing; whether the Hub has a data set is found when it is read.
+
+    Raises:
+        DataError: If `data.train` is not set, or a file is missing.
+    """
+    _check_set(settings.train, "data.train")
+    for source in (settings.train, settings.eval):
+        if source and source != BUILTIN:
+            find_source(source)
 
 
 def load_data(
@@ -129,11 +142,15 @@ def split_by_prompt(
     return train, [preference for preference in preferences if preference.prompt_key in chosen]
 
 
+def _check_set(source: str, key: str) -> None:
+    if not source:
+        raise DataError(f"{key} is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
+
+
 def _read(
     source: str, split: str, settings: DataSettings, counts: Counter[str], key: str
 ) -> list[Preference]:
-    if not source:
-        raise DataError(f"{key} is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
+    _check_set(source, key)
     if source == BUILTIN:
         preferences = checkable_preferences()[1]
         counts["rows read"] += len(preferences)

@@ -92,7 +92,7 @@ class ChatTokenizer:
         if template == "plain":
             tokenizer.chat_template = PLAIN_TEMPLATE
         elif template != "tokenizer":
-            tokenizer.chat_template = _read_template(template)
+            tokenizer.chat_template = read_template(template)
         if isinstance(tokenizer.chat_template, dict):  # several, by name: one decides all rewards
             tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
@@ -559,7 +559,12 @@ def _without_clock(template: str) -> str:
     return template
 
 
-def _read_template(path: str) -> str:
+def read_template(path: str) -> str:
+    """The text of a .jinja file.
+
+    Raises:
+        ModelError: If it cannot be read.
+    """
     try:
         file = Path(path)
         if file.exists() and not file.is_file():
