@@ -1,7 +1,7 @@
 """What the commands and the recipes do, each step one function."""
 
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -69,8 +69,15 @@ def check_start(settings: Settings) -> None:
     """Looks for what else would be missed only when a base of many gigabytes is fetched and loaded.
 
     Raises:
-        LoraRmError: If a local file of the data or the chat template is missing.
+        LoraRmError: If a local file of the data or the chat template, or the package of a tracker, is missing.
     """
+    # accelerate would warn and track nothing; the packages are called like the trackers
+    missing = [name for name in settings.train.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"train.trackers asks for {' and '.join(missing)}, not installed here. Run `pip install {' '.join(missing)}`, or leave "
+            "the setting out."
+        )
     check_sources(settings.data)
     if settings.data.chat_template not in ("tokenizer", "plain"):
         read_template(settings.data.chat_template)

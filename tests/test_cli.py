@@ -163,6 +163,14 @@ def test_what_the_commands_cannot_find_is_named_without_a_traceback(run, words, 
     assert "Traceback" not in errors
 
 
+def test_a_tracker_that_is_not_installed_is_told_at_the_start(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    status, _, errors = run("train", "--train.trackers", "tensorboard", "wandb")
+    assert status == 1
+    assert "ConfigError: train.trackers asks for wandb, not installed" in errors
+    assert "pip install wandb`" in errors
+
+
 def test_mistakes_look_the_same_in_a_process_of_their_own():
     done = start("train", "--adapter.rank", "0", "--foo", "1")
     assert (done.returncode, done.stdout) == (1, "")
