@@ -307,10 +307,13 @@ def fit(settings: Settings) -> tuple[Settings, Plan | None]:
 
     Raises:
         ConfigError: If the run does not fit: how much it needs, and what would make it fit.
+        ModelError: If there is no such base or device.
     """
     train = settings.train
     asked = "auto" in (train.checkpointing, train.tokens_per_microbatch)
-    if not asked and pick_device(settings.model.device).type == "cpu":
+    device = pick_device(settings.model.device)
+    read_config(find_config(settings.model.base, settings.model.revision))
+    if not asked and device.type == "cpu":
         return settings, None
     is_open = train.tokens_per_microbatch == "auto"
     try:

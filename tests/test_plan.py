@@ -314,6 +314,16 @@ def test_what_cannot_be_traced_is_named(folder):
         plan(settings_for(folder, quantization="int8", adapter={"use_dora": True}))
 
 
+def test_a_base_or_device_that_is_not_there_is_told_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr(console, "quiet", False)
+    settings = settings_for(folder, checkpointing="auto")
+    for name, value in (("base", "no/folder/here"), ("device", "cuda:99"), ("device", "gpu")):
+        model = dataclasses.replace(settings.model, **{name: value})
+        with pytest.raises(ModelError, match=value):
+            fit(dataclasses.replace(settings, model=model))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_model_without_config_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="no config.json"):
