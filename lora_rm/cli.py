@@ -46,7 +46,8 @@ examples
   lora-rm doctor pairs.jsonl --model.base Qwen/Qwen3-8B
 
 exit status
-  0 done; 1 a mistake that the message explains, or a fault that the doctor found; 130 stopped, and resumable.
+  0 done; 1 a mistake that the message explains, a fault that the doctor found, or a plan that does not fit;
+  130 stopped, and resumable.
 """
 
 
@@ -232,7 +233,7 @@ def plan(words: Sequence[str]) -> None:
     parser = _parser(
         "plan",
         "[PRESET|MODEL]",
-        "Tells whether a training fits, reading no more of the model than config.json.",
+        "Tells whether a training fits, reading no more of the model than config.json; exit status 1 if it does not.",
     )
     parser.add_argument(
         "source", nargs="?", metavar="PRESET|MODEL", help="YAML file of settings, run folder, or a base model"
@@ -257,7 +258,8 @@ def plan(words: Sequence[str]) -> None:
         calibrate(settings.model.device)
         if not settings.model.base:
             return
-    show_plan(plan_run(settings, memory, gpu=memory is not None))
+    if not show_plan(plan_run(settings, memory, gpu=memory is not None)):
+        raise SystemExit(1)
 
 
 def doctor(words: Sequence[str]) -> None:

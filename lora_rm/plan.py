@@ -321,7 +321,7 @@ def fit(settings: Settings) -> tuple[Settings, Plan | None]:
     except ModelError as error:
         say(f"The memory of this run cannot be planned: {error}")
         return settings, None
-    tokens = min(16384, planned.largest(planned.mode)) if is_open else train.row
+    tokens = _open_row(planned) if is_open else train.row
     fits = tokens >= planned.longest_pair if is_open else planned.fits(planned.mode)
     everyone = processes.gather((fits, tokens))
     if not all(fits for fits, _ in everyone):
@@ -331,13 +331,22 @@ def fit(settings: Settings) -> tuple[Settings, Plan | None]:
         planned = replace(
             planned, settings=replace(settings, train=replace(train, tokens_per_microbatch=tokens))
         )
+    say(f"Planned: {_fits(planned)}")
+    return planned.settings, planned
+
+
+def _open_row(planned: Plan) -> int:
+    """What `tokens_per_microbatch` auto stands for."""
+    return min(16384, planned.largest(planned.mode))
+
+
+def _fits(planned: Plan) -> str:
     modes = planned.layer_modes
     kept = ", ".join(f"{mode} in {modes.count(mode)} layers" for mode in MODES if mode in modes)
-    say(
-        f"Planned: {_gib(planned.needed(planned.mode, planned.row))} of {_gib(planned.memory)} GiB with rows of "
+    return (
+        f"{_gib(planned.needed(planned.mode, planned.row))} of {_gib(planned.memory)} GiB with rows of "
         f"{planned.settings.train.row} tokens; checkpointing {kept}."
     )
-    return planned.settings, planned
 
 
 def _does_not_fit(planned: Plan, tokens: int) -> str:
@@ -420,8 +429,16 @@ def _time(planned: Plan) -> str:
     return f"{total / speed[0] / 3600:.2f} hours for {total:,.0f} tokens, at {text}"
 
 
-def show_plan(planned: Plan) -> None:
-    """Prints the plan: memory by part, ways of checkpointing, time, and what the merge needs."""
+def show_plan(planned: Plan) -> bool:
+    """Prints the plan: memory by part, ways of checkpointing, time, and what the merge needs.
+
+    Returns:
+        Whether it fits.
+    """
+    train, tokens = planned.settings.train, _open_row(planned)
+    if train.tokens_per_microbatch == "auto" and tokens >= planned.longest_pair:
+        train = replace(train, tokens_per_microbatch=tokens)
+        planned = replace(planned, settings=replace(planned.settings, train=train))
     held, settings, mode = planned.held, planned.settings, planned.mode
     step = planned.peaks[mode].at(planned.row)
     parts = {
@@ -471,10 +488,9 @@ def show_plan(planned: Plan) -> None:
             else "assumed; --calibrate measures",
         },
     )
-    if planned.fits(mode):
-        say(f"It fits: {_gib(planned.needed(mode, planned.row))} of {_gib(planned.memory)} GiB.")
-    else:
-        say("It does not fit. " + _does_not_fit(planned, planned.row))
+    fits = planned.fits(mode)
+    say(f"It fits: {_fits(planned)}" if fits else "It does not fit. " + _does_not_fit(planned, planned.row))
+    return fits
 
 
 def _gib(size: float) -> str:

@@ -247,6 +247,34 @@ def test_a_plan_needs_config_json_alone(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for words in ("weights in nf4", "float32 checks", "It fits", "full", "--calibrate", "8.00 GiB"):
         assert words in printed
+    assert "rows of 4096 tokens; checkpointing none in 12 layers." in " ".join(printed.split())
+
+
+def test_a_plan_tells_what_training_would_do(planned, capsys, monkeypatch):
+    """Which layers keep what, the rows that auto stands for, and whether to start."""
+    monkeypatch.setattr(console, "quiet", False)
+    middle = (planned.needed("selective", planned.row) + planned.needed("full", planned.row)) / 2
+
+    def shown(memory, **train):
+        train = dataclasses.replace(planned.settings.train, **train)
+        settings = dataclasses.replace(planned.settings, train=train)
+        fits = show_plan(dataclasses.replace(planned, settings=settings, memory=memory))
+        return fits, " ".join(capsys.readouterr().out.split())
+
+    fits, text = shown(middle, checkpointing="auto")
+    assert fits
+    assert "checkpointing selective in 6 layers, full in 6 layers." in text
+    fits, text = shown(planned.needed("full", 1500) + 1, tokens_per_microbatch="auto")
+    assert fits
+    assert "with rows of 1500 tokens" in text
+    fits, text = shown(planned.needed("full", 1000), tokens_per_microbatch="auto")
+    assert not fits
+    assert "It does not fit." in text
+
+
+def test_a_plan_that_does_not_fit_ends_with_exit_status_1(folder, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["plan", str(folder), "--gpu", "512MiB"])
 
 
 def test_speed_comes_from_an_earlier_run(planned, tmp_path):
