@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from lora_rm import __version__
 from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings
 from lora_rm.console import plain_errors
 from lora_rm.errors import ConfigError
@@ -32,6 +33,7 @@ commands
 settings
   Precedence: default < preset file < flag. `lora-rm COMMAND --help` shows every setting of a command with
   its unit and default. Several mistakes are reported together; nothing starts before all are mended.
+  `lora-rm --version` prints the version.
 
 examples
   lora-rm train recipes/presets/quickstart.yaml
@@ -56,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         _write(MANUAL)
+        return 0
+    if words[0] == "--version":
+        _write(f"lora-rm {__version__}\n")
         return 0
     name, *rest = words
     with plain_errors():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora_rm import __version__
 from lora_rm.cli import COMMANDS, main
 from lora_rm.config import check_settings, load_settings
 
@@ -44,6 +45,10 @@ def test_the_first_page_names_every_command(run, words):
     assert (status, errors) == (0, "")
     for name in COMMANDS:
         assert f"\n  {name} " in page
+
+
+def test_the_version_is_printed(run):
+    assert run("--version") == (0, f"lora-rm {__version__}\n", "")
 
 
 @pytest.mark.parametrize(
