@@ -39,7 +39,7 @@ examples
   lora-rm train recipes/presets/quickstart.yaml
   lora-rm train --model.base Qwen/Qwen3-8B --data.train pairs.jsonl --output-dir runs/mine
   lora-rm plan Qwen/Qwen3-32B --gpu 24GiB
-  lora-rm train runs/mine/config.yaml --resume
+  lora-rm train runs/mine --resume
   lora-rm merge runs/mine
   lora-rm export runs/mine --to huggingface --out my-reward-model
   lora-rm export runs/mine --to onnx --dtype int8
@@ -78,10 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(words: Sequence[str]) -> None:
-    """`lora-rm train [PRESET] [--resume] [settings]`."""
-    parser = _parser("train", "[PRESET]", "Trains adapter and head, evaluates before and after.")
+    """`lora-rm train [PRESET|RUN] [--resume] [settings]`."""
+    parser = _parser("train", "[PRESET|RUN]", "Trains adapter and head, evaluates before and after.")
     parser.add_argument(
-        "preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults"
+        "preset",
+        nargs="?",
+        metavar="PRESET|RUN",
+        help="YAML file of settings, or the run folder that holds one; none: the defaults",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of output_dir"
@@ -93,6 +96,8 @@ def train(words: Sequence[str]) -> None:
         help="resume although settings that do not change what is trained differ",
     )
     options, flags = _parse(parser, words, only=())
+    if options.preset and (Path(options.preset) / "config.yaml").is_file():
+        options.preset = str(Path(options.preset) / "config.yaml")
     if (options.resume or options.allow) and options.preset:
         file = Path(options.preset)
         if file.name == "config.yaml" and (file.parent / "inputs.json").is_file():

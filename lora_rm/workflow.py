@@ -222,8 +222,20 @@ def combine_runs(paths: Sequence[Path], weights: Sequence[float], folder: Path) 
 
 
 def run_adapter(path: Path) -> Path:
-    """The adapter of a run, or the folder itself."""
+    """The adapter of a run, or the folder itself.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    _check_folder(path)
     return RunFolder(path).trained() if (path / "config.yaml").is_file() else path
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path}: there is no such folder. Check the path; it is looked up from {Path.cwd()}."
+        )
 
 
 def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
@@ -233,6 +245,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
         The run folder, or the merged folder of a lone adapter: what `export_run` takes.
 
     Raises:
+        ConfigError: If there is no such folder.
         MergeError: If it cannot be merged, or rewards changed by more than allowed.
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
@@ -279,12 +292,13 @@ def export_run(
         push_to: Hub repository to upload to.
 
     Raises:
-        ConfigError: If there is no such target, it does not let one choose the type, or a package of its extra is
+        ConfigError: If there is no such folder or target, it does not let one choose the type, or a package of its extra is
             missing.
         MergeError: If there is no merged and verified model, or the export gives other rewards.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to is {to!r}; allowed: {', '.join(TARGETS)}.")
+    _check_folder(path)
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     merged = run.merged if run else path
     if run:
@@ -315,8 +329,10 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
     """Evaluates any saved model on `data.eval`, or on the held-out side of its own run.
 
     Raises:
-        ConfigError: If there is nothing to evaluate on.
+        ConfigError: If there is no such model, or nothing to evaluate on.
     """
+    if not path.is_file():  # as a .gguf is
+        _check_folder(path)
     is_run = (path / "config.yaml").is_file()
     if settings.data.eval is None and not is_run:
         raise ConfigError("data.eval is not set. Give the preferences to evaluate on: --data.eval FILE.")

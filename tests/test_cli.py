@@ -153,9 +153,15 @@ def test_a_mistake_is_one_message_and_exit_state_1(run, words, message, tmp_path
             ["train", "--data.train", "a/b", "--data.chat-template", "c.jinja"],
             "ModelError: data.chat_template is c.jinja",
         ),
-        (["merge", "runs/absent"], "Error: "),
-        (["export", "runs/absent"], "MergeError: "),
-        (["eval", "runs/absent"], "ConfigError: data.eval is not set"),
+        (
+            ["train", "runs/absent", "--resume"],
+            "ConfigError: runs/absent: cannot be read (No such file or directory)",
+        ),
+        (["merge", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
+        (["export", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
+        (["eval", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
+        (["eval", "."], "ConfigError: data.eval is not set"),
+        (["plan", "runs/absent"], "ModelError: model.base: there is no folder runs/absent"),
         (["score", "runs/absent"], "ModelError: runs/absent: is no run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -236,6 +242,21 @@ def test_resume_goes_on_with_a_run_and_starts_none(run, tmp_path):
     assert status == 1
     assert "there is no run to resume" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_stands_for_its_settings(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "lora_rm.workflow.train_run", lambda settings, **how: asked.append((settings, how["resume"]))
+    )
+    (tmp_path / "config.yaml").write_text("seed: 5\noutput_dir: elsewhere\n")
+    (tmp_path / "inputs.json").write_text("{}")
+    for words in ([str(tmp_path)], [str(tmp_path), "--resume"]):
+        assert run("train", *words)[0] == 0
+    assert [(s.seed, s.output_dir, resume) for s, resume in asked] == [
+        (5, "elsewhere", False),
+        (5, str(tmp_path), True),
+    ]
 
 
 def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):

@@ -121,7 +121,8 @@ def find_config(name: str, revision: str | None = None) -> BaseModel:
         file = Path(hf_hub_download(name, "config.json", revision=revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"model.base: config.json of {name} cannot be fetched from the hub ({_first_line(error)}). "
+            f"model.base: there is no folder {name}, and config.json of {name} cannot be fetched from the hub "
+            f"({_first_line(error)}). "
             "Check the id and your login (`hf auth login`), or give a folder that holds config.json."
         ) from None
     return BaseModel(name=name, path=file.parent, revision=file.parent.name)
