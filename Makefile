@@ -1,5 +1,6 @@
 # make quickstart            the main job, from nothing
-# make quickstart DATA=pairs.jsonl ARGS='--data.max-train 500'    the same on your file, with settings
+# make quickstart DATA=pairs.jsonl ARGS='--data.max-train 500'    the same on your file, with settings, into runs/pairs;
+#                            a run there is replaced: ARGS='--output-dir runs/second' keeps it
 # make test                  every test, from nothing
 # make setup                 .venv with exact versions; both of the above call it
 # make lint                  ruff and mypy
@@ -24,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml --overwrite True $(if $(DATA),--data.train '$(DATA)') $(ARGS)
+	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml --overwrite True $(if $(DATA),--data.train '$(DATA)' --output-dir "runs/$$(basename '$(DATA)' | cut -d. -f1)") $(ARGS)
 
 test: setup
 	$(RUN)/python -m pytest

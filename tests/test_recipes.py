@@ -41,6 +41,23 @@ def test_every_preset_parses(preset):
     assert f"recipes/presets/{preset.name}" in text
 
 
+@pytest.mark.parametrize(
+    ("data", "folder"),
+    [("my data/pairs.jsonl.gz", "runs/pairs"), ("org/name", "runs/name"), ("", "runs/quickstart")],
+)
+def test_the_quickstart_on_own_data_has_a_run_folder_of_its_own(data, folder):
+    command = ["make", "--no-print-directory", "quickstart", f"DATA={data}", "VENV=/venv", "ARGS=--seed 2"]
+    made = subprocess.run(
+        [*command, "-n", "-o", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    words = made.stdout.replace("/venv/bin/python", "printf '%s\\n'")
+    printed = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True).stdout
+    file, preset, *flags = printed.splitlines()
+    settings = load_settings(ROOT / preset, flags)
+    assert (settings.output_dir, settings.seed, file) == (folder, 2, "recipes/qlora_reward_model.py")
+    assert settings.data.train == (data or "builtin:checkable")
+
+
 def test_there_is_a_preset_for_every_family_that_is_promised():
     names = {path.stem for path in PRESETS}
     assert names >= {
