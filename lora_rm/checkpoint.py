@@ -1,7 +1,7 @@
 """The run folder: what lies where, checkpoints that are whole or not there, and the way back from one.
 
 RUN/
-config.yaml        the settings, resolved; runs again as a preset
+config.yaml        the settings, resolved, with whole paths; runs again as a preset
 data.json          rows kept, dropped and cut, by reason
 metrics.jsonl      one line a step
 inputs.json        SHA-256 of the base and of both sides of the data: a run goes on with no others
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_rm.config import Settings, dump_settings, load_settings
+from lora_rm.config import Settings, dump_settings, load_settings, with_whole_paths
 from lora_rm.console import say
 from lora_rm.errors import ConfigError, ModelError, storing
 from lora_rm.model.base import file_sha256
@@ -81,7 +81,7 @@ class RunFolder:
                 it, if the settings to resume with would make it another run, or if another process works in it.
             StorageError: If the folder cannot be written.
         """
-        run = cls(Path(settings.output_dir))
+        run, settings = cls(Path(settings.output_dir)), with_whole_paths(settings)
         if not IS_FIRST:  # the first process decides, and fails for all
             wait()
             return run
@@ -241,7 +241,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:
     """Refuses to go on with settings that would make another run of it."""
-    earlier, now = (_flat(asdict(values)) for values in (run.settings(), settings))
+    earlier, now = (_flat(asdict(values)) for values in (with_whole_paths(run.settings()), settings))
     for values in (earlier, now):
         for name in ("overwrite", "output_dir"):  # say nothing about the run, whose folder may have moved
             values.pop(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from lora_rm import __version__
-from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings
+from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings, with_whole_paths
 from lora_rm.console import plain_errors
 from lora_rm.errors import ConfigError
 from lora_rm.export import TARGETS
@@ -384,6 +384,7 @@ FIXED = {
 
 def _refuse_other_model(settings: Settings, own: Settings, model: str) -> None:
     """Raises if flags ask for another model than the one that is there."""
+    settings, own = with_whole_paths(settings), with_whole_paths(own)
     for section, names in {**FIXED, "adapter": tuple(vars(own.adapter))}.items():
         for name in names:
             value, known = (getattr(getattr(s, section), name) for s in (settings, own))

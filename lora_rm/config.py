@@ -6,6 +6,7 @@ only. Precedence: default < preset file < flag. This module imports no torch, so
 
 import dataclasses
 import difflib
+import os
 import re
 import reprlib
 import types
@@ -467,6 +468,27 @@ def check_settings(values: Mapping[str, Any], mistakes: Sequence[str] = ()) -> S
             f"{len(unique)} settings cannot be used:\n" + "\n".join(f"  {line}" for line in unique)
         )
     return settings
+
+
+def with_whole_paths(settings: Settings) -> Settings:
+    """Settings whose local files and folders are found from any directory; hub ids and other names stay."""
+
+    def whole(name: str) -> str:
+        try:
+            path = Path(name).expanduser()
+            return os.path.normpath(path.absolute()) if name and path.exists() else name
+        except (OSError, ValueError, RuntimeError):  # too long, NUL, ~nobody: told where it is opened
+            return name
+
+    data, template = settings.data, settings.data.chat_template
+    data = dataclasses.replace(
+        data,
+        train=whole(data.train),
+        eval=None if data.eval is None else whole(data.eval),
+        chat_template=template if template in ("tokenizer", "plain") else whole(template),
+    )
+    model = dataclasses.replace(settings.model, base=whole(settings.model.base))
+    return dataclasses.replace(settings, data=data, model=model)
 
 
 def save_settings(settings: Settings, path: Path) -> None:

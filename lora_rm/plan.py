@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
-from lora_rm.config import ModelSettings, Settings
+from lora_rm.config import ModelSettings, Settings, with_whole_paths
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
 from lora_rm.data.split import load_data
@@ -396,7 +396,7 @@ def tokens_per_second(planned: Plan) -> tuple[float, str] | None:
     # a run of another model says nothing
     is_same = False
     with suppress(ConfigError):  # no run, or a file that cannot be read
-        is_same = file.is_file() and run.settings().model == planned.settings.model
+        is_same = file.is_file() and run.settings().model == with_whole_paths(planned.settings).model
     if is_same:
         speeds = [line["tokens_per_second"] for line in read_metrics(file) if "tokens_per_second" in line]
         if speeds:

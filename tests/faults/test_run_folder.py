@@ -239,6 +239,32 @@ def test_a_start_that_failed_does_not_refuse_the_corrected_command(settings, tmp
         RunFolder.create(settings)
 
 
+def test_a_run_goes_on_from_another_directory(settings, base, tmp_path, monkeypatch):
+    """Files given relatively are the same files there; names that are no files stay as they are."""
+    for name in ("pairs.jsonl", "own.jinja"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    files = {"train": "pairs.jsonl", "eval": "org/name", "chat_template": "own.jinja"}
+    relative = changed(settings, data=files, model={"base": "base"})
+    run = RunFolder.create(relative)
+    saved = run.settings()
+    assert (saved.data.train, saved.data.eval) == (str(tmp_path / "pairs.jsonl"), "org/name")
+    assert (saved.data.chat_template, saved.model.base) == (
+        str(tmp_path / "own.jinja"),
+        str(tmp_path / "base"),
+    )
+    assert RunFolder.create(relative, resume=True).settings() == saved
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert RunFolder.create(saved, resume=True).settings() == saved
+    again = changed(saved, data={"train": "../pairs.jsonl"})
+    assert RunFolder.create(again, resume=True).settings() == saved
+    there = changed(relative, data={"train": "../elsewhere/pairs.jsonl"})
+    with pytest.raises(ConfigError, match=r"data\.train was"):
+        RunFolder.create(there, resume=True)
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/run: cannot be written"):
