@@ -21,7 +21,7 @@ from lora_rm.console import say, show_facts
 from lora_rm.data.formats import parse_conversations
 from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import read_template
-from lora_rm.errors import ConfigError, DataError, MergeError, ModelError, storing
+from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
@@ -29,7 +29,7 @@ from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, read_config
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.record import RECORD, read_record
+from lora_rm.model.record import RECORD, check_weights_file, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
@@ -57,12 +57,24 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     run = RunFolder.create(settings, resume, allow=allow)
     model = open_model(settings, planned)
     data = read_data(settings, model, run)
+    if resume and processes.gather(_is_finished(run))[0]:
+        say(f"{run.path}: is already finished. Next: lora-rm merge {run.path}")
+        return run
     evaluate_before(model, data, settings, run)
     train(model, data, settings, run, resume=resume)
     evaluate_after(model, data, settings, run)
     save_adapter(model, data, settings, run)
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
+
+
+def _is_finished(run: RunFolder) -> bool:
+    """Whether all that training leaves is there, whole."""
+    try:
+        check_weights_file(run.adapter, read_record(run.adapter))
+        return "after" in (run.read_json("eval.json") or {}) and run.read_json(HELD_OUT) is not None
+    except (LoraRmError, OSError):  # to be written anew
+        return False
 
 
 def check_start(settings: Settings) -> None:

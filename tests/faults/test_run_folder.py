@@ -205,6 +205,15 @@ def test_what_comes_after_the_last_step_can_fail_without_a_step_being_repeated(
     run = train_run(own, resume=True)
     for name in ("adapter/adapter_model.safetensors", "eval.json"):
         assert (run.path / name).read_bytes() == (straight.path / name).read_bytes(), name
+    weights = run.adapter / "adapter_model.safetensors"
+    whole, before = weights.read_bytes(), weights.stat().st_mtime_ns
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_rm.workflow.evaluate_after", lambda *_: pytest.fail("nothing is missing"))
+        train_run(own, resume=True)
+    assert weights.stat().st_mtime_ns == before
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    train_run(own, resume=True)
+    assert weights.read_bytes() == whole
 
 
 class Dying:
