@@ -46,10 +46,16 @@ HARMLESS = (
     "train.keep_checkpoints",
     "train.trackers",
     "train.max_skipped_steps",
+    "model.base",
+    "data.train",
+    "data.eval",
     "merge",
     "verify",
 )
-"""Settings and sections that do not change what is trained: they may differ at resume, if that is allowed."""
+"""Settings and sections that do not change what is trained: they may differ at resume, if that is allowed.
+
+Base and data may lie elsewhere now; what they hold is compared by hashes (inputs.json) whatever they are called.
+"""
 
 CONTENTS = (
     "config.yaml", "data.json", "metrics.jsonl", "inputs.json", "checkpoints", "adapter", "eval.json", "held_out.json",

@@ -52,6 +52,8 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
         LoraRmError: If a setting, the data or the model cannot be used, or training was stopped.
     """
     processes.join(settings.model.device)
+    if resume:
+        RunFolder(Path(settings.output_dir)).settings()  # raises if there is no run
     check_start(settings)
     settings, planned = fit(settings)
     run = RunFolder.create(settings, resume, allow=allow)

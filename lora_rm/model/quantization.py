@@ -329,7 +329,7 @@ class ExactLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes h
         """X W^T + bias."""
         weight, state, dtype = self.weight, quant_state(self), self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        if dtype == state.dtype:
+        if dtype == state.dtype != torch.float32:
             return bnb.matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state).to(x.dtype)
         y = _ExactProduct.apply(x.to(dtype), dense_weight(self))
         return (y if bias is None else y + bias).to(x.dtype)

@@ -178,16 +178,19 @@ def test_m9_the_pipeline_gives_the_reward_itself(merged, tmp_path, show):
     assert largest(expected, ours) < 1e-4
 
 
-def test_m9_the_code_of_the_model_card_gives_the_reward(merged, preferences, show):
+def test_m9_the_code_of_the_model_card_gives_the_reward(merged, preferences, show, monkeypatch):
     folder, _ = merged
+    monkeypatch.chdir(folder)  # the card says "."
     messages = list(preferences[0][0].prompt + preferences[0][0].answers[0])
     expected = load_reward_model(folder, compute_dtype="float32").score_conversations([messages])[0]
     record = json.loads((folder / "lora_rm_merge.json").read_text())
     card = model_card({"merge": record, "num_answers": 0, "spread": 1.0, "changes": {}}, None)
     code = ast.parse(card.split("```python\n")[1].split("```")[0])
-    names = {"PATH": str(folder), "messages": messages}
-    exec(compile(ast.Module(code.body[:-1], []), "card", "exec"), names)
-    found = eval(compile(ast.Expression(code.body[-1].value), "card", "eval"), names)
+    (example,) = [part for part in code.body if ast.unparse(part).startswith("messages = ")]
+    example.value = ast.parse(repr(messages), mode="eval").body
+    names = {"print": lambda reward: names.update(printed=reward)}
+    exec(compile(code, "card", "exec"), names)
+    found = names["printed"]
     show(f"M9 the model card's own code: lora_rm {expected:.4f}, the pipeline {found:.4f}")
     assert abs(found - expected) < 0.01  # the pipeline computes in float16, the type of the file
 
