@@ -66,6 +66,7 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     train(model, data, settings, run, resume=resume)
     evaluate_after(model, data, settings, run)
     save_adapter(model, data, settings, run)
+    processes.wait()  # torchrun ends all if one that left early aborts on its way out, while the first one still writes
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
 

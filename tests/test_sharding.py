@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base
-from test_processes import launched, numbers, with_values
+from test_processes import back_to, launched, numbers, with_values
 from torch.distributed.tensor import DTensor
 
 from lora_rm import processes
@@ -235,6 +235,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_merges(settings, tmp_path):
     run = RunFolder.open(tmp_path / "run")
     lines, evaluations = numbers(run.path)
     record = json.loads((run.adapter / "lora_rm.json").read_text())
+    back_to(run.path, 2)
     train_run(run.settings(), resume=True)
     again, evaluations_again = numbers(run.path)
     assert [line["step"] for line in again] == [1, 2, 3, 4]
