@@ -30,7 +30,7 @@ from lora_rm.errors import ConfigError, LoraRmError, ModelError
 from lora_rm.metrics import read_metrics
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import MODES, Mode
-from lora_rm.model.classifier import read_config
+from lora_rm.model.classifier import check_length, read_config
 from lora_rm.model.device import pick_compute_dtype, pick_device
 from lora_rm.model.memory import (
     Held,
@@ -307,12 +307,15 @@ def fit(settings: Settings) -> tuple[Settings, Plan | None]:
 
     Raises:
         ConfigError: If the run does not fit: how much it needs, and what would make it fit.
-        ModelError: If there is no such base or device.
+        ModelError: If there is no such base or device, or the base takes no conversations of `data.max_length`.
     """
     train = settings.train
     asked = "auto" in (train.checkpointing, train.tokens_per_microbatch)
     device = pick_device(settings.model.device)
-    read_config(find_config(settings.model.base, settings.model.revision))
+    config = read_config(find_config(settings.model.base, settings.model.revision))
+    check_length(
+        config, settings.data.max_length, "A conversation of data.max_length"
+    )  # before weights are fetched
     if not asked and device.type == "cpu":
         return settings, None
     is_open = train.tokens_per_microbatch == "auto"

@@ -25,9 +25,9 @@ from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, Mode
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
-from lora_rm.model.base import cache_folder, find_config
+from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
-from lora_rm.model.classifier import check_length, read_config
+from lora_rm.model.classifier import check_length
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import RECORD, check_weights_file, read_record
 from lora_rm.model.reward_model import RewardModel
@@ -108,8 +108,6 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
     Raises:
         LoraRmError: If the base or the adapter cannot be used, or the adapter trains what could not be merged.
     """
-    config = read_config(find_config(settings.model.base, settings.model.revision))
-    check_length(config, settings.data.max_length, "A conversation of data.max_length")
     say(f"Loading {settings.model.base or 'the base model'} ({settings.model.quantization}) ...")
     model = RewardModel.load(
         settings.model.base,
@@ -119,6 +117,7 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         seed=settings.seed,
         sharded=settings.train.sharding == "full" and processes.count() > 1,
     )
+    check_length(model.classifier.config, settings.data.max_length, "A conversation of data.max_length")
     check_mergeable(model)
     model.chat.allow_special_tokens = settings.data.allow_special_tokens
     wanted = settings.train.checkpointing

@@ -11,7 +11,6 @@ selective checkpointing it carries what it was made from instead (`made_again`),
 import functools
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +79,7 @@ class FusedNorm(nn.Module):
             return super().forward(x)
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
         y: torch.Tensor = _RMSNorm.apply(x, weight, eps)
-        return _tell(y, partial(_norm, eps=eps), x, weight) if self.tells_source else y
+        return _tell(y, functools.partial(_norm, eps=eps), x, weight) if self.tells_source else y
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

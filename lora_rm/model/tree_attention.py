@@ -18,7 +18,6 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -251,7 +250,7 @@ def time_cores(
         trees.append(Tree(start, 160 + 7 * number, (60 + number, 90 - number)))
         start = trees[-1].end
     ends = torch.tensor([tree.end - 1 for tree in trees])
-    plan, move = TreePlan(tuple(trees), ends), partial(torch.Tensor.to, device=device)
+    plan, move = TreePlan(tuple(trees), ends), functools.partial(torch.Tensor.to, device=device)
     shapes = [(1, count, start, size) for count in (heads, groups, groups)]
     generator = torch.Generator(device).manual_seed(0)  # a resumed run has its random state restored already
     inputs = [
