@@ -29,6 +29,11 @@ def redacted(text: str) -> str:
     return text
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of another library's error, never empty: an error without words gives its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
 class LoraRmError(Exception):
     """Anything that the user can mend; the command line prints it without a traceback.
 

@@ -26,7 +26,7 @@ from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import ConfigError, LoraRmError, ModelError
+from lora_rm.errors import ConfigError, LoraRmError, ModelError, first_line
 from lora_rm.metrics import read_metrics
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import MODES, Mode
@@ -420,11 +420,11 @@ def _time(planned: Plan) -> str:
     if not settings.data.train:
         return f"{text}; give --data.train for the time of a run"
     try:
-        folder = find_config(settings.model.base, settings.model.revision).path
+        folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
         chat = ChatTokenizer.load(folder, settings.data.chat_template)
         data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
     except (LoraRmError, OSError, ValueError) as error:
-        return f"{text}; the data cannot be counted ({str(error).splitlines()[0][:120]})"
+        return f"{text}; the data cannot be counted ({first_line(error)})"
     trees = data.train.trees
     num_steps = count_steps(len(trees), settings)
     steps = rows_of_steps(trees, settings, num_steps, planned.batching, settings.train.row)

@@ -43,7 +43,7 @@ from lora_rm.data.batches import (
 )
 from lora_rm.data.split import Data
 from lora_rm.data.tokens import TokenTree
-from lora_rm.errors import ConfigError, Interrupted, ModelError
+from lora_rm.errors import ConfigError, Interrupted, ModelError, first_line
 from lora_rm.evaluate import evaluate
 from lora_rm.losses import preference_losses
 from lora_rm.metrics import MetricsLog, StepSums, memory_gib, sum_steps
@@ -521,7 +521,7 @@ def _sums_in_order(model: RewardModel) -> Iterator[None]:
         except RuntimeError as error:
             say(
                 f"A resumed run will not be the same bit for bit, since this model computes what has no fixed order on a GPU "
-                f"({str(error).splitlines()[0][:120]})."
+                f"({first_line(error, 120)})."
             )
             torch.set_deterministic_debug_mode(before)
         yield

@@ -21,7 +21,7 @@ from lora_rm.console import say, show_facts
 from lora_rm.data.formats import parse_conversations
 from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import read_template
-from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
+from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, first_line, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
@@ -412,7 +412,7 @@ def score_lines(
             rewards = iter(scorer.score_ids(rows))
         except (IndexError, RuntimeError) as error:
             raise DataError(
-                f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({str(error).splitlines()[0][:200]}). The longest "
+                f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({first_line(error)}). The longest "
                 f"has {max(map(len, rows))} tokens: the model, or the memory, may be made for fewer."
             ) from None
         for place, ((number, _), (values, key, own)) in enumerate(zip(group, said, strict=True)):

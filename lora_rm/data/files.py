@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rm.data.fields import shown
-from lora_rm.errors import DataError
+from lora_rm.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 MAX_ROW_BYTES = 32 * 2**20
@@ -440,7 +440,7 @@ def _parquet_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
         Exception
     ) as error:  # pyarrow lets out what its decoders meet: OSError, KeyError, RecursionError ...
         raise DataError(
-            f"{source} cannot be read to its end: {_first_line(error)}. Fetch or write it again."
+            f"{source} cannot be read to its end: {first_line(error)}. Fetch or write it again."
         ) from error
 
 
@@ -451,7 +451,7 @@ def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # of any kind: datasets checks neither types nor names in what it reads
         message = "is not a folder written by `datasets.save_to_disk`. Name a file in it, or save it that way"
-        raise DataError(f"{source} {message} ({_first_line(error)}).") from error
+        raise DataError(f"{source} {message} ({first_line(error)}).") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DataError(f"{source} has no split '{split}'. It has: {', '.join(dataset)}; choose one.")
@@ -467,7 +467,7 @@ def _hub_rows(source: str, split: str) -> Iterator[Row | BadRow]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         message = f"{source} is no local file, and the Hub does not give its split '{split}'"
         raise DataError(
-            f"{message}: {_first_line(error)} Check the name, the split and the network."
+            f"{message}: {first_line(error)} Check the name, the split and the network."
         ) from error
     yield from _dataset_rows(dataset, f"{source} {split}")
 
@@ -483,7 +483,7 @@ def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Ro
             return
         except Exception as error:  # of any kind, out of pyarrow
             raise DataError(
-                f"{source} row {number}: cannot be read: {_first_line(error)}. Save the dataset again."
+                f"{source} row {number}: cannot be read: {first_line(error)}. Save the dataset again."
             ) from error
         yield Row(values=values, source=f"{source} row {number}")
 
@@ -500,7 +500,3 @@ def _without_nulls(value: Any) -> Any:
 def _not_utf8(error: UnicodeDecodeError) -> str:
     found = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
     return f"{found}. Only UTF-8 is read; save the file again with that encoding."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

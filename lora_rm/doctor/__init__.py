@@ -61,7 +61,7 @@ from lora_rm.errors import ConfigError, LoraRmError, ModelError, storing
 from lora_rm.metrics import read_metrics
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.base import cache_folder, find_base, find_config
+from lora_rm.model.base import cache_folder, find_base, find_config, is_hub_id
 from lora_rm.model.device import pick_device
 from lora_rm.model.record import RECORD
 from lora_rm.score import export_target, load_reward_model
@@ -131,8 +131,7 @@ def kind_of(source: str | None) -> Kind:
     )
     if source == BUILTIN or is_saved_data or (source.lower().endswith(SUFFIXES) and not path.is_dir()):
         return "data"
-    is_hub_id = not path.exists() and source.count("/") == 1 and source[0] not in "./~"
-    if source == bases.BUILTIN or path.suffix == ".gguf" or is_hub_id:
+    if source == bases.BUILTIN or path.suffix == ".gguf" or is_hub_id(source):
         return "base"
     target = export_target(path)
     if target:
@@ -190,7 +189,7 @@ def examine_data(wanted: DataSettings, settings: Settings) -> Iterator[Finding]:
             yield unchecked(name, "needs the tokenizer of a model", "Add --model.base MODEL.")
         return
     try:
-        folder = find_config(settings.model.base, settings.model.revision).path
+        folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
         chat = ChatTokenizer.load(folder, wanted.chat_template)
     except LoraRmError as error:
         yield Finding(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lora_rm.errors import Interrupted, LoraRmError
+from lora_rm.errors import Interrupted, LoraRmError, first_line
 
 Status = Literal["ok", "warning", "fault", "unchecked"]
 Kind = Literal["machine", "data", "base", "adapter", "merged", "run"]
@@ -61,7 +61,7 @@ def attempt(check: str, function: Callable[..., Finding], *arguments: Any) -> Fi
     except LoraRmError as error:
         found, remedy = str(error), "Do what the message says, then run the doctor again."
     except Exception as error:  # a doctor that ends with a traceback helps nobody
-        found = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+        found = f"{type(error).__name__}: {first_line(error, 300)}"
         remedy = "This is not foreseen. The file may be damaged: make or fetch it again; if it stays, report this line."
     return Finding(check=check, status="fault", found=found, remedy=remedy)
 

@@ -17,6 +17,7 @@ import torch
 
 from lora_rm.config import Settings
 from lora_rm.doctor.finding import Finding, judge
+from lora_rm.errors import first_line
 from lora_rm.model.device import pick_compute_dtype, pick_device
 from lora_rm.model.quantization import make_exact
 from lora_rm.plan import GIB, Plan, plan, remedies
@@ -110,7 +111,7 @@ def check_bitsandbytes(device: torch.device) -> Finding:
         layer(inputs).sum().backward()
         slope = math.inf if inputs.grad is None else _relative(inputs.grad.cpu()[0], stored.sum(0))
     except Exception as error:  # whatever a library without its kernels raises
-        found = f"{version} does not work on {device}: {(str(error) or type(error).__name__).splitlines()[0][:200]}"
+        found = f"{version} does not work on {device}: {first_line(error)}"
         return judge("bitsandbytes", found, remedy, fault=True)
     found = (
         f"{version} on {device}: 4-bit storage changes a weight by {loss:.1%} (sound: about 9 %), products are off by "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rm.console import say
-from lora_rm.errors import MergeError
+from lora_rm.errors import MergeError, first_line
 from lora_rm.export.proof import NUM_PADDED, largest_difference
 from lora_rm.model.quantization import StoredLinear
 from lora_rm.model.reward_model import RewardModel
@@ -67,7 +67,7 @@ def trace(graph: RewardGraph) -> Any:
         with torch.no_grad():
             program = torch.export.export(graph, (ids, torch.ones_like(ids)), dynamic_shapes=(shape, shape))
     except Exception as error:  # torch raises many kinds, its own and Python's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise MergeError(
             f"{type(graph.backbone).__name__} cannot be written as one graph ({reason[:300]}). "
             "Use --to huggingface, vllm or gguf."

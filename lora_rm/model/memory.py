@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lora_rm.config import Settings
 from lora_rm.data.batches import Batching
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
-from lora_rm.errors import ModelError
+from lora_rm.errors import ModelError, first_line
 from lora_rm.losses import preference_losses
 from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.base import BaseModel
@@ -334,7 +334,7 @@ def trace_without_data(
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
             f"{settings.model.base}: a training step of {config.model_type} with {batching} batches cannot be "
-            f"traced without weights ({str(error).splitlines()[0][:160]}). Nothing is known about its memory; "
+            f"traced without weights ({first_line(error, 160)}). Nothing is known about its memory; "
             "train a few steps and look at memory_gib in metrics.jsonl."
         ) from None
 

@@ -31,7 +31,7 @@ from lora_rm.data.batches import (
     share_of_rows,
 )
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
-from lora_rm.errors import ModelError
+from lora_rm.errors import ModelError, first_line
 from lora_rm.model import tree_attention
 from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.adapter import (
@@ -474,7 +474,7 @@ class RewardModel(nn.Module):
                 rewards = self.eval().rewards(batch).cpu()
         except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
             self.forget_pass()
-            return str(error).splitlines()[0][:120]
+            return first_line(error, 120)
         text, calls = self.classifier.config.get_text_config(), batch.plan.calls
         if len(calls) != text.num_hidden_layers:
             return f"{len(calls)} of {text.num_hidden_layers} layers use the tree attention"
