@@ -5,7 +5,8 @@
 
 The weights are drawn on the device and go straight into NF4 with double quantisation, so nothing is downloaded.
 Needs torch, transformers, peft, bitsandbytes, accelerate and this package; where TRL is installed, its own trainer
-runs too. A step has 64 pairs (`--pairs`) of HH's lengths (medians of 144 prompt and 67 answer tokens). Model-FLOP utilisation counts
+runs too. A step has 64 pairs (`--pairs`) of HH's lengths (medians of 144 prompt and 67 answer tokens); it builds its batches,
+clips the gradient and reads the rewards, as in training. Model-FLOP utilisation counts
 4 N per token computed (2 N forward, 2 N backward through frozen weights; N: parameters of the linear layers), recomputation
 not counted, nor what the last layer is spared where only the answers' ends are read.
 
@@ -41,12 +42,13 @@ from lora_rm.config import Settings, check_settings
 from lora_rm.console import say, show_table
 from lora_rm.data.batches import Batching, TreeBatch, microbatches, num_tokens
 from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import first_line
 from lora_rm.model.adapted_linear import AdaptedLinear4bit
 from lora_rm.model.checkpointing import MODES, Mode
 from lora_rm.model.memory import empty_model, fill
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import GIB, Plan, calibrate, plan
-from lora_rm.train import build_optimizer
+from lora_rm.train import build_optimizer, is_out_of_memory
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama3.2-3b": {
@@ -166,23 +168,35 @@ def our_ways(
 def padded_ways(
     model: RewardModel, pairs: list[TokenTree], sizes: list[int], repeats: int, peak: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What TRL computes, in random order, each batch as long as its longest conversation; in PEFT's own layers."""
+    """What TRL computes, each batch as long as its longest conversation; in PEFT's own layers."""
     with peft_layers(model):
         ways: list[tuple[int, Mode]] = [*((size, "none") for size in sizes), (8, "full")]
         for size, mode in ways:
-            rows = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-            yield f"padded, batches of {size}, {mode}", measure(model, rows, "padded", mode, repeats, peak)
+            for order, ordered in orders(pairs).items():
+                rows = [ordered[start : start + size] for start in range(0, len(pairs), size)]
+                title = f"padded, batches of {size} {order}, {mode}"
+                yield title, measure(model, rows, "padded", mode, repeats, peak)
 
 
 def trl_ways(
     model: RewardModel, pairs: list[TokenTree], sizes: list[int], repeats: int, peak: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """TRL's own trainer, without checkpointing and with its defaults; the model's norms and rotary positions stay ours."""
+    """TRL's own trainer, without checkpointing and with its defaults.
+
+    The model's norms, rotary positions and 4-bit products (bitsandbytes' own on a GPU) stay ours.
+    """
     with peft_layers(model):
         for size in sizes:
-            found = measure_trl(model, pairs, size, repeats, peak, checkpointing=False)
-            yield f"TRL, batches of {size}", found
+            for order, ordered in orders(pairs).items():
+                found = measure_trl(model, ordered, size, repeats, peak, checkpointing=False)
+                yield f"TRL, batches of {size} {order}", found
         yield "TRL's defaults (8, full)", measure_trl(model, pairs, 8, repeats, peak, checkpointing=True)
+
+
+def orders(pairs: list[TokenTree]) -> dict[str, list[TokenTree]]:
+    """The pairs as they come, and by length, which pads least and leaves the gradient of a step as it is."""
+    longest = {id(pair): max(map(len, pair.conversations())) for pair in pairs}
+    return {"in random order": pairs, "by length": sorted(pairs, key=lambda pair: longest[id(pair)])}
 
 
 @contextmanager
@@ -250,21 +264,24 @@ def measure(
     model.set_checkpointing([mode] * len(model.layers))
     model.train()
     num_pairs = sum(map(len, rows))
-    batches = [model.batch(row) for row in rows]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     on_gpu = model.device.type == "cuda"
 
     def step() -> None:
-        for batch in batches:
-            rewards = model.rewards(batch).view(-1, 2)
+        for row in rows:
+            rewards = model.rewards(model.batch(row)).view(-1, 2)
             (-F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum() / num_pairs).backward()
+            rewards.tolist()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     try:
         step()
         if on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(repeats):
@@ -274,11 +291,18 @@ def measure(
             _wait(on_gpu)
             seconds.append(time.perf_counter() - started)
         memory = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
-        by_kernel = kernels(step) if on_gpu else ""
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         return {"error": "out of memory"}
+    try:
+        by_kernel = kernels(step) if on_gpu else ""
+    except RuntimeError as error:  # the profiler takes memory too
+        optimizer.zero_grad(set_to_none=True)
+        by_kernel = first_line(error, 60)
+    batches = [model.batch(row) for row in rows]
     used = statistics.median(seconds)
     computed = sum(batch.input_ids.numel() for batch in batches)
     found: dict[str, Any] = {
@@ -331,13 +355,18 @@ def measure_trl(
         for parameter in trained:  # TRL makes them bfloat16 on 4-bit bases: the same precision here
             parameter.data = parameter.data.float()
         if on_gpu:
+            gc.collect()  # earlier trainers hold their optimizers in circles
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             trainer.train()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return {"error": "out of memory"}
         finally:
             model.classifier.gradient_checkpointing_disable()
+            model.classifier.disable_input_require_grads()
             model.zero_grad(set_to_none=True)
     used, tokens = statistics.median(clock.seconds[1:]), sum(computed[per_step : 2 * per_step])
     return {
@@ -426,7 +455,9 @@ def _taken(
             model.rewards(batch).sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"error": f"out of memory: {error}"[:200]}
     finally:
         model.zero_grad(set_to_none=True)

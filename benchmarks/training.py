@@ -242,6 +242,7 @@ class Contest:
         silence(trainer)
         trainer.train()
         self.theirs.gradient_checkpointing_disable()
+        self.theirs.disable_input_require_grads()  # which only checkpointing needs
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return losses, clock.seconds[1:], sum(tokens[per_step // size :])
 

@@ -140,6 +140,9 @@ class AdapterSettings(_Section):
     (arXiv 2404.02948) and olora (arXiv 2406.01775) change the base and need quantization none; eva
     (arXiv 2410.07170) looks at the activations over the data first, which takes a while."""
 
+    start_from: TextOrNone = None
+    """Run or adapter of lora_rm, on the same base, whose matrices and score head training starts from."""
+
     lora_plus_ratio: Annotated[float, Ge(1.0)] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv 2402.12354)."""
 
@@ -221,7 +224,7 @@ class TrainSettings(_Section):
     """Passes over the training preferences; may be a fraction."""
 
     max_steps: CountOrNone = 0
-    """Stop after so many optimizer steps; 0: after num_epochs."""
+    """At most so many optimizer steps, which may be fewer than num_epochs gives, never more; 0: after num_epochs."""
 
     preferences_per_step: Count = 32
     """Preferences whose gradients make one optimizer step."""
@@ -254,8 +257,8 @@ class TrainSettings(_Section):
     """Gradients are scaled down to this norm; 0: never."""
 
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """Activations kept for the backward pass: all; the results of matrix products and attention (half the
-    memory at about the same speed); each layer's input (least memory, a third slower); auto: as much as the
+    """Activations kept for the backward pass. none: all; selective: results of matrix products and attention, about two
+    thirds of the memory of all; full: each layer's input, least memory, steps up to half longer; auto: as much as the
     planned memory allows, layer by layer."""
 
     batching: Literal["auto", "shared", "packed", "padded"] = "auto"
@@ -270,7 +273,8 @@ class TrainSettings(_Section):
     """Steps between lines on the console, where it is no terminal; metrics.jsonl gets every step."""
 
     eval_every_steps: CountOrNone = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; the adapter is then that of the lowest evaluation loss, not of the last step.
+    0: only at the end, and the last step's."""
 
     early_stopping: CountOrNone = 0
     """Stop after so many evaluations without a better loss; 0: never."""
@@ -488,7 +492,9 @@ def with_whole_paths(settings: Settings) -> Settings:
         chat_template=template if template in ("tokenizer", "plain") else whole(template),
     )
     model = dataclasses.replace(settings.model, base=whole(settings.model.base))
-    return dataclasses.replace(settings, data=data, model=model)
+    start = settings.adapter.start_from
+    adapter = dataclasses.replace(settings.adapter, start_from=None if start is None else whole(start))
+    return dataclasses.replace(settings, data=data, model=model, adapter=adapter)
 
 
 def save_settings(settings: Settings, path: Path) -> None:
@@ -723,6 +729,10 @@ def _contradictions(settings: Settings) -> list[str]:
     if init in ("pissa", "olora", "loftq") and settings.adapter.use_dora:
         mistakes.append(
             f"adapter.use_dora cannot be joined with adapter.init {init}. Use adapter.init default."
+        )
+    if settings.adapter.start_from is not None and init != "default":
+        mistakes.append(
+            f"adapter.init is {init}, but adapter.start_from gives the matrices to start from. Leave one of them out."
         )
     ranks = [settings.adapter.rank, *settings.adapter.rank_pattern.values()]
     if init == "orthogonal" and any(rank % 2 for rank in ranks):

@@ -8,19 +8,19 @@ Quantities are bytes unless a name says otherwise.
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from lora_rm import processes
-from lora_rm.checkpoint import RunFolder
+from lora_rm.checkpoint import RunFolder, write_atomically
 from lora_rm.config import ModelSettings, Settings, with_whole_paths
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
@@ -31,7 +31,7 @@ from lora_rm.metrics import read_metrics
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import MODES, Mode
 from lora_rm.model.classifier import check_length, read_config
-from lora_rm.model.device import pick_compute_dtype, pick_device
+from lora_rm.model.device import host_memory, pick_compute_dtype, pick_device
 from lora_rm.model.memory import (
     Held,
     LiveBytes,
@@ -194,6 +194,23 @@ class Plan:
         return self.needed(mode, self.row) <= self.memory
 
     @property
+    def open_row(self) -> int:
+        """What `tokens_per_microbatch` auto stands for: what fits, up to 16,384 or the longest pair; 0 if that does not fit."""
+        largest = self.largest(self.mode)
+        return max(self.longest_pair, min(16384, largest)) if largest >= self.longest_pair else 0
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether the run fits, with rows that shrink where `tokens_per_microbatch` is auto."""
+        is_open = self.settings.train.tokens_per_microbatch == "auto"
+        return self.open_row > 0 if is_open else self.fits(self.mode)
+
+    def with_row(self, tokens: int) -> "Plan":
+        """The same with rows of so many tokens."""
+        train = replace(self.settings.train, tokens_per_microbatch=tokens)
+        return replace(self, settings=replace(self.settings, train=train))
+
+    @property
     def layer_modes(self) -> list[Mode]:
         """What each layer keeps: with `auto` the fastest mix of two ways that fits.
 
@@ -214,7 +231,7 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
     Args:
         settings: Of the run; `model.base` is found as for training, but config.json is all that is read.
         memory: Of the device; None: that of the device here.
-        gpu: For a CUDA card, which need not be here.
+        gpu: For a CUDA card, which need not be here; what `calibrate` found is of the one that is.
 
     Raises:
         ModelError: If there is no such model, or its step cannot be traced.
@@ -254,7 +271,7 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
         held = held.sharded(processes.count(), num_layers, double=double, held_bytes=held_bytes)
     return Plan(
         settings=settings,
-        machine=machine_here(device),
+        machine=UNMEASURED["cuda"] if gpu else machine_here(device),
         memory=_memory_here(device) if memory is None else memory,
         held=held,
         peaks=peaks,
@@ -270,7 +287,7 @@ def _memory_here(device: torch.device) -> float:
         free, total = torch.cuda.mem_get_info(device)
         own = torch.cuda.memory_reserved(device) + machine_here(device).context
         return min(float(total), free + own)  # other programs, a desktop for one, keep theirs
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / processes.LOCAL_COUNT
+    return host_memory()[0] / processes.LOCAL_COUNT
 
 
 def read_memory(text: str) -> float:
@@ -324,23 +341,13 @@ def fit(settings: Settings) -> tuple[Settings, Plan | None]:
     except ModelError as error:
         say(f"The memory of this run cannot be planned: {error}")
         return settings, None
-    tokens = _open_row(planned) if is_open else train.row
-    fits = tokens >= planned.longest_pair if is_open else planned.fits(planned.mode)
-    everyone = processes.gather((fits, tokens))
+    everyone = processes.gather((planned.is_fitting, planned.open_row if is_open else train.row))
     if not all(fits for fits, _ in everyone):
         raise ConfigError(_does_not_fit(planned, planned.longest_pair if is_open else planned.row))
     if is_open:
-        tokens = min(tokens for _, tokens in everyone)
-        planned = replace(
-            planned, settings=replace(settings, train=replace(train, tokens_per_microbatch=tokens))
-        )
+        planned = planned.with_row(min(tokens for _, tokens in everyone))
     say(f"Planned: {_fits(planned)}")
     return planned.settings, planned
-
-
-def _open_row(planned: Plan) -> int:
-    """What `tokens_per_microbatch` auto stands for."""
-    return min(16384, planned.largest(planned.mode))
 
 
 def _fits(planned: Plan) -> str:
@@ -422,6 +429,7 @@ def _time(planned: Plan) -> str:
     try:
         folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
         chat = ChatTokenizer.load(folder, settings.data.chat_template)
+        chat.allow_special_tokens = settings.data.allow_special_tokens
         data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
     except (LoraRmError, OSError, ValueError) as error:
         return f"{text}; the data cannot be counted ({first_line(error)})"
@@ -438,10 +446,9 @@ def show_plan(planned: Plan) -> bool:
     Returns:
         Whether it fits.
     """
-    train, tokens = planned.settings.train, _open_row(planned)
-    if train.tokens_per_microbatch == "auto" and tokens >= planned.longest_pair:
-        train = replace(train, tokens_per_microbatch=tokens)
-        planned = replace(planned, settings=replace(planned.settings, train=train))
+    fits = planned.is_fitting
+    if planned.settings.train.tokens_per_microbatch == "auto" and fits:
+        planned = planned.with_row(planned.open_row)
     held, settings, mode = planned.held, planned.settings, planned.mode
     step = planned.peaks[mode].at(planned.row)
     parts = {
@@ -491,7 +498,6 @@ def show_plan(planned: Plan) -> bool:
             else "assumed; --calibrate measures",
         },
     )
-    fits = planned.fits(mode)
     say(f"It fits: {_fits(planned)}" if fits else "It does not fit. " + _does_not_fit(planned, planned.row))
     return fits
 
@@ -536,7 +542,6 @@ def calibrate(name: str = "auto") -> Machine:
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         workspace = float(torch.cuda.memory_allocated(device) - before - gradients)
         torch.cuda.empty_cache()
-    held = 0.0
     for row, (tokens, expected) in zip(rows, traced, strict=True):
         if is_cuda:
             torch.cuda.empty_cache()
@@ -554,15 +559,13 @@ def calibrate(name: str = "auto") -> Machine:
         run_step(model, row, settings)
         if is_cuda:
             torch.cuda.synchronize(device)
-        held = LiveBytes().hold(model).num_linear
-        flops = 4 * held * tokens / (time.monotonic() - started)
+        flops = 4 * LiveBytes().hold(model).num_linear * tokens / (time.monotonic() - started)
     values = {"context": context, "slack": slack, "flops": flops, "workspace": workspace}
     machine = Machine(kind=device.type, is_measured=True, **values)
     file = _calibration_file()
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known[_device_key(device)] = values
+    known = _calibrations() | {_device_key(device): values}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    write_atomically(file, json.dumps(known, indent=1))
     say(
         f"{_device_key(device)}: context {_gib(context + workspace)} GiB, allocator {slack:.3f} times the traced bytes, "
         f"{flops / 1e12:.3g} TFLOP/s of a step in NF4. Kept in {file}."
@@ -572,16 +575,23 @@ def calibrate(name: str = "auto") -> Machine:
 
 def machine_here(device: torch.device) -> Machine:
     """What `calibrate` has found for a device, or what is assumed of its kind."""
-    file = _calibration_file()
-    if file.is_file() and (device.type == "cpu" or torch.cuda.is_available()):
-        values = json.loads(file.read_text(encoding="utf-8")).get(_device_key(device))
-        if values:
-            return Machine(kind=device.type, is_measured=True, **values)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return UNMEASURED["cuda"]
+    with suppress(LookupError, TypeError):  # never measured, or by another version
+        return Machine(kind=device.type, is_measured=True, **_calibrations()[_device_key(device)])
     return UNMEASURED[device.type]
 
 
 def _calibration_file() -> Path:
     return cache_folder() / "calibration.json"
+
+
+def _calibrations() -> dict[str, Any]:
+    """What was measured, by device and torch version; nothing if the file cannot be read."""
+    with suppress(OSError, ValueError):
+        known = json.loads(_calibration_file().read_text(encoding="utf-8"))
+        return known if isinstance(known, dict) else {}
+    return {}
 
 
 def _device_key(device: torch.device) -> str:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from lora_rm.errors import ConfigError
+
 T = TypeVar("T")
 
 LAUNCHED = int(os.environ.get("WORLD_SIZE", "1"))
@@ -21,7 +23,9 @@ LOCAL_COUNT = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Number of this process on its machine, which is the number of its GPU."""
 
-IS_FIRST = os.environ.get("RANK", "0") == "0"
+IS_FIRST = (
+    LAUNCHED == 1 or os.environ.get("RANK", "0") == "0"
+)  # a job system may leave a RANK to a lone process
 """Whether this process prints and writes."""
 
 
@@ -36,6 +40,9 @@ def join(device: str) -> None:
 
     Args:
         device: `model.device`; gloo carries the sums between CPUs, NCCL between GPUs.
+
+    Raises:
+        ConfigError: If more processes were started than there are GPUs.
     """
     import torch
     import torch.distributed as dist
@@ -44,6 +51,11 @@ def join(device: str) -> None:
         return
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if not on_cpu:
+        if torch.cuda.device_count() <= LOCAL_RANK:
+            raise ConfigError(
+                f"{LOCAL_COUNT} processes were started on this machine, and torch finds {torch.cuda.device_count()} GPUs. Start one "
+                "process a GPU, or set model.device cpu."
+            )
         torch.cuda.set_device(LOCAL_RANK)
     dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
     atexit.register(_part)

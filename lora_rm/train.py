@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -101,7 +102,9 @@ def train(
     optimizer = build_optimizer(model, settings)
     # the first step of a warm-up has the rate 0: a run of one step has none, or it would train nothing
     num_warmup = round(wanted.warmup_share * num_steps) if num_steps > 1 else 0
-    scheduler = get_scheduler(wanted.schedule, optimizer, num_warmup, num_steps)
+    # transformers' plain "constant" has no warm-up
+    schedule = "constant_with_warmup" if wanted.schedule == "constant" else wanted.schedule
+    scheduler = get_scheduler(schedule, optimizer, num_warmup, num_steps)
     begun_with = model.changed_base.sha256 if model.changed_base else ""
     progress = Progress(changed_base=begun_with)
     if resume:
@@ -220,6 +223,11 @@ def train(
                 "which trains again from the newest checkpoint that does not need it."
             )
         load_weights(best, model)
+        if progress.best_step < progress.step:
+            say(
+                f"The weights of step {progress.best_step} of {progress.step} are put back: there the evaluation loss was lowest, "
+                f"{progress.best_loss:.4f}."
+            )
     for tracker in accelerator.trackers:  # end_training would part the processes too
         tracker.finish()
     return progress
@@ -367,7 +375,7 @@ def _gradients(
         return sums
     except RuntimeError as error:
         # sharded: the other processes wait for this one's part of the weights
-        if model.is_sharded or not _is_out_of_memory(error):
+        if model.is_sharded or not is_out_of_memory(error):
             raise
         torch.set_rng_state(before[0])
         if before[1] is not None:
@@ -378,7 +386,7 @@ def _gradients(
     return None
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch's allocator, or what CUDA's libraries allocate themselves, found too little memory."""
     texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
@@ -482,7 +490,21 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
             "--multi_gpu."
         )
     if settings.train.trackers:
-        accelerator.init_trackers("lora_rm")
+        flat = {
+            f"{section}.{name}" if isinstance(values, dict) else section: value
+            for section, values in asdict(settings).items()
+            for name, value in (values.items() if isinstance(values, dict) else [("", values)])
+        }
+        accelerator.init_trackers(
+            os.environ.get("WANDB_PROJECT", "lora_rm")
+            if settings.train.trackers == ("wandb",)
+            else "lora_rm",
+            config={
+                key: value if isinstance(value, int | float | str) else str(value)
+                for key, value in flat.items()
+            },
+            init_kwargs={name: {"name": Path(settings.output_dir).name} for name in ("wandb", "trackio")},
+        )
     return accelerator
 
 

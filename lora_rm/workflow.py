@@ -20,12 +20,13 @@ from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.formats import parse_conversations
 from lora_rm.data.split import Data, check_sources, load_data, read_side
-from lora_rm.data.tokens import read_template
+from lora_rm.data.tokens import TokenTree, read_template
 from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, first_line, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
-from lora_rm.model.base import cache_folder
+from lora_rm.model.adapter import WEIGHTS
+from lora_rm.model.base import cache_folder, file_sha256
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length
 from lora_rm.model.quantization import code_hashes
@@ -84,7 +85,8 @@ def check_start(settings: Settings) -> None:
     """Looks for what else would be missed only when a base of many gigabytes is fetched and loaded.
 
     Raises:
-        LoraRmError: If a local file of the data or the chat template, or the package of a tracker, is missing.
+        LoraRmError: If a local file of the data or the chat template, the adapter to start from, or the package of a tracker
+            is missing.
     """
     # accelerate would warn and track nothing; the packages are called like the trackers
     missing = [name for name in settings.train.trackers if importlib.util.find_spec(name) is None]
@@ -94,6 +96,8 @@ def check_start(settings: Settings) -> None:
             "the setting out."
         )
     check_sources(settings.data)
+    if settings.adapter.start_from is not None:
+        read_record(run_adapter(Path(settings.adapter.start_from)))
     if settings.data.chat_template not in ("tokenizer", "plain"):
         read_template(settings.data.chat_template)
 
@@ -145,11 +149,14 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
         ConfigError: If the run was begun with other data or another base.
     """
     data = load_data(settings.data, model.chat, seed=settings.seed, cache=cache_folder())
+    _check_ids([*data.train.trees, *data.eval.trees], model)
     inputs = {
         "data.train": data.train.sha256,
         "data.eval": data.eval.sha256,
         **{f"model.base {name}": found for name, found in model.base.file_hashes().items()},
     }
+    if settings.adapter.start_from is not None:
+        inputs["adapter.start_from"] = file_sha256(run_adapter(Path(settings.adapter.start_from)) / WEIGHTS)
     known = run.read_json("inputs.json") or inputs
     changed = sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name))
     if changed:
@@ -161,6 +168,24 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     run.write_json("data.json", data.report)
     data.show()
     return data
+
+
+def _check_ids(trees: Sequence[TokenTree], model: RewardModel) -> None:
+    """Raises if a token has no embedding, which a GPU tells by an assertion that ends the process.
+
+    Raises:
+        DataError: Naming the token.
+    """
+    vocabulary = model.classifier.config.get_text_config().vocab_size
+    largest = max(
+        (max(ids) for tree in trees for ids in (tree.prompt_ids, *tree.answer_ids) if ids), default=0
+    )
+    if largest >= vocabulary:
+        raise DataError(
+            f"{model.base.name}: the data has the token {model.chat.tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, "
+            f"but the model has {vocabulary} embeddings: it was added to the tokenizer alone. Call "
+            "model.resize_token_embeddings(len(tokenizer)) and save both, or give another data.chat_template."
+        )
 
 
 def evaluate_before(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.data.split import Data, Side
 from lora_rm.errors import ModelError
 from lora_rm.merge import merge
+from lora_rm.model.adapter import lora_layers
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
@@ -175,3 +176,53 @@ def test_weights_stored_the_other_way_round_are_refused(tmp_path, trees, init):
 def test_a_target_that_names_no_layer_is_an_error(base, wrong):
     with pytest.raises(ModelError, match="q_proj, .*up_proj, v_proj"):
         make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"layers_to_transform": (1, 2, 3)},
+            r"has \[3\]; this model has 3 layers, 0 to 2. Its upper half is \[1, 2\]",
+        ),
+        ({"target_modules": ("all-linear", "q_proj")}, "has all-linear and 1 more"),
+        ({"rank_pattern": {"q_prj": 8}}, "rank_pattern has 'q_prj', which no layer"),
+        ({"alpha_pattern": {"layers.9.*": 8.0}}, "alpha_pattern has"),
+        ({"target_modules": ("q_proj",), "rank_pattern": {"v_proj": 8}}, "rank_pattern has 'v_proj'"),
+    ],
+)
+def test_settings_that_pick_no_layer_are_errors(base, wrong, message):
+    with pytest.raises(ModelError, match=message):
+        make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0, **wrong))
+
+
+def test_patterns_that_pick_a_layer_pass(base):
+    patterns = {"q_proj": 8, r"model.layers.1.mlp.up_proj": 2, r"layers\.2\.mlp\..*_proj": 6}
+    model = make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0, rank_pattern=patterns))
+    ranks = {name: layer.lora_A["default"].weight.shape[0] for name, layer in lora_layers(model.model)}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 8
+    assert ranks["model.layers.1.mlp.up_proj"] == 2
+    assert ranks["model.layers.2.mlp.down_proj"] == 6
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 8}}]
+)
+def test_training_starts_from_a_saved_adapter(base, trees, variant, tmp_path):
+    shape = {"rank": 4, "alpha": 12.0, **variant}
+    model = shake(make_model(base, adapter=AdapterSettings(**shape)))
+    expected = model.score(trees[:6])
+    model.save(tmp_path / "adapter", model.describe(code_hashes(model.classifier)))
+    start = str(tmp_path / "adapter")
+    again = make_model(base, seed=1, adapter=AdapterSettings(start_from=start, **shape))
+    assert again.score(trees[:6]) == expected
+    assert all(p.requires_grad for name, p in again.named_parameters() if "lora_" in name)
+    for other, message in (
+        ({"rank": 8}, "has another shape .*r is 8, there 4"),
+        ({"alpha": 4.0}, "lora_alpha is 4.0, there 12.0"),
+        ({"target_modules": ("q_proj",)}, "adapts other layers"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            make_model(base, adapter=AdapterSettings(start_from=start, **{**shape, **other}))
+    with pytest.raises(ModelError, match="Its update fits no other weights"):
+        make_model(base, quantization="none", adapter=AdapterSettings(start_from=start, **shape))

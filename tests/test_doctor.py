@@ -1,6 +1,7 @@
 """Every check of the doctor passes a clean case and finds a fault that was planted."""
 
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 import math
@@ -8,22 +9,26 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import forget_hash, make_model, make_tokenizer, shake
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from lora_rm import doctor
 from lora_rm.checkpoint import RunFolder
 from lora_rm.cli import main
 from lora_rm.config import DataSettings, MergeSettings, ModelSettings, Settings
+from lora_rm.data.formats import read_preferences
 from lora_rm.data.preference import Preference
 from lora_rm.data.split import BUILTIN
 from lora_rm.data.tokens import PLAIN_TEMPLATE, ChatTokenizer
 from lora_rm.doctor.finding import judge
-from lora_rm.errors import ConfigError, DataError, ModelError
+from lora_rm.errors import ConfigError, DataError, Interrupted, ModelError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
+from lora_rm.model.base import find_config
 from lora_rm.model.checkpointing import MODES
 from lora_rm.model.memory import Held
 from lora_rm.model.record import HEAD_KEY, RECORD
@@ -914,6 +919,55 @@ def test_what_was_found_before_an_error_is_shown(monkeypatch, capsys):
     first, last = doctor.doctor(None, Settings())
     assert (first.status, last.status, last.found) == ("ok", "fault", "the tokenizer is damaged")
     assert "is fine" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_no_finding(monkeypatch):
+    def examine(*_):
+        yield judge("first", "is fine", "", fault=False)
+        raise Interrupted("stopped at step 3")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    with pytest.raises(KeyboardInterrupt):
+        doctor.doctor(None, Settings())
+
+
+def test_the_needed_libraries_are_known_in_a_checkout_that_is_not_installed(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert any(text.startswith("torch>=") for text in doctor.machine.own_requirements())
+
+
+def test_a_run_of_ratings_is_checked_with_built_in_pairs(run, tmp_path):
+    file = tmp_path / "ratings.jsonl"
+    rows = [{"prompt": f"Question {n}?", "response": f"Answer {n}.", "rating": n / 40} for n in range(40)]
+    file.write_text("".join(json.dumps(values) + "\n" for values in rows))
+    own, _ = read_preferences(str(file))
+    findings = {f.check: f for f in doctor.examine_saved(run.adapter, run.settings(), own)}
+    assert findings["padding"].status == "ok"
+    assert findings["swapped labels"].status == "ok"
+
+
+def test_the_tokenizer_of_a_hub_model_is_fetched_where_rows_are_counted(base, tmp_path, monkeypatch):
+    """The hub stands for itself here: it gives the files asked for, out of a local folder."""
+
+    def fetch(name, *, revision, allow_patterns, ignore_patterns):
+        names = filter_repo_objects(
+            [f.name for f in base.iterdir()], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        for file in names:
+            shutil.copy(base / file, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_config("org/model").path == tmp_path
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    file = tmp_path.parent / f"{tmp_path.name}.jsonl"
+    settings = Settings(model=ModelSettings(base="org/model"))
+    findings = examined(write_rows(file, [row(n) for n in range(20)]), settings)
+    assert findings["length limit"].status == "ok"
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_check_that_breaks_is_a_finding():

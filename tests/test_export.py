@@ -241,6 +241,20 @@ def test_torch_export_in_bfloat16_says_what_it_costs(merged, tmp_path, capsys):
     assert 1e-4 < parity["changes"]["one by one"]["mean"] < 0.2
 
 
+def test_rotary_frequencies_of_an_export_in_16_bits_stay_whole(merged, tmp_path):
+    """Rounded to bfloat16, positions some hundred tokens on would be off by whole turns; the proof's answers are short."""
+    long = torch.arange(400)[None] % 300 + 10
+    mask = torch.ones_like(long)
+    rewards = {}
+    for dtype in ("float32", "bfloat16"):
+        export_torch_export(merged, tmp_path / dtype, dtype=dtype)
+        program = torch.export.load(tmp_path / dtype / "model.pt2")
+        frequencies = [value for name, value in program.named_buffers() if "inv_freq" in name]
+        assert [value.dtype for value in frequencies] in ([], [torch.float32] * len(frequencies))
+        rewards[dtype] = program.module()(long, mask).item()
+    assert rewards["bfloat16"] == pytest.approx(rewards["float32"], abs=0.1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_pools_by_the_mask(family, tmp_path):
     model = classifier(make_base(tmp_path, family, dtype=torch.float32))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -203,6 +204,19 @@ def test_metadata(written):
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert types["blk.0.attn_norm.weight"] == "F32"
     assert types["blk.0.ffn_down.weight"] == "F16"
+
+
+def test_special_tokens_that_messages_may_write_stay_so(merged, tmp_path):
+    folder = shutil.copytree(merged, tmp_path / "merged")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_rm_allow_special_tokens": True}))
+    said = ({"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "c"})
+    found = []
+    for source in (merged, folder):
+        out = export_gguf(source, tmp_path / f"{source.parent.name}.out")
+        found += read_chat(module._fields(out / FILE)).ids([(said, ())])
+        assert found[-1] == ChatTokenizer.load(source).ids([(said, ())])[0]
+    assert found[0] != found[1]
 
 
 def test_the_tokenizer_comes_back_whole(written, merged, monkeypatch):

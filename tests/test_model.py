@@ -9,7 +9,7 @@ import torch
 from conftest import forget_hash, make_base, make_model, make_tokenizer, shake
 from safetensors.torch import load_file, save_file
 from test_merge import saved
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.errors import ModelError
@@ -158,6 +158,38 @@ def test_training_goes_on_from_the_head_of_a_reward_model(tmp_path, capsys):
     model = make_model(tmp_path / "base", quantization="none")
     torch.testing.assert_close(model.head, earlier.score.weight.bfloat16().float())
     assert "reward model already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["lora_rm_merge.json", "parity.json"])
+def test_a_merged_model_is_not_quantised_anew_without_a_word(tmp_path, name):
+    """Dequantised NF4 with the update, in NF4 again, loses most of what was trained (benchmarks/merge_fidelity.py)."""
+    folder = tmp_path / "base"
+    make_base(folder)
+    (folder / name).write_text("{}")
+    assert make_model(folder) is not None  # without a head it is a base like any other
+    config = AutoConfig.from_pretrained(folder)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="is a merged model of lora_rm.*adapter.start_from RUN"):
+        make_model(folder)
+    assert make_model(folder, quantization="none") is not None
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight"])
+def test_a_head_of_another_name_is_not_lost(base, tmp_path, name):
+    folder = shutil.copytree(base, tmp_path / "base")
+    save_file({name: torch.ones(1, 64)}, folder / "value_head.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"holds a head named {name}.*Store it as score.weight"):
+        make_model(folder)
+
+
+def test_a_padding_token_without_embedding_is_refused(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"'\[PAD\]' has the id 400, but the model has 400 embeddings"):
+        make_model(folder)
 
 
 def test_a_head_that_is_not_finite_is_refused(base, tmp_path):

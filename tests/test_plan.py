@@ -16,14 +16,18 @@ from lora_rm.data.batches import microbatches
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, ModelError
 from lora_rm.losses import preference_losses
+from lora_rm.model import device as device_module
 from lora_rm.model.base import BaseModel, find_config
 from lora_rm.model.classifier import read_config
+from lora_rm.model.device import host_memory
 from lora_rm.model.memory import Held, LiveBytes, one_pair, trace_without_data
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import (
     GIB,
     MODES,
     UNMEASURED,
+    Machine,
+    _device_key,
     calibrate,
     fit,
     machine_here,
@@ -239,6 +243,52 @@ def test_rows_that_fit_and_those_that_do_not(planned, monkeypatch):
     assert "data.max_length" in words
     assert "a device with 1 GiB" in words
     assert "nf4" not in words  # it is that already
+
+
+def test_rows_of_auto_hold_the_longest_pair(planned):
+    """Two conversations of 10,000 tokens are one row, longer than auto would make it."""
+    settings = dataclasses.replace(
+        planned.settings,
+        data=dataclasses.replace(planned.settings.data, max_length=10_000),
+        train=dataclasses.replace(planned.settings.train, tokens_per_microbatch="auto"),
+    )
+    enough = dataclasses.replace(planned, settings=settings, memory=100 * GIB)
+    assert (enough.open_row, enough.is_fitting) == (20_000, True)
+    assert enough.with_row(20_000).fits("full")
+    least = enough.needed("full", 20_000)
+    assert dataclasses.replace(enough, memory=least - 1).is_fitting is False
+    short = dataclasses.replace(planned, settings=dataclasses.replace(planned.settings, train=settings.train))
+    assert dataclasses.replace(short, memory=100 * GIB).open_row == 16_384
+    assert dataclasses.replace(short, memory=short.needed("full", 3000) + 1).open_row == pytest.approx(
+        3000, abs=1
+    )
+
+
+def test_a_card_that_is_not_here_is_not_taken_for_the_one_that_was_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "lora_rm.plan.machine_here", lambda device: Machine(kind="cuda", context=9e9, slack=9.0)
+    )
+    assert plan(settings_for(folder), 8 * GIB, gpu=True).machine == UNMEASURED["cuda"]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"%s": {"context": 1, "speed": 2}}', '{"%s": 3}'])
+def test_a_calibration_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path))
+    key = _device_key(torch.device("cpu"))
+    (tmp_path / "calibration.json").write_text(text.replace("%s", key))
+    assert machine_here(torch.device("cpu")) == UNMEASURED["cpu"]
+
+
+def test_a_container_has_less_than_its_machine_and_its_page_cache_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_module, "CGROUP", tmp_path)
+    machine = host_memory()
+    assert 0 < machine[1] <= machine[0]
+    (tmp_path / "memory.max").write_text(f"{2**28}\n")
+    (tmp_path / "memory.current").write_text(f"{2**27 + 2**25}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {2**27}\nactive_file {2**24}\ninactive_file {2**24}\n")
+    assert host_memory() == (2**28, 2**27)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory()[0] == machine[0]
 
 
 def test_a_plan_needs_config_json_alone(folder, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from lora_rm.config import Settings, check_settings, dump_settings, save_setting
 from lora_rm.data.batches import microbatches, num_tokens, share_of_rows
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
+from lora_rm.errors import ConfigError
 from lora_rm.model.base import find_base
 from lora_rm.train import rows_of_steps
 from lora_rm.workflow import train_run
@@ -178,6 +179,25 @@ def test_rows_are_shared_out_by_tokens_and_every_process_has_some(trees):
     loads = [sum(num_tokens(row, "shared") for row in share) for share in shares]
     assert max(loads) < 1.1 * min(loads)
     assert share_of_rows(rows, "shared", 0, 1) == rows
+
+
+def test_a_lone_process_is_the_first_whatever_rank_a_job_system_left_it():
+    program = "from lora_rm import processes; print(processes.IS_FIRST)"
+    environment = {**os.environ, "RANK": "1"} | {"WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch):
+    monkeypatch.setattr(processes, "LAUNCHED", 2)
+    monkeypatch.setattr(processes, "LOCAL_COUNT", 2)
+    monkeypatch.setattr(processes, "LOCAL_RANK", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 processes were started on this machine, and torch finds 1 GPUs"):
+        processes.join("auto")
 
 
 def test_the_library_trains_in_one_process_without_being_launched():

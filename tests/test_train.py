@@ -139,6 +139,15 @@ def test_the_learning_rate_rises_and_reaches_its_end_value_on_the_last_step(sett
     assert kept[0].get_last_lr() == [0.0]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_schedule_warms_up(settings, trees, schedule):
+    own = changed(settings, train={"schedule": schedule, "warmup_share": 0.4, "max_steps": 5})
+    _, run = run_once(own, trees)
+    rates = [line["learning_rate"] for line in lines(run)]
+    assert rates[:3] == [0, 5e-4, 1e-3]
+    assert (rates[-1] == 1e-3) == (schedule == "constant")
+
+
 def test_a_run_of_one_step_is_not_all_warm_up(settings, trees):
     own = changed(settings, train={"max_steps": 1, "warmup_share": 1.0})
     model, run = run_once(own, trees)
@@ -448,7 +457,9 @@ def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monk
     own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 2, "num_epochs": 3})
     model, _ = run_once(own, trees)
     assert len(seen) == 4
-    assert "No better evaluation since step 2: training stops at step 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "No better evaluation since step 2: training stops at step 4" in printed
+    assert "The weights of step 2 of 4 are put back: there the evaluation loss was lowest, 0.5000." in printed
     for name, weight in trained_weights(model).items():
         assert torch.equal(weight, seen[1][name]), name
     assert not all(torch.equal(weight, seen[3][name]) for name, weight in trained_weights(model).items())
@@ -604,3 +615,5 @@ def test_tensorboard_gets_the_metrics(settings, trees):
     pytest.importorskip("tensorboard")
     _, run = run_once(changed(settings, train={"trackers": ["tensorboard"], "max_steps": 1}), trees)
     assert list(run.path.rglob("events.out.tfevents.*"))
+    (file,) = run.path.rglob("hparams.yml")
+    assert "adapter.rank: 4" in file.read_text()

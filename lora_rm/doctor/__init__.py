@@ -76,17 +76,20 @@ def doctor(source: str | None, settings: Settings, file: Path | None = None) -> 
     findings: list[Finding] = []
     try:
         findings.extend(examine(source, settings))
-    except LoraRmError as error:  # what was found before is shown all the same
+    except Exception as error:  # what was found before is shown all the same
         if not findings:
             raise
-        remedy = "Do what the message says, then run the doctor again."
-        findings.append(Finding(check="all other checks", status="fault", found=str(error), remedy=remedy))
+        findings.append(attempt("all other checks", _raise, error))
     show(f"Doctor: {name}", findings)
     if file is not None:
         values = {"subject": source or "machine", "kind": kind, "findings": [asdict(f) for f in findings]}
         with storing(file):
             file.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
     return findings
+
+
+def _raise(error: Exception) -> Finding:
+    raise error
 
 
 def examine(source: str | None, settings: Settings) -> Iterator[Finding]:
@@ -160,7 +163,7 @@ def examine_machine(settings: Settings) -> Iterator[Finding]:
     yield attempt("bfloat16", check_bfloat16, device, settings.model.compute_dtype)
     for folder in dict.fromkeys((Path(settings.output_dir).absolute(), cache_folder().absolute())):
         yield attempt("disk", check_disk, folder)
-    yield attempt("memory", check_memory, free_memory(device), device.type)
+    yield attempt("memory", lambda: check_memory(free_memory(device), device.type))
     if settings.model.base:
         yield attempt("memory for the model", check_fit, settings)
 
@@ -191,6 +194,7 @@ def examine_data(wanted: DataSettings, settings: Settings) -> Iterator[Finding]:
     try:
         folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
         chat = ChatTokenizer.load(folder, wanted.chat_template)
+        chat.allow_special_tokens = wanted.allow_special_tokens
     except LoraRmError as error:
         yield Finding(
             check="tokenizer", status="fault", found=str(error), remedy="Give another --model.base."
@@ -205,6 +209,7 @@ def examine_base(settings: Settings) -> Iterator[Finding]:
     try:
         base = find_base(settings.model.base, settings.model.revision)
         chat = ChatTokenizer.load(base.path, settings.data.chat_template)
+        chat.allow_special_tokens = settings.data.allow_special_tokens
     except LoraRmError as error:
         remedy = "Do what the message says, then run the doctor again."
         yield Finding(check="base model", status="fault", found=str(error), remedy=remedy)
@@ -227,7 +232,7 @@ def examine_saved(folder: Path, settings: Settings, own: Sequence[Preference] = 
     Args:
         folder: Of either.
         settings: Device and type of products.
-        own: Preferences to score; none: those of the built-in set.
+        own: Preferences to score; none, or none that say which answer is better: those of the built-in set.
     """
     is_adapter = kind_of(str(folder)) == "adapter"
     head = attempt("score head", lambda: check_head(stored_head(folder)))
@@ -244,9 +249,11 @@ def examine_saved(folder: Path, settings: Settings, own: Sequence[Preference] = 
         remedy = "Do what the message says. If a file is damaged, copy the folder again or save it anew."
         yield Finding(check="opens", status="fault", found=str(error)[:600], remedy=remedy)
         return
-    samples = list(own) or checkable_preferences(400, 100)[1]
-    yield from template_findings(model.chat, samples)
-    trees = usable_trees(samples, model.chat, settings.data)
+    built_in = checkable_preferences(400, 100)[1]
+    yield from template_findings(model.chat, list(own) or built_in)
+    trees = usable_trees(own, model.chat, settings.data) or usable_trees(
+        built_in, model.chat, settings.data
+    )  # ratings alone
     rows = [ids for tree in trees[:8] for ids in tree.conversations()]
     if is_adapter:
         yield attempt("padding", lambda: check_padding(padded_rewards(model, rows)))
@@ -281,7 +288,9 @@ def examine_run(run: RunFolder, settings: Settings) -> Iterator[Finding]:
         base = None
     yield from examine_saved(run.adapter, settings, own)
     if base is not None:
-        trees = usable_trees(own, ChatTokenizer.load(base.path, settings.data.chat_template), settings.data)
+        chat = ChatTokenizer.load(base.path, settings.data.chat_template)
+        chat.allow_special_tokens = settings.data.allow_special_tokens
+        trees = usable_trees(own, chat, settings.data)
         yield from training_findings(settings, base, trees, run.adapter)
 
 

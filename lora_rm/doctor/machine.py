@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 from lora_rm.config import Settings
 from lora_rm.doctor.finding import Finding, judge
 from lora_rm.errors import first_line
-from lora_rm.model.device import pick_compute_dtype, pick_device
+from lora_rm.model.device import host_memory, pick_compute_dtype, pick_device
 from lora_rm.model.quantization import make_exact
 from lora_rm.plan import GIB, Plan, plan, remedies
 
@@ -53,7 +52,7 @@ def own_requirements() -> list[str]:
     try:
         return importlib.metadata.requires("lora_rm") or []
     except importlib.metadata.PackageNotFoundError:
-        text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
+        text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8")
         return tomllib.loads(text)["project"]["dependencies"]
 
 
@@ -193,16 +192,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that a process can still have: of a GPU, or of the machine within its container's limit."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        groups = Path("/sys/fs/cgroup")
-        limit = groups.joinpath("memory.max").read_text(encoding="utf-8").strip()
-        used = groups.joinpath("memory.current").read_text(encoding="utf-8")
-        return free if limit == "max" else min(free, float(limit) - float(used))
-    except (OSError, StopIteration):  # not Linux, or no limits
-        return free
+    return host_memory()[1]
 
 
 def check_memory(free: float, where: str = "cpu") -> Finding:
@@ -228,16 +218,15 @@ def check_fit(settings: Settings, planned: Plan | None = None, free: float | Non
         free: Bytes; None: what is free here.
     """
     planned = planned or plan(settings)
+    fits = planned.is_fitting
+    if planned.settings.train.tokens_per_microbatch == "auto" and fits:
+        planned = planned.with_row(planned.open_row)
     free = free_memory(pick_device(settings.model.device)) if free is None else free
     needed = planned.needed(planned.mode, planned.row)
     found = (
         f"training takes {needed / GIB:.2f} GiB with rows of {planned.row} tokens and checkpointing {planned.mode}; "
         f"{planned.memory / GIB:.1f} GiB are there, {free / GIB:.1f} free"
     )
-    # a number of auto shrinks until it fits
-    is_open = settings.train.tokens_per_microbatch == "auto"
-    largest = planned.largest(planned.mode)
-    fits = largest >= planned.longest_pair if is_open else planned.fits(planned.mode)
     if fits:
         remedy = f"Close other programs: {needed / GIB:.1f} GiB must be free."
     else:

@@ -33,7 +33,11 @@ def usable_trees(
     """Preferences with a better answer, one a prompt, the shortest first; out of at most a thousand."""
     chosen = {p.prompt_key: p for p in preferences[:1000] if decided(p)}
     trees, _ = tokenize(
-        list(chosen.values()), chat, max_length=wanted.max_length, on_bad_row=wanted.on_bad_row
+        list(chosen.values()),
+        chat,
+        max_length=wanted.max_length,
+        length_policy=wanted.length_policy,
+        on_bad_row=wanted.on_bad_row,
     )
     found = [tree for tree in trees if tree is not None]
     return sorted(found, key=lambda tree: len(tree.prompt_ids) + sum(map(len, tree.answer_ids)))
@@ -105,13 +109,12 @@ def take_steps(
         num_steps: To be taken.
         rate: Learning rate; None: that of the settings.
     """
-    row = settings.train.tokens_per_microbatch
     wanted = dataclasses.replace(
         settings.train,
         num_epochs=float(num_steps),
         max_steps=num_steps,
         preferences_per_step=len(trees),
-        tokens_per_microbatch=4096 if row == "auto" else row,
+        tokens_per_microbatch=settings.train.row,
         learning_rate=rate or settings.train.learning_rate,
         schedule="constant",
         warmup_share=0.0,
@@ -199,6 +202,8 @@ def check_overfit(
 ) -> Finding:
     """Whether sixteen pairs can be learnt by heart; what cannot learn sixteen learns nothing from many."""
     rate = max(settings.train.learning_rate, 1e-3)
+    # eva would start the matrices anew in each round
+    settings = dataclasses.replace(settings, adapter=dataclasses.replace(settings.adapter, init="default"))
     say(f"Learning {len(trees)} pairs by heart ...")
     num_steps = 0
     for _ in range(num_rounds):

@@ -38,6 +38,9 @@ FILE = "model.gguf"
 HEAD = "lora_rm.score.weight"
 """Metadata key of the head, (H,) float32."""
 
+ALLOW_SPECIAL = "lora_rm.allow_special_tokens"
+"""Metadata key of `data.allow_special_tokens`."""
+
 DTYPES = ("float32", "float16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """What the gguf package can write. Norms and biases stay float32, and so does the head."""
 
@@ -216,6 +219,7 @@ def write(source: Source, file: Path, dtype: str) -> None:
     _add_settings(writer, source, dtype)
     _add_tokenizer(writer, source)
     writer.add_array(HEAD, source.head.tolist())
+    writer.add_bool(ALLOW_SPECIAL, source.chat.allow_special_tokens)
     kinds = {name: _kind(tensor, dtype) for name, tensor in source.tensors.items()}
     for name, tensor in source.tensors.items():
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, kinds[name])
@@ -443,7 +447,7 @@ def check_tokenizer(chat: ChatTokenizer, file: Path, parity: Mapping[str, Any]) 
     """
     own = read_chat(_fields(file))
     texts = [answer["text"] for answer in parity["answers"]]
-    rules = ("template_hash", "adds_bos", "pad_id")
+    rules = ("template_hash", "adds_bos", "pad_id", "allow_special_tokens")
     if own.text_ids(texts) != chat.text_ids(texts) or any(getattr(own, r) != getattr(chat, r) for r in rules):
         raise MergeError(
             f"{file}: the tokenizer that was written gives other token ids. Use --to huggingface."
@@ -563,7 +567,9 @@ def read_chat(fields: Mapping[str, Any]) -> ChatTokenizer:
         if field is not None:
             special[f"{name}_token"] = backend.id_to_token(field.contents())
     template = fields["tokenizer.chat_template"].contents()
-    return ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special))
+    chat = ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special))
+    chat.allow_special_tokens = bool(fields[ALLOW_SPECIAL].contents())
+    return chat
 
 
 class GGUFModel:

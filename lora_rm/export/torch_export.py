@@ -50,7 +50,9 @@ def export_torch_export(
     with export_folder(merged, out, "torch-export", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
         folder, graph = unfinished.path, load_graph(merged)
         noise = noise_floor(graph, parity)
-        graph.backbone.to(getattr(torch, dtype))
+        # not the buffers: rotary frequencies of 16 bits are off by whole turns a few thousand tokens on
+        for parameter in graph.backbone.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         unfinished.once(FILE, partial(_write, graph))
         del graph
         copy_tokenizer(merged, folder)

@@ -17,7 +17,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import MergeSettings
 from lora_rm.console import say
 from lora_rm.errors import MergeError
-from lora_rm.export.proof import export_folder, hub_id, prove, score_in_fresh_process, write_parity
+from lora_rm.export.proof import export_folder, prove, score_in_fresh_process, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import merge
 from lora_rm.model.base import read_json
@@ -55,7 +55,7 @@ def export_vllm_lora(
         unfinished.once("base", lambda made: write_base(adapter, made))
         check_servable(base, parity)
         config = read_json(base / "config.json")
-        _copy_adapter(adapter, folder / "adapter", parity["merge"]["base"])
+        _copy_adapter(adapter, folder / "adapter")
         from lora_rm.export.graph import load_graph, noise_floor
 
         noise = noise_floor(load_graph(merged), parity)
@@ -129,11 +129,11 @@ def write_base(adapter: Path, folder: Path) -> None:
         merge(silent, folder, MergeSettings(base="auto", dtype="auto"))
 
 
-def _copy_adapter(adapter: Path, folder: Path, base: str) -> None:
-    """Matrices, head and settings; PEFT names a local path as the base."""
+def _copy_adapter(adapter: Path, folder: Path) -> None:
+    """Matrices, head and settings, with the base beside it: on the original weights rewards would be others."""
     folder.mkdir()
     shutil.copy(adapter / WEIGHTS, folder)
-    config = read_json(adapter / CONFIG) | {"base_model_name_or_path": hub_id(base) or "../base"}
+    config = read_json(adapter / CONFIG) | {"base_model_name_or_path": "../base"}
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 

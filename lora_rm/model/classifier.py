@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from lora_rm.model.quantization import DTYPES, Quantization, is_stored_in_4_bit,
 from lora_rm.model.record import one_logit
 from lora_rm.model.tensor_files import find_tensor
 
+OTHER_HEADS = (
+    "value_head.weight", "v_head.summary.weight", "v_head.weight", "reward_head.weight", "rm_head.weight",
+    "regression_layer.weight", "score.0.weight",
+)  # fmt: skip
+"""Heads of reward models that OpenRLHF, TRL's and LLaMA-Factory's value heads, ArmoRM and others write."""
+
 
 def wanted_quantization(settings: ModelSettings) -> Quantization:
     """How a run's base is to be quantised."""
@@ -35,7 +42,20 @@ def wanted_quantization(settings: ModelSettings) -> Quantization:
 def stored_head(base: BaseModel) -> torch.Tensor | None:
     """The head that a model folder holds, (1, H) float32, or None."""
     head = find_tensor(base.weight_files, "score.weight")
-    return None if head is None else one_logit(head, base.path)
+    if head is not None:
+        return one_logit(head, base.path)
+    beside = [
+        file
+        for name in ("value_head.safetensors", "v_head.safetensors")
+        if (file := base.path / name).is_file()
+    ]
+    for name in OTHER_HEADS:
+        if find_tensor([*base.weight_files, *beside], name) is not None:
+            raise ModelError(
+                f"{base.path}: holds a head named {name}, which transformers does not read, so training and rewards would begin "
+                "with a new one. Store it as score.weight, shape [1, hidden], or take it out if it is not wanted."
+            )
+    return None
 
 
 def read_config(base: BaseModel) -> Any:
@@ -155,6 +175,7 @@ def make_trainable(model: Any, adapter: AdapterSettings | None) -> Any:
             f"{list(adapter.layers_to_transform)} ({error}). Layers are named {', '.join(sorted(names))}."
         ) from None
     found = [name for name, _ in lora_layers(adapted)]
+    _check_patterns(adapter, found, model.config.get_text_config().num_hidden_layers)
     for target in adapter.target_modules:
         if target != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in found):
             raise ModelError(
@@ -162,6 +183,31 @@ def make_trainable(model: Any, adapter: AdapterSettings | None) -> Any:
                 f"{', '.join(sorted(names))}."
             )
     return adapted
+
+
+def _check_patterns(adapter: AdapterSettings, found: Sequence[str], num_layers: int) -> None:
+    """Raises if a setting that picks layers picks none; PEFT says nothing then.
+
+    Raises:
+        ModelError: Naming it.
+    """
+    if beyond := [number for number in adapter.layers_to_transform if number >= num_layers]:
+        raise ModelError(
+            f"adapter.layers_to_transform has {beyond}; this model has {num_layers} layers, 0 to {num_layers - 1}. Its upper half is "
+            f"{list(range(num_layers // 2, num_layers))}."
+        )
+    if "all-linear" in adapter.target_modules and len(adapter.target_modules) > 1:
+        raise ModelError(
+            f"adapter.target_modules has all-linear and {len(adapter.target_modules) - 1} more, of which PEFT would take the latter "
+            "alone. Give all-linear, or names."
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in found):  # PEFT's own rule
+                raise ModelError(
+                    f"adapter.{key} has {pattern!r}, which no layer with an adapter is called. Those are called {found[0]} and so on: "
+                    "give the end of a name, or a regular expression for one."
+                )
 
 
 def plain_attention(config: Any) -> str | None:
@@ -199,6 +245,13 @@ def load_classifier(
     stored_head(base)  # raises if there is one of more than one logit
     with torch.device("meta"):
         new_classifier(config, base.name)
+    vocabulary = config.get_text_config().vocab_size
+    if chat.pad_id >= vocabulary:
+        raise ModelError(
+            f"{base.name}: its padding token {chat.tokenizer.pad_token!r} has the id {chat.pad_id}, but the model has {vocabulary} "
+            "embeddings: a token was added to the tokenizer alone. Call model.resize_token_embeddings(len(tokenizer)) and save "
+            "both, or take the token out of the tokenizer's files."
+        )
     config.get_text_config().pad_token_id = chat.pad_id
     with quiet("transformers"):
         model = AutoModelForSequenceClassification.from_pretrained(

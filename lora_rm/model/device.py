@@ -1,5 +1,8 @@
 """Where a model computes, and in what type."""
 
+import os
+from pathlib import Path
+
 import torch
 
 from lora_rm import processes
@@ -35,6 +38,35 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def host_memory() -> tuple[float, float]:
+    """Bytes that the machine, or the container within it, has, and of them the free ones.
+
+    What a container's files hold in the page cache counts as free: it is given back when memory is short.
+    """
+    total = free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        limit, current, counts = (
+            (CGROUP / name).read_text(encoding="utf-8")
+            for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        cached = sum(
+            float(size)
+            for name, size in map(str.split, counts.splitlines())
+            if name in ("active_file", "inactive_file")
+        )
+        if limit.strip() != "max":
+            return min(total, float(limit)), min(free, float(limit) - float(current) + cached)
+    except (OSError, StopIteration, ValueError):  # not Linux, or no limits
+        pass
+    return total, free
+
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's limits lie (cgroup 2)."""
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:

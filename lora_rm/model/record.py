@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from peft import PeftModel, set_peft_model_state_dict
 
 from lora_rm.errors import ModelError
 from lora_rm.model.adapter import WEIGHTS
@@ -13,6 +14,9 @@ from lora_rm.model.tensor_files import load_tensors
 
 RECORD = "lora_rm.json"
 """File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
+
+MERGE_RECORD = "lora_rm_merge.json"
+"""File in a merged folder that says how it was made."""
 
 SHAPE = {
     "base": {"name": str, "revision": str | None},
@@ -122,4 +126,42 @@ def check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseMode
         raise ModelError(
             f"{folder}: {len(changed)} of {len(expected)} quantised layers of {base.name} are not those it was "
             f"trained on (first: {changed[0]}). The base has changed since, or this machine quantises differently."
+        )
+
+
+def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantization: Quantization) -> None:
+    """Gives a new adapter and head the values of a saved one.
+
+    Args:
+        model: With an adapter of the same shape.
+        folder: Of the saved adapter, or of its run.
+        base: Below the new one; must be the files that the saved one was trained on.
+        quantization: Of the base; must be that of the saved one.
+
+    Raises:
+        ModelError: If base, storage or shape differ, or the file is damaged.
+    """
+    folder = folder / "adapter" if (folder / "config.yaml").is_file() else folder
+    record = read_record(folder)
+    check_weights_file(folder, record)
+    read_head(folder)  # raises without one
+    if record["base"].get("files") != base.file_hashes() or recorded_quantization(record) != quantization:
+        raise ModelError(
+            f"adapter.start_from: {folder} was trained on {record['base']['name']} as {recorded_quantization(record)}; this run has "
+            f"{base.name} as {quantization}. Its update fits no other weights: give the same model.* settings."
+        )
+    own, saved = model.peft_config["default"].to_dict(), read_json(folder / "adapter_config.json")
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+    if changed := [
+        f"{name} is {own[name]}, there {saved.get(name)}" for name in names if own[name] != saved.get(name)
+    ]:
+        raise ModelError(
+            f"adapter.start_from: {folder} has another shape ({'; '.join(changed)}). Give the same adapter.* settings."
+        )
+    found = set_peft_model_state_dict(model, load_tensors(folder / WEIGHTS))
+    apart = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
+    if apart:
+        raise ModelError(
+            f"adapter.start_from: {folder} adapts other layers ({len(apart)} differ, first: {apart[0]}). Give the same "
+            "adapter.target_modules and adapter.layers_to_transform."
         )

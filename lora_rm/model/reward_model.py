@@ -65,12 +65,14 @@ from lora_rm.model.quantization import (
     quantized_layers,
 )
 from lora_rm.model.record import (
+    MERGE_RECORD,
     RECORD,
     check_codes,
     check_weights_file,
     read_head,
     read_record,
     recorded_quantization,
+    start_from_saved,
 )
 from lora_rm.model.sharding import Shell, set_gathered_dtype
 from lora_rm.model.tree_attention import LastLayer, time_cores
@@ -160,6 +162,13 @@ class RewardModel(nn.Module):
         head = model.score.weight
         earlier = stored_head(found)
         if earlier is not None:
+            is_ours = any((found.path / name).is_file() for name in (MERGE_RECORD, "parity.json"))
+            if is_ours and quantization.kind != "none":
+                raise ModelError(
+                    f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose most of what was "
+                    "trained (rewards move by about their whole spread). To train on, give the run's own model.base and "
+                    "adapter.start_from RUN; or set model.quantization none."
+                )
             say(f"{found.name} is a reward model already: training goes on from its score head.")
             head.data.copy_(earlier)
         elif settings.head_init == "zero":
@@ -182,6 +191,8 @@ class RewardModel(nn.Module):
                 start_from_residual(model, found)
             elif adapter.init in ("pissa", "olora"):
                 changed_base = ChangedBase(model)
+        if adapter is not None and adapter.start_from is not None:
+            start_from_saved(model, Path(adapter.start_from), found, quantization)
         if shell:
             shell.fill(torch.float32 if compute_dtype == torch.float32 else quantization.load_dtype)
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
