@@ -1,10 +1,12 @@
 # make quickstart            the main job, from nothing
-# make quickstart DATA=pairs.jsonl ARGS='--data.max-train 500'    the same on your file, with settings, into runs/pairs;
-#                            a run there is replaced: ARGS='--output-dir runs/second' keeps it
+#                            (replaces runs/quickstart)
+# make quickstart DATA=pairs.jsonl ARGS='--data.max-train 500'    the same on your file, with settings, into runs/pairs
 # make test                  every test, from nothing
 # make setup                 .venv with exact versions; both of the above call it
 # make lint                  ruff and mypy
 # make bench                 the tables of benchmarks/RESULTS.md, on the run that quickstart leaves
+# make clean                 removes .venv; runs stay
+# make PYTHON=python3.12 ... another Python
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +19,7 @@ ARGS ?=
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 $(MAKECMDGOALS)") if sys.version_info < (3, 11) else 0'
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt torch
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
@@ -25,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml --overwrite True $(if $(DATA),--data.train '$(DATA)' --output-dir "runs/$$(basename '$(DATA)' | cut -d. -f1)") $(ARGS)
+	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)' --output-dir "runs/$$(basename '$(DATA)' | cut -d. -f1)",--overwrite True) $(ARGS)
 
 test: setup
 	$(RUN)/python -m pytest
@@ -44,4 +46,4 @@ lint: setup
 	$(RUN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -577,10 +579,16 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
             "merged model": run.merged,
             "export": export,
             "time": f"{summary['seconds']:.0f} s",
-            "next": f"lora-rm score {export} conversations.jsonl",
+            "next": f"{_command()} score {export} conversations.jsonl",
         },
     )
     return summary
+
+
+def _command() -> str:
+    """How this shell calls `lora-rm`: by its path where the environment is not activated."""
+    beside = Path(sys.executable).with_name("lora-rm")
+    return "lora-rm" if shutil.which("lora-rm") or not beside.is_file() else str(beside)
 
 
 def _evaluate(when: str, model: RewardModel, data: Data, settings: Settings) -> Evaluation:

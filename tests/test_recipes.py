@@ -56,6 +56,7 @@ def test_the_quickstart_on_own_data_has_a_run_folder_of_its_own(data, folder):
     settings = load_settings(ROOT / preset, flags)
     assert (settings.output_dir, settings.seed, file) == (folder, 2, "recipes/qlora_reward_model.py")
     assert settings.data.train == (data or "builtin:checkable")
+    assert settings.overwrite is (not data)  # hours of work on one's own data are not replaced unasked
 
 
 def test_there_is_a_preset_for_every_family_that_is_promised():

@@ -65,6 +65,48 @@ def test_no_file_of_the_run_or_its_export_holds_a_secret_of_the_environment(job)
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
 
 
+def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, capsys):
+    settings = job.settings()
+    first = job.read_json("eval.json")["after"]
+    second = changed(
+        settings,
+        output_dir=str(tmp_path / "second"),
+        adapter={"start_from": str(job.path)},
+        train={"max_steps": 2},
+    )
+    run = train_run(second)
+    found = run.read_json("eval.json")
+    assert found["before"]["loss"] == pytest.approx(first["loss"], abs=1e-6)
+    assert found["after"]["loss"] != found["before"]["loss"]
+    assert run.read_json("inputs.json")["adapter.start_from"]
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        train_run(
+            changed(
+                second, output_dir=str(tmp_path / "third"), adapter={"start_from": str(tmp_path / "none")}
+            )
+        )
+    assert not (tmp_path / "third").exists()
+    merge_run(run.path, second)
+
+
+def test_a_token_without_embedding_in_the_data_is_named(job, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = ChatTokenizer.load(base).tokenizer
+    tokenizer.add_tokens(["rememberthis"])
+    tokenizer.save_pretrained(folder)
+    row = {"prompt": "What was it?", "chosen": "rememberthis", "rejected": "no"}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({**row, "prompt": f"What was {n}?"}) + "\n" for n in range(20)))
+    own = changed(
+        job.settings(),
+        output_dir=str(tmp_path / "run"),
+        model={"base": str(folder)},
+        data={"train": str(file)},
+    )
+    with pytest.raises(DataError, match="'rememberthis' with the id 400, but the model has 400 embeddings"):
+        train_run(own)
+
+
 def test_the_run_folder_holds_everything(job):
     names = {path.name for path in job.path.iterdir()}
     assert names == {
