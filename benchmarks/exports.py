@@ -122,11 +122,12 @@ def export(run: RunFolder, out: Path, target: str, dtype: str | None) -> list[di
     done = subprocess.run(
         [sys.executable, "-m", "lora_rm.cli", *words], capture_output=True, text=True, check=False
     )
-    if done.returncode == 1:
-        # the error, in its one line; what it wrapped or printed before is not wanted
-        return [{"export": name, "refused": done.stderr.strip().splitlines()[-1].replace(str(out), "DIR")}]
     if done.returncode:
-        raise SystemExit(done.stderr)
+        # the error, in its one line; what it wrapped or printed before is not wanted
+        last = done.stderr.strip().splitlines()[-1]
+        if not last.startswith(("MergeError:", "ConfigError:")):
+            raise SystemExit(done.stderr)
+        return [{"export": name, "refused": last.replace(str(out), "DIR")}]
     parity = json.loads((out / "parity.json").read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     rows = [

@@ -362,7 +362,7 @@ def _gradients(
 
     def add(batch: TreeBatch) -> None:  # a function, so that what a failed step held goes with it
         batch = batch.to(model.device)
-        rewards = model(batch)
+        rewards = model.rewards(batch)
         losses = preference_losses(rewards, batch.preferences, settings.loss)
         sums.add(batch.preferences, losses.detach(), rewards.detach().tolist(), batch.input_ids.numel())
         scaler.scale(losses.sum() / num_preferences).backward()

@@ -118,7 +118,7 @@ def real_peak(base, settings):
         tokens = 0
         for group in rows:
             batch = model.batch(group)
-            losses = preference_losses(model(batch), group, settings.loss)
+            losses = preference_losses(model.rewards(batch), group, settings.loss)
             (losses.sum() / len(trees)).backward()
             tokens = max(tokens, batch.input_ids.numel())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

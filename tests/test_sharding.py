@@ -60,7 +60,7 @@ def step(model: RewardModel, trees, *, alone: bool) -> tuple[float, dict[str, to
     loss = 0.0
     for row in own:
         batch = model.batch(row)
-        losses = preference_losses(model(batch), batch.preferences, LossSettings())
+        losses = preference_losses(model.rewards(batch), batch.preferences, LossSettings())
         losses.sum().backward()
         loss += float(losses.detach().sum())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -31,12 +31,10 @@ from lora_rm.data.batches import Batching
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError, first_line
 from lora_rm.losses import preference_losses
-from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import make_trainable, new_classifier, wanted_quantization
-from lora_rm.model.elementwise import fuse_elementwise
-from lora_rm.model.quantization import codes_8bit, make_exact, quantized_layers
+from lora_rm.model.quantization import codes_8bit, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 
 
@@ -193,9 +191,7 @@ def empty_model(
         quantization=quantization,
         compute_dtype=compute_dtype,
     )
-    make_exact(made)
-    join_products(made)
-    fuse_elementwise(made)
+    made.wrap_layers()
     made.set_batching(batching)
     made.set_checkpointing([mode] * len(made.layers))
     if batching != "padded":
@@ -267,7 +263,7 @@ def run_step(model: RewardModel, trees: Sequence[TokenTree], settings: Settings)
         NotImplementedError: If the model does not compute rows of trees.
     """
     batch = model.batch(list(trees))
-    rewards = model(batch)
+    rewards = model.rewards(batch)
     if batch.plan is not None and not batch.plan.calls:
         raise NotImplementedError("no layer uses the tree attention")
     losses = preference_losses(rewards, trees, settings.loss)

@@ -280,10 +280,6 @@ class RewardModel(nn.Module):
 
     # -- computing ----------------------------------------------------------------------------------------
 
-    def forward(self, batch: TreeBatch) -> torch.Tensor:
-        """The same as `rewards`; wrappers such as DDP call it."""
-        return self.rewards(batch)
-
     def rewards(self, batch: TreeBatch) -> torch.Tensor:
         """Rewards of a batch's answers, (R,) float32, in the order of `batch.preferences`.
 
@@ -630,10 +626,10 @@ class RewardModel(nn.Module):
             raise ModelError(f"{folder}: the saved score head is not the trained one.")
 
     def describe(self, hashes: dict[str, str]) -> dict[str, Any]:
-        """The part of `lora_rm.json` that is known before training.
+        """What `lora_rm.json` says of base, storage and tokens.
 
         Args:
-            hashes: Of the quantised codes, taken right after loading (`code_hashes`).
+            hashes: Of the quantised codes (`code_hashes`).
         """
         return {
             "format": 1,
@@ -660,10 +656,14 @@ class RewardModel(nn.Module):
             },
         }
 
-    def _ready(self) -> "RewardModel":
+    def wrap_layers(self) -> None:
+        """Lets layers compute with the stored weights, base and update as one product, and in fewer passes."""
         make_exact(self)
         join_products(self)
         fuse_elementwise(self)
+
+    def _ready(self) -> "RewardModel":
+        self.wrap_layers()
         self._check_head()
         return self
 
