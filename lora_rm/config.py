@@ -150,7 +150,8 @@ class DataSettings(_Section):
 
     train: str = ""
     """Training preferences: a .jsonl, .json, .csv (each also .gz) or .parquet file, a datasets folder, a
-    hub data set, or builtin:checkable. Required."""
+    hub data set (org/name, or org/name:part for one of its configurations or folders), or builtin:checkable.
+    Required."""
 
     train_split: str = "train"
     """Split of a hub data set or datasets folder that is trained on."""

@@ -593,6 +593,83 @@ def test_hub_dataset(monkeypatch):
         read_preferences("someone/pairs")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in which datasets looks for org/name before it asks the hub."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "org" / "name"
+    for part in ("first", "second"):
+        (folder / part).mkdir(parents=True)
+        write_lines(folder / part / "train.jsonl", PAIR | {"subset": part})
+    return folder
+
+
+def test_a_folder_of_a_hub_dataset(hub):
+    for part in ("first", "second"):
+        [preference], _ = read_preferences(f"org/name:{part}")
+        assert (preference.subset, preference.source) == (part, f"org/name:{part} train row 1")
+    with pytest.raises(
+        DataError, match=r"Unknown split \"test\".*\['train'\]\. Set one with --data\.train-split"
+    ):
+        read_preferences("org/name:first", split="test")
+    with pytest.raises(
+        DataError, match=r"BuilderConfig 'third' not found.*colon, as in --data\.train org/name:NAME"
+    ):
+        read_preferences("org/name:third")
+
+
+def test_a_configuration_of_a_hub_dataset(hub):
+    configs = [
+        {"config_name": f"the-{part}", "data_files": f"{part}/*.jsonl"} for part in ("first", "second")
+    ]
+    (hub / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for part in ("first", "second"):
+        [preference], _ = read_preferences(f"org/name:the-{part}")
+        assert preference.subset == part
+    [preference], _ = read_preferences("org/name:second")
+    assert preference.subset == "second"
+    with pytest.raises(DataError, match=r"'third' not found\. Available: \['the-first', 'the-second'\]"):
+        read_preferences("org/name:third")
+    with pytest.raises(DataError, match=r"Unknown split"):  # of a configuration: no folder is looked for
+        read_preferences("org/name:the-first", split="test")
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (  # the texts are those of datasets 5.2: builder.py, arrow_reader.py, packaged_modules/cache/cache.py
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of usage:\n\t`load",
+            r"missing\. Please pick one among the available configs: \['a', 'b'\]\. Write a configuration.*someone/pairs:NAME\.$",
+        ),
+        (
+            f"Config name is missing.\nPlease pick one among the available configs: {[f'c{n}' for n in range(999)]}",
+            r"\['c0', 'c1',.{600,800} \.\.\. Write a configuration",
+        ),
+        (
+            "There are multiple 'someone/pairs' configurations in the cache: a, b\nPlease specify which",
+            r"in the cache: a, b Please specify which\. Write a configuration",
+        ),
+        (
+            "Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].",
+            r"\['train_prefs', 'test_prefs'\]\. Set one with --data\.train-split",
+        ),
+        ("", r"'train': ValueError\. Check the name, the split and the network\."),
+    ],
+)  # fmt: skip
+def test_what_a_hub_dataset_lacks_is_named_with_what_it_has(monkeypatch, raised, words):
+    import datasets
+
+    def refuse(name, **options):
+        raise ValueError(raised)
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=words):
+        read_preferences("someone/pairs")
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.csv.gz", "./pairs", "a/b/c"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(name):
     with pytest.raises(DataError, match="no such file"):

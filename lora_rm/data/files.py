@@ -42,7 +42,11 @@ MIN_PACKED_ROW = 2
 ALWAYS_ROWS = 100_000
 """Rows that any archive may hold; a row takes 40 microseconds and a kilobyte, however small it was packed."""
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.+/-]*)?")
+"""`org/name`, or `org/name:part` for one of its configurations or folders."""
+
+UNKNOWN_PART = re.compile(r"BuilderConfig '.*' not found|Couldn't find cache for")
+"""How datasets says that there is no such configuration, on the Hub or in its cache."""
 
 # A CSV cell is text; the name of its column says what else it can be.
 NUMBER_COLUMNS = {
@@ -121,7 +125,8 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
     """Yields the rows of a file, a saved dataset or a dataset on the Hub, one after the other.
 
     Args:
-        source: A file with one of `SUFFIXES`, a folder written by `save_to_disk`, or a Hub id.
+        source: A file with one of `SUFFIXES`, a folder written by `save_to_disk`, or a Hub id, which a colon and a
+            configuration or folder may follow: `Anthropic/hh-rlhf:harmless-base`.
         split: Which split of a saved or Hub dataset; a file has none.
 
     Raises:
@@ -462,14 +467,41 @@ def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
 def _hub_rows(source: str, split: str) -> Iterator[Row | BadRow]:
     import datasets
 
+    name, _, part = source.partition(":")
     try:
-        dataset = datasets.load_dataset(source, split=split)
+        dataset = _load_part(name, part, split) if part else datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # the names to choose from stand in the second line, code for another program after them
+        found = " ".join(str(error).partition("\nExample of usage")[0].split()) or type(error).__name__
+        found = found.rstrip(".") if len(found) <= 800 else found[:800] + " .."
+        advice = "Check the name, the split and the network."
+        if "Unknown split" in found:
+            advice = "Set one with --data.train-split or --data.eval-split."
+        elif (
+            UNKNOWN_PART.match(found)
+            or "Config name is missing" in found
+            or "configurations in the cache" in found
+        ):
+            advice = f"Write a configuration or a folder of it after a colon, as in --data.train {name}:NAME."
         message = f"{source} is no local file, and the Hub does not give its split '{split}'"
-        raise DataError(
-            f"{message}: {first_line(error)} Check the name, the split and the network."
-        ) from error
+        raise DataError(f"{message}: {found}. {advice}") from error
     yield from _dataset_rows(dataset, f"{source} {split}")
+
+
+def _load_part(name: str, part: str, split: str) -> Any:
+    """A configuration of a dataset on the Hub, or one of its folders if no configuration has that name."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, name=part, split=split)
+    except ValueError as error:
+        if not UNKNOWN_PART.match(str(error)):
+            raise
+        try:
+            return datasets.load_dataset(name, data_dir=part, split=split)
+        except (FileNotFoundError, ValueError) as other:
+            is_absent = isinstance(other, FileNotFoundError) or UNKNOWN_PART.match(str(other))
+            raise (error if is_absent else other) from None
 
 
 def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
