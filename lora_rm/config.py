@@ -6,6 +6,7 @@ only. Precedence: default < preset file < flag. This module imports no torch, so
 
 import dataclasses
 import difflib
+import glob
 import os
 import re
 import reprlib
@@ -32,6 +33,9 @@ def _or_none(value: Any) -> Any:
     """None for the words that say so, which YAML takes for texts."""
     return None if isinstance(value, str) and value.lower() in ("none", "null") else value
 
+
+GLOB = re.compile(r"[*?[]")
+"""What makes a pattern of a path."""
 
 TextOrNone = Annotated[str | None, BeforeValidator(_or_none)]
 
@@ -149,9 +153,9 @@ class DataSettings(_Section):
     """Preferences: where they come from, how they are checked, split and cut."""
 
     train: str = ""
-    """Training preferences: a .jsonl, .json, .csv (each also .gz) or .parquet file, a datasets folder, a
-    hub data set (org/name, or org/name:part for one of its configurations or folders), or builtin:checkable.
-    Required."""
+    """Training preferences: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder of such files or a
+    pattern in quotes ('data/*.jsonl'), a datasets folder, a hub data set (org/name, or org/name:part for one of its
+    configurations or folders), or builtin:checkable. Required."""
 
     train_split: str = "train"
     """Split of a hub data set or datasets folder that is trained on."""
@@ -477,7 +481,10 @@ def with_whole_paths(settings: Settings) -> Settings:
     def whole(name: str) -> str:
         try:
             path = Path(name).expanduser()
-            return os.path.normpath(path.absolute()) if name and path.exists() else name
+            if name and path.exists():
+                return os.path.normpath(path.absolute())
+            # the folder it starts from is none of the pattern
+            return os.path.normpath(glob.escape(str(Path.cwd())) / path) if GLOB.search(name) else name
         except (OSError, ValueError, RuntimeError):  # too long, NUL, ~nobody: told where it is opened
             return name
 

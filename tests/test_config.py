@@ -19,7 +19,9 @@ from lora_rm.config import (
     load_settings,
     save_settings,
     settings_from_command_line,
+    with_whole_paths,
 )
+from lora_rm.data.files import find_files
 from lora_rm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -313,6 +315,26 @@ def test_the_help_shows_every_setting_with_its_meaning(monkeypatch):
     words = " ".join(page.replace("│", " ").split())
     assert "Rank r of every pair of LoRA matrices. (default: 16)" in words
     assert "--adapter.rank" not in help_text("lora-rm merge", only=("merge",))
+
+
+def test_local_data_is_found_from_any_directory(tmp_path, monkeypatch):
+    here = tmp_path / "run [1]"
+    (here / "data").mkdir(parents=True)
+    (here / "data" / "a.jsonl").write_text("")
+    monkeypatch.chdir(here)
+    for name, expected in (
+        ("data/a.jsonl", f"{here}/data/a.jsonl"),
+        ("./data", f"{here}/data"),
+        ("data/../data/*.jsonl", f"{tmp_path}/run [[]1]/data/*.jsonl"),
+        (f"{tmp_path}/*.jsonl", f"{tmp_path}/*.jsonl"),
+        ("org/name:part", "org/name:part"),
+        ("absent.jsonl", "absent.jsonl"),
+    ):
+        data = with_whole_paths(check_settings({"data": {"train": name, "eval": name}})).data
+        assert (data.train, data.eval) == (expected, expected)
+        assert with_whole_paths(Settings(data=data)).data == data
+    monkeypatch.chdir(tmp_path)
+    assert find_files(f"{tmp_path}/run [[]1]/data/*.jsonl") == [here / "data" / "a.jsonl"]
 
 
 # What it costs.

@@ -570,8 +570,63 @@ def test_saved_dataset(tmp_path):
     assert preference.subset == "test"
     with pytest.raises(DataError, match=r"has no split 'dev'. It has: train, test"):
         read_preferences(str(tmp_path / "splits"), split="dev")
+    (tmp_path / "single" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="is not a folder written by"):
-        read_preferences(str(tmp_path))
+        read_preferences(str(tmp_path / "single"))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Files of three types with a row each, beside what is none."""
+    folder = tmp_path / "data"
+    (folder / "sub.csv").mkdir(parents=True)
+    for name in ("README.md", ".c.jsonl"):
+        (folder / name).write_text("no row")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR | {"subset": "b"}).encode()))
+    (folder / "a.csv").write_text("prompt,chosen,rejected,subset\nq,yes,no,a\n")
+    write_lines(folder / "c.jsonl", PAIR | {"subset": "c"}, PAIR)
+    return folder
+
+
+def test_files_of_a_folder_are_read_in_sorted_order(parts):
+    preferences, _ = read_preferences(str(parts))
+    assert [preference.subset for preference in preferences] == ["a", "b", "c", ""]
+    places = ["a.csv line 2", "b.jsonl.gz line 1", "c.jsonl line 1", "c.jsonl line 2"]
+    assert [preference.source for preference in preferences] == [f"{parts}/{place}" for place in places]
+    write_lines(parts / "d.jsonl", PAIR, {"prompt": "q"})
+    with pytest.raises(DataError, match=r"data/d\.jsonl line 2: no format"):
+        read_preferences(str(parts))
+
+
+def test_a_folder_without_files_says_what_it_holds(parts):
+    for name in ("a.csv", "b.jsonl.gz", "c.jsonl"):
+        (parts / name).unlink()
+    with pytest.raises(
+        DataError, match=r"folder without preference files \(found: \.c\.jsonl, README\.md, sub\.csv\)"
+    ):
+        read_preferences(str(parts))
+
+
+def test_files_of_a_pattern(parts, monkeypatch):
+    for pattern, subsets in (
+        ("*.jsonl*", ["b", "c", ""]),
+        ("[ab].*", ["a", "b"]),
+        ("../*/c.jsonl", ["c", ""]),
+    ):
+        preferences, _ = read_preferences(f"{parts}/{pattern}")
+        assert [preference.subset for preference in preferences] == subsets
+    monkeypatch.chdir(parts)
+    assert read_preferences("**/c.*")[0][0].source == "c.jsonl line 1"
+    with pytest.raises(DataError, match=r"d\*\.jsonl: no such file"):
+        read_preferences("d*.jsonl")
+    with pytest.raises(DataError, match=r"README\.md has an unknown type"):
+        read_preferences("[abR]*")
+    with pytest.raises(DataError, match=r"sub\.csv is no regular file"):
+        read_preferences("*.csv")
+    (parts / "[c].jsonl").write_text(json.dumps(PAIR | {"subset": "a file of that very name"}))
+    assert [preference.subset for preference in read_preferences("[c].jsonl")[0]] == [
+        "a file of that very name"
+    ]
 
 
 def test_hub_dataset(monkeypatch):
@@ -670,7 +725,7 @@ def test_what_a_hub_dataset_lacks_is_named_with_what_it_has(monkeypatch, raised,
         read_preferences("someone/pairs")
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.csv.gz", "./pairs", "a/b/c"])
+@pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.csv.gz", "./pairs", "a/b/c", "builtin:pairs"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(name):
     with pytest.raises(DataError, match="no such file"):
         read_preferences(name)

@@ -6,7 +6,7 @@ import pytest
 
 from lora_rm.config import DataSettings
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.split import load_data, read_side, split_by_prompt
+from lora_rm.data.split import check_sources, load_data, read_side, split_by_prompt
 from lora_rm.errors import DataError
 
 
@@ -229,6 +229,16 @@ def test_missing_settings_and_files_are_named(chat, tmp_path):
         load(chat, "")
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         load(chat, str(tmp_path / "absent.jsonl"))
+
+
+def test_files_are_looked_for_before_anything_is_read(tmp_path):
+    write(tmp_path / "a.jsonl", [row("Question?")])
+    for source in (tmp_path, tmp_path / "*.jsonl", "org/name:part"):
+        check_sources(DataSettings(train=str(source), eval=str(source)))
+    for source, words in (("b*.jsonl", "no such file"), ("sub", "without preference files")):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match=words):
+            check_sources(DataSettings(train=str(tmp_path), eval=str(tmp_path / source)))
 
 
 def test_the_evaluation_data_can_be_read_alone(chat, tmp_path, capsys):

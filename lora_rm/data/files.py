@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, JSON, CSV, Parquet, a saved dataset, or the Hugging Face Hub.
+"""Rows out of files (JSON lines, JSON, CSV, Parquet), a saved dataset, or the Hugging Face Hub.
 
 A row that cannot be read comes out as a `BadRow` in its place, so that whoever reads can stop at it or
 count it and go on. What is wrong with a whole file is a `DataError`.
@@ -6,6 +6,7 @@ count it and go on. What is wrong with a whole file is a `DataError`.
 
 import codecs
 import csv
+import glob
 import gzip
 import io
 import json
@@ -17,10 +18,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_rm.data.fields import shown
+from lora_rm.config import GLOB
+from lora_rm.data.fields import listed, shown
 from lora_rm.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
+"""Files of a folder written by `save_to_disk`."""
+
 MAX_ROW_BYTES = 32 * 2**20
 """Longest row, as JSON or CSV: ten times a pair of a million tokens; unpacked it takes up to 25 times as much."""
 
@@ -42,7 +47,7 @@ MIN_PACKED_ROW = 2
 ALWAYS_ROWS = 100_000
 """Rows that any archive may hold; a row takes 40 microseconds and a kilobyte, however small it was packed."""
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.+/-]*)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(:\w[\w.+/-]*)?)?")
 """`org/name`, or `org/name:part` for one of its configurations or folders."""
 
 UNKNOWN_PART = re.compile(r"BuilderConfig '.*' not found|Couldn't find cache for")
@@ -122,11 +127,12 @@ class BadRow:
 
 
 def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
-    """Yields the rows of a file, a saved dataset or a dataset on the Hub, one after the other.
+    """Yields the rows of files, a saved dataset or a dataset on the Hub, one after the other.
 
     Args:
-        source: A file with one of `SUFFIXES`, a folder written by `save_to_disk`, or a Hub id, which a colon and a
-            configuration or folder may follow: `Anthropic/hh-rlhf:harmless-base`.
+        source: A file with one of `SUFFIXES`; a folder of such files or a pattern like `data/*.jsonl`, read in sorted
+            order; a folder written by `save_to_disk`; or a Hub id, which a colon and a configuration or folder may
+            follow: `Anthropic/hh-rlhf:harmless-base`.
         split: Which split of a saved or Hub dataset; a file has none.
 
     Raises:
@@ -140,31 +146,43 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
         raise DataError(f"{source} holds no rows. A source needs at least one; check how it was written.")
 
 
-def find_source(source: str) -> Path | None:
-    """The file or folder that a source names; None for a data set on the Hub.
+def find_files(source: str) -> list[Path]:
+    """The files that a source names, or the one folder of a saved dataset; none for a dataset on the Hub.
 
     Raises:
-        DataError: If there is no such file, or it is of an unknown type.
+        DataError: If there is no such file, or one is of an unknown type.
     """
     try:
         path = Path(source).expanduser()
         path.stat()
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
     except FileNotFoundError:
-        pass
+        found = []
+        if GLOB.search(source):
+            found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 - takes no absolute pattern
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, NUL, ~nobody
         raise DataError(f"{shown(source)} cannot be looked up: {error}. Check the path.") from error
     if path.is_dir():
-        return path
-    if path.exists() and not path.is_file():
-        raise DataError(
-            f"{source} is no regular file. Allowed: a file or a folder; save what it gives first."
-        )
-    suffix = _suffix(path)
-    if path.exists() and not suffix:
-        raise DataError(f"{source} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
-    if not path.exists() and (suffix or not HUB_ID.fullmatch(source)):
+        if any((path / name).is_file() for name in SAVED):
+            return [path]
+        files = [file for file in found if _suffix(file) and file.name[0] != "." and file.is_file()]
+        if not files:
+            names = listed(dict.fromkeys(file.name for file in found))
+            raise DataError(
+                f"{source} is a folder without preference files (found: {names}). Allowed: a folder of files that end with "
+                f"{', '.join(SUFFIXES)}, or one written by `datasets.save_to_disk`; give another."
+            )
+        return files
+    for file in found:
+        if not file.is_file():
+            raise DataError(
+                f"{file} is no regular file. Allowed: files, or one folder; save what it gives first."
+            )
+        if not _suffix(file):
+            raise DataError(f"{file} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
+    if not found and (_suffix(path) or not HUB_ID.fullmatch(source)):
         raise DataError(f"{source}: no such file. Check the path; it is looked up from {Path.cwd()}.")
-    return path if path.exists() else None
+    return found
 
 
 def _suffix(path: Path) -> str:
@@ -173,11 +191,15 @@ def _suffix(path: Path) -> str:
 
 def _open(source: str, split: str) -> Iterator[Row | BadRow]:
     """Chooses the reader by what the source is."""
-    path = find_source(source)
-    if path is None:
+    files = find_files(source)
+    if not files:
         return _hub_rows(source, split)
-    if path.is_dir():
-        return _saved_rows(source, path, split)
+    if files[0].is_dir():
+        return _saved_rows(source, files[0], split)
+    return chain.from_iterable(_file_rows(str(file), file) for file in files)
+
+
+def _file_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
     suffix = _suffix(path)
     readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     rows = readers[suffix.removesuffix(".gz")](source, path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_rm.config import DataSettings
 from lora_rm.console import show_table
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.files import find_source
+from lora_rm.data.files import find_files
 from lora_rm.data.formats import read_preferences
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
@@ -66,7 +66,7 @@ def check_sources(settings: DataSettings) -> None:
     _check_set(settings.train, "data.train")
     for source in (settings.train, settings.eval):
         if source and source != BUILTIN:
-            find_source(source)
+            find_files(source)
 
 
 def load_data(
@@ -144,7 +144,9 @@ def split_by_prompt(
 
 def _check_set(source: str, key: str) -> None:
     if not source:
-        raise DataError(f"{key} is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
+        raise DataError(
+            f"{key} is not set. Give a file, a folder or pattern of files, a datasets folder, a hub data set, or {BUILTIN}."
+        )
 
 
 def _read(
