@@ -169,6 +169,10 @@ class DataSettings(_Section):
     eval_share: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.1
     """Share of the prompts held out for evaluation when eval is not given."""
 
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Columns that are called otherwise in the files of train and eval: {name here: name there}, as in
+    {prompt: query, chosen: winner}."""
+
     max_train: CountOrNone = 0
     """Train on at most so many preferences, taken at random; 0: on all."""
 

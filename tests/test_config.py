@@ -93,6 +93,7 @@ def test_an_empty_file_or_section_is_the_default(tmp_path, text):
         (["--adapter.layers-to-transform", "1", "2"], "adapter.layers_to_transform", (1, 2)),
         (["--train.trackers", "[]"], "train.trackers", ()),
         (["--adapter.rank-pattern", "{q_proj: 8, '.*up': 2}"], "adapter.rank_pattern", {"q_proj": 8, ".*up": 2}),
+        (["--data.columns", "{prompt: query, chosen: winner}"], "data.columns", {"prompt": "query", "chosen": "winner"}),
         (["--adapter.alpha-pattern={q_proj: 1e1}"], "adapter.alpha_pattern", {"q_proj": 10.0}),
     ],
     ids=str,

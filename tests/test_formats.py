@@ -301,6 +301,26 @@ def test_nemo(tmp_path):
     assert (ranking.kind, ranking.scores) == ("ranking", (-2.0, 0.0, -1.0))
 
 
+def test_nectar(tmp_path):
+    answers = [{"answer": f"r{rank}", "model": "m", "rank": rank} for rank in (2, 1, 3)]
+    ranking = read_one(
+        tmp_path / "a.jsonl", {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": answers, "turns": 1}
+    )
+    assert (ranking.kind, ranking.scores, ranking.prompt) == ("ranking", (-2.0, -1.0, -3.0), (user("q"),))
+    assert ranking.answers[1] == (assistant("r1"),)
+    pair = read_one(tmp_path / "b.jsonl", {"prompt": "q", "answers": answers[:2]})
+    assert (pair.kind, pair.answers[0]) == ("pair", (assistant("r1"),))
+    with pytest.raises(RowError, match=r"'answers\[0\]\.answer' is missing \(found: completion, rank\)"):
+        parse_row({"prompt": "q", "answers": [{"completion": "a", "rank": 1}]}, "here")
+    rating = {
+        "prompt": "q",
+        "response": "a",
+        "rating": 1,
+        "answers": ["b"],
+    }  # beside another format it is ignored
+    assert parse_row(rating, "here").kind == "rating"
+
+
 def test_scored_responses(tmp_path):
     path = tmp_path / "lists.jsonl"
     row = {"prompt": "q", "responses": ["a", [assistant("b")], "c"], "scores": [1, 3, 3]}
@@ -646,6 +666,58 @@ def test_hub_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"someone/pairs is no local file.*no network"):
         read_preferences("someone/pairs")
+
+
+# Columns that are called otherwise.
+
+
+OTHER = {"query": "q", "winner": "yes", "loser": "no", "delta": 1.5}
+NAMES = {"prompt": "query", "chosen": "winner", "rejected": "loser", "margin": "delta"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "saved"])
+def test_columns_may_be_called_otherwise(tmp_path, name):
+    import datasets
+
+    rows = [OTHER, OTHER | {"delta": None}]
+    data = datasets.Dataset.from_list(rows)
+    writers = {
+        "a.jsonl": data.to_json,
+        "a.csv": data.to_csv,
+        "a.parquet": data.to_parquet,
+        "saved": data.save_to_disk,
+    }
+    writers[name](tmp_path / name)
+    source = str(tmp_path / name)
+    first, second = read_preferences(source, columns=NAMES)[0]
+    assert (first.prompt, first.answers) == ((user("q"),), ((assistant("yes"),), (assistant("no"),)))
+    assert (first.margin, second.margin) == (1.5, 0.0)  # a null is as if not there
+    with pytest.raises(RowError, match=r"(line|row) \d: column 'reply', which data\.columns reads as 'chosen', is missing "
+                       r"\(found: query, winner, loser, delta\)"):  # fmt: skip
+        read_preferences(source, columns={"chosen": "reply"})
+    with pytest.raises(DataError, match=r"data\.columns has 'choosen'.*Did you mean chosen\?"):
+        read_preferences(source, columns={"choosen": "winner"})
+
+
+def test_columns_may_be_swapped_and_hide_what_is_called_like_them(tmp_path):
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    path = write_lines(tmp_path / "a.jsonl", PAIR | {"margin": 7, "gap": 2})
+    [preference], _ = read_preferences(path, columns=swapped | {"margin": "gap"})
+    assert preference.answers == ((assistant("5"),), (assistant("4"),))
+    assert preference.margin == 2.0
+    bad = write_lines(tmp_path / "b.jsonl", OTHER, OTHER | {"delta": "?"}, {"query": "q"})
+    _, dropped = read_preferences(bad, columns=NAMES, on_bad_row="skip")
+    assert dropped == {"wrong type": 1, "missing field": 1}
+
+
+def test_messages_in_a_csv_column_that_is_called_otherwise(tmp_path):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["q", "good", "bad"], [json.dumps([user("hi")]), "yes", "no"]])
+    [preference], _ = read_preferences(
+        str(path), columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
+    )
+    assert preference.prompt == (user("hi"),)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from lora_rm.config import DataSettings
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.split import check_sources, load_data, read_side, split_by_prompt
+from lora_rm.doctor.preferences import read_sides
 from lora_rm.errors import DataError
 
 
@@ -160,6 +161,15 @@ def test_the_sides_of_a_folder_are_its_splits(chat, tmp_path):
         alone = read_side(DataSettings(eval=folder, num_workers=1, **chosen), chat)
         assert prompts(data.train) == {f"{train} {n}?" for n in range(4)}
         assert prompts(data.eval) == prompts(alone) == {f"{held_out} {n}?" for n in range(4)}
+
+
+def test_both_files_may_call_columns_otherwise(chat, tmp_path):
+    rows = [{"prompt": f"Question {n}?", "good": f"answer {n}", "rejected": "no"} for n in range(6)]
+    train, held_out = write(tmp_path / "train.jsonl", rows[:4]), write(tmp_path / "eval.jsonl", rows[4:])
+    data = load(chat, train, eval=held_out, columns={"chosen": "good"})
+    assert texts(data.train) + texts(data.eval) == [f"answer {n}" for n in range(6)]
+    wanted = DataSettings(train=train, eval=held_out, columns={"chosen": "good"})
+    assert [len(side) for side in read_sides(wanted)] == [4, 2, 0]
 
 
 def test_the_built_in_set_can_be_one_side_of_two(chat, repeated):

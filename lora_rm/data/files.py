@@ -6,13 +6,14 @@ count it and go on. What is wrong with a whole file is a `DataError`.
 
 import codecs
 import csv
+import difflib
 import glob
 import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -72,7 +73,7 @@ NUMBER_COLUMNS = {
     "score",
     "label",
 }
-LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "tools", "history"}
+LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "answers", "tools", "history"}
 MESSAGE_COLUMNS = {
     "prompt",
     "context",
@@ -94,6 +95,10 @@ MESSAGE_COLUMNS = {
     "completion",
 }
 JSON_COLUMNS = LIST_COLUMNS | MESSAGE_COLUMNS
+TEXT_COLUMNS = {"question", "instruction", "input", "query", "system", "subset", "winner", "tie"}
+COLUMNS = NUMBER_COLUMNS | JSON_COLUMNS | TEXT_COLUMNS
+"""All that `lora_rm.data.formats` reads."""
+
 LIST_OR_OBJECT = re.compile(r"\s*[\[{]")
 """How a cell begins that may hold messages; most hold a text, of which `json.loads` takes longer to find out."""
 
@@ -126,7 +131,9 @@ class BadRow:
     """What is wrong and what is allowed, without the source."""
 
 
-def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
+def read_rows(
+    source: str, *, split: str = "train", columns: Mapping[str, str] | None = None
+) -> Iterator[Row | BadRow]:
     """Yields the rows of files, a saved dataset or a dataset on the Hub, one after the other.
 
     Args:
@@ -134,16 +141,41 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
             order; a folder written by `save_to_disk`; or a Hub id, which a colon and a configuration or folder may
             follow: `Anthropic/hh-rlhf:harmless-base`.
         split: Which split of a saved or Hub dataset; a file has none.
+        columns: What columns are called there, by their names here (`data.columns`).
 
     Raises:
-        DataError: If the source does not exist, is damaged, of an unknown type, or holds no rows.
+        DataError: If the source does not exist, is damaged, of an unknown type, or holds no rows; or `columns` has a name
+            that is not read.
     """
+    columns = columns or {}
+    for name in columns.keys() - COLUMNS:
+        near = difflib.get_close_matches(name, sorted(COLUMNS), n=1)
+        advice = (
+            f"Did you mean {near[0]}?" if near else "Write {name here: name there}, as in {chosen: winner}."
+        )
+        raise DataError(
+            f"data.columns has {shown(name)}, which is the name of no column that is read. {advice}"
+        )
     is_empty = True
-    for row in _open(source, split):
+    for row in _open(source, split, columns):
         is_empty = False
-        yield row
+        yield _renamed(row, columns) if columns and isinstance(row, Row) else row
     if is_empty:
         raise DataError(f"{source} holds no rows. A source needs at least one; check how it was written.")
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row | BadRow:
+    """The row with the columns' names here."""
+    for name, there in columns.items():
+        if there not in row.values:
+            message = (
+                f"column '{there}', which data.columns reads as '{name}', is missing (found: {listed(row.values)}). "
+                "Correct data.columns, or add the column."
+            )
+            return BadRow(source=row.source, reason="missing field", message=message)
+    others = {name: value for name, value in row.values.items() if name not in columns.values()}
+    values = others | {name: row.values[there] for name, there in columns.items()}
+    return Row(values=values, source=row.source)
 
 
 def find_files(source: str) -> list[Path]:
@@ -189,20 +221,23 @@ def _suffix(path: Path) -> str:
     return next((known for known in SUFFIXES if path.name.lower().endswith(known)), "")
 
 
-def _open(source: str, split: str) -> Iterator[Row | BadRow]:
+def _open(source: str, split: str, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
     """Chooses the reader by what the source is."""
     files = find_files(source)
     if not files:
         return _hub_rows(source, split)
     if files[0].is_dir():
         return _saved_rows(source, files[0], split)
-    return chain.from_iterable(_file_rows(str(file), file) for file in files)
+    return chain.from_iterable(_file_rows(str(file), file, columns) for file in files)
 
 
-def _file_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+def _file_rows(source: str, path: Path, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
     suffix = _suffix(path)
-    readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    rows = readers[suffix.removesuffix(".gz")](source, path)
+    if suffix.startswith(".csv"):
+        rows = _csv_rows(source, path, {there: name for name, there in columns.items()})
+    else:
+        readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+        rows = readers[suffix.removesuffix(".gz")](source, path)
     return _no_more_than_packed(rows, source, path) if suffix.endswith((".gz", ".parquet")) else rows
 
 
@@ -349,7 +384,8 @@ def _object_row(value: Any, where: str) -> Row | BadRow:
     return BadRow(source=where, reason="wrong type", message=message)
 
 
-def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+def _csv_rows(source: str, path: Path, names: Mapping[str, str]) -> Iterator[Row | BadRow]:
+    """`names` are those that columns have here, where they differ: they say what a cell can be."""
     # Conversations outgrow the default of 131,072 characters a cell.
     csv.field_size_limit(MAX_ROW_BYTES)
     # Bytes that are not UTF-8 pass as lone surrogates, which UTF-8 cannot hold, and are found in their row.
@@ -376,7 +412,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
             continue
         where = f"{source} line {line}"
         if columns:
-            yield _cells_row(columns, cells, where)
+            yield _cells_row(columns, names, cells, where)
         elif len(set(cells)) < len(cells):
             raise DataError(
                 f"{where}: two columns have the same name. The first line names each column once."
@@ -385,7 +421,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
             columns = cells
 
 
-def _cells_row(columns: list[str], cells: list[str], where: str) -> Row | BadRow:
+def _cells_row(columns: list[str], names: Mapping[str, str], cells: list[str], where: str) -> Row | BadRow:
     if len(cells) != len(columns):
         message = f"{len(cells)} cells, but the first line names {len(columns)} columns. Each has one cell."
         return BadRow(source=where, reason="wrong number of cells", message=message)
@@ -395,10 +431,13 @@ def _cells_row(columns: list[str], cells: list[str], where: str) -> Row | BadRow
         message = "the bytes are not UTF-8. Only UTF-8 is read; save the file again with that encoding."
         return BadRow(source=where, reason="not UTF-8", message=message)
     for column, cell in zip(columns, cells, strict=True):
-        if column in JSON_COLUMNS and PYTHON_MESSAGES.match(cell):
+        if names.get(column, column) in JSON_COLUMNS and PYTHON_MESSAGES.match(cell):
             message = f"field '{column}' is in Python's notation. Write lists as JSON, or the file as .jsonl."
             return BadRow(source=where, reason="broken JSON", message=message)
-    values = {column: _decode_cell(column, cell) for column, cell in zip(columns, cells, strict=True)}
+    values = {
+        column: _decode_cell(names.get(column, column), cell)
+        for column, cell in zip(columns, cells, strict=True)
+    }
     return Row(values=values, source=where)
 
 
@@ -460,7 +499,7 @@ def _parquet_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
                 except UnicodeDecodeError as error:
                     yield BadRow(source=where, reason="not UTF-8", message=_not_utf8(error))
                 else:
-                    yield Row(values=_without_nulls(values), source=where)
+                    yield Row(values=_cells_without_nulls(values), source=where)
     except DataError:
         raise
     except (
@@ -532,7 +571,7 @@ def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Ro
     while True:
         number += 1
         try:
-            values = _without_nulls(next(rows))
+            values = _cells_without_nulls(next(rows))
         except StopIteration:
             return
         except Exception as error:  # of any kind, out of pyarrow
@@ -540,6 +579,11 @@ def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Ro
                 f"{source} row {number}: cannot be read: {first_line(error)}. Save the dataset again."
             ) from error
         yield Row(values=values, source=f"{source} row {number}")
+
+
+def _cells_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, nulls in its values dropped; a column that is null as a whole is there."""
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

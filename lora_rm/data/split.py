@@ -157,7 +157,9 @@ def _read(
         preferences = checkable_preferences()[1]
         counts["rows read"] += len(preferences)
         return preferences
-    preferences, dropped = read_preferences(source, split=split, on_bad_row=settings.on_bad_row)
+    preferences, dropped = read_preferences(
+        source, split=split, columns=settings.columns, on_bad_row=settings.on_bad_row
+    )
     counts["rows read"] += len(preferences) + sum(dropped.values())
     for reason, number in dropped.items():
         counts[f"dropped: {reason}"] += number

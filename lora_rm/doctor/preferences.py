@@ -31,7 +31,7 @@ def read_sides(
         if source == BUILTIN:
             return checkable_preferences()[side]
         found = []
-        for row in read_rows(source, split=split):
+        for row in read_rows(source, split=split, columns=wanted.columns):
             try:
                 found.append(to_preference(row))
             except RowError as error:
