@@ -41,7 +41,7 @@ def texts(side):
 def check_counts(data):
     """Every row read is kept, or counted once under a reason."""
     for name, side in (("train", data.train), ("eval", data.eval)):
-        counts = dict(data.report[name])
+        counts = {reason: n for reason, n in data.report[name].items() if not reason.startswith("of which")}
         cut = sum(number for reason, number in counts.items() if reason.startswith("prompt cut"))
         read, kept = counts.pop("rows read"), counts.pop("kept")
         assert read == kept + sum(counts.values()) - cut
@@ -207,6 +207,38 @@ def test_every_reason_is_counted_once(chat, tmp_path):
     }
     assert data.report["eval"] == {"rows read": 3, "dropped: missing field": 1, "kept": 2}
     check_counts(data)
+
+
+def test_what_is_no_plain_pair_is_counted(chat, tmp_path, capsys):
+    more = [
+        {"margin": 2.0},
+        {"margin": 0},
+        {"tie": True, "margin": 1.0},
+        {"chosen": ["a"], "rejected": ["b", "c"]},
+    ]
+    rows = [row(f"Question {n}?") | columns for n, columns in enumerate(more)]
+    rows.append({"prompt": "Rated?", "response": "yes", "rating": 3})
+    train, held_out = write(tmp_path / "train.jsonl", rows), write(tmp_path / "eval.jsonl", [row("Else?")])
+    data = load(chat, train, eval=held_out)
+    margin = "of which with a margin (unused if loss.use_margin is False)"
+    assert data.report["train"] == {
+        "rows read": 5,
+        "dropped: prompt is in the evaluation data": 0,
+        "kept": 5,
+        margin: 1,
+        "of which ties": 1,
+        "of which rankings of more than two answers": 1,
+        "of which ratings": 1,
+    }
+    assert data.report["eval"] == {"rows read": 1, "kept": 1}
+    check_counts(data)
+    data.show()
+    assert "of which ties" in capsys.readouterr().out
+    limited = load(chat, train, eval=held_out, max_train=1).report[
+        "train"
+    ]  # what a limit leaves out is not trained on
+    assert limited["kept"] == 1
+    assert sum(number for reason, number in limited.items() if reason.startswith("of which")) <= 1
 
 
 def test_more_dropped_than_allowed_is_an_error_that_says_why(chat, tmp_path):

@@ -46,7 +46,7 @@ class Data:
     train: Side
     eval: Side
     report: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By side: rows read, kept, and dropped or cut by reason."""
+    """By side: rows read, kept, and dropped or cut by reason; and of the kept ones how many are no plain pairs."""
 
     def show(self) -> None:
         """Prints the report."""
@@ -191,7 +191,21 @@ def _side(
         chosen = sorted(random.Random(f"{seed} limit").sample(range(len(kept)), limit))
         kept = [kept[number] for number in chosen]
     counts["kept"] = len(kept)
+    for preference, _ in kept:
+        counts.update(_traits(preference))
     return Side([p for p, _ in kept], [tree for _, tree in kept])
+
+
+def _traits(preference: Preference) -> list[str]:
+    """What decides how a row is trained on, for the report."""
+    traits = {
+        "of which ties": preference.is_tie,
+        "of which rankings of more than two answers": preference.kind == "ranking",
+        "of which ratings": preference.kind == "rating",
+        # TRL uses a margin wherever there is one
+        "of which with a margin (unused if loss.use_margin is False)": preference.margin > 0,
+    }
+    return [trait for trait, applies in traits.items() if applies]
 
 
 def _check(side: Side, name: str, counts: Mapping[str, int], settings: DataSettings) -> None:
