@@ -1026,7 +1026,7 @@ def check_bad_line(path, content, line, reason, words):
     assert caught.value.reason == reason
     assert str(caught.value).startswith(f"{path} line {line}: ")
     assert words in str(caught.value)
-    assert "on_bad_row='skip'" in str(caught.value)
+    assert "--data.on-bad-row skip" in str(caught.value)
     str(caught.value).encode()
     preferences, dropped = read_preferences(str(path), on_bad_row="skip")
     assert len(preferences) == 2
@@ -1110,7 +1110,10 @@ def test_skipping_counts_by_reason(tmp_path):
     preferences, dropped = read_preferences(write_lines(tmp_path / "a.jsonl", *rows), on_bad_row="skip")
     assert len(preferences) == 2
     assert dropped == {"unknown format": 2, "empty field": 1}
-    with pytest.raises(DataError, match=r"no row that can be used \(unknown format: 1\)"):
+    with pytest.raises(
+        DataError,
+        match=r"no row that can be used \(unknown format: 1\)\. Read it with --data\.on-bad-row raise\.",
+    ):
         read_preferences(write_lines(tmp_path / "b.jsonl", {"a": 1}), on_bad_row="skip")
 
 
@@ -1119,7 +1122,8 @@ def test_a_file_with_hardly_a_good_row_is_given_up(tmp_path, monkeypatch):
     bad = {"question": "a"}
     file = write_lines(tmp_path / "pairs.jsonl", PAIR, *[bad] * 200)
     with pytest.raises(
-        DataError, match=r"1 rows that can be used among its first 102 \(unknown format: 101\)"
+        DataError,
+        match=r"1 rows that can be used among its first 102 \(unknown format: 101\).*--data\.on-bad-row raise",
     ):
         read_preferences(file, on_bad_row="skip")
     file = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR, PAIR, *[bad] * 200, PAIR)

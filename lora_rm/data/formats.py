@@ -148,20 +148,20 @@ def read_preferences(
             preferences.append(to_preference(row))
         except RowError as error:
             if on_bad_row == "raise":
-                advice = "Mend the row, or leave such rows out with on_bad_row='skip'."
+                advice = "Mend the row, or leave such rows out with --data.on-bad-row skip."
                 raise RowError(error.reason, f"{error} {advice}") from None
             dropped[error.reason] += 1
             num_bad += 1
             if num_bad >= MAX_BAD_START and len(preferences) * MIN_GOOD < num_bad:
                 raise DataError(
                     f"{source} has {len(preferences):,} rows that can be used among its first "
-                    f"{num_bad + len(preferences):,} ({_counts(dropped)}). Read it with on_bad_row='raise'."
+                    f"{num_bad + len(preferences):,} ({_counts(dropped)}). Read it with --data.on-bad-row raise."
                 ) from None
         if len(preferences) == limit:
             break
     if not preferences:
         raise DataError(
-            f"{source} has no row that can be used ({_counts(dropped)}). Read it with on_bad_row='raise'."
+            f"{source} has no row that can be used ({_counts(dropped)}). Read it with --data.on-bad-row raise."
         )
     return preferences, dropped
 
