@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_rm.config import (
+    OTHER_NAMES,
     Settings,
     check_settings,
     dump_settings,
@@ -240,6 +241,26 @@ def test_a_missing_or_unreadable_preset_is_named(tmp_path):
 def test_the_right_name_in_the_wrong_section_is_nearer_than_another_name():
     with pytest.raises(ConfigError, match=r"model\.rank is not a setting\. Did you mean adapter\.rank\?"):
         check_settings({"model": {"rank": 8}})
+
+
+def test_names_of_other_tools_lead_to_settings_that_there_are():
+    known = dict(keys())
+    assert OTHER_NAMES.keys().isdisjoint(name.rpartition(".")[2] for name in known)
+    for other, key in OTHER_NAMES.items():
+        assert key in known, other
+        for name in (other, f"train.{other}"):
+            with pytest.raises(ConfigError) as error:
+                load_settings(None, [f"--{name}", "1"])
+            assert str(error.value) == f"{name} is not a setting. Did you mean {key}?"
+    for other in (
+        "per-device-train-batch-size",
+        "cutoff_len",
+        "lora_target",
+        "pretrain",
+        "load_in_4bit",
+        "val_size",
+    ):
+        assert other.replace("-", "_") in OTHER_NAMES
 
 
 def test_a_misspelt_section_is_not_taken_for_a_setting_of_another():
