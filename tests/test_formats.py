@@ -489,6 +489,19 @@ def test_a_line_beyond_the_longest_is_named(tmp_path, monkeypatch, size):
         list(read_rows(str(path)))
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_json_file_that_is_too_large_to_be_read_as_a_whole_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(files, "BLOCK", 100)
+    content = codecs.BOM_UTF8 + json.dumps([PAIR] * 20).encode()
+    path = tmp_path / f"pairs.json{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", len(content) - 3)
+    assert len(read_preferences(str(path))[0]) == 20
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", len(content) - 4)
+    with pytest.raises(DataError, match=r"pairs\.json.*is larger than .*Write it as \.jsonl"):
+        read_preferences(str(path))
+
+
 def test_rows_of_an_archive_are_limited_by_its_bytes_and_those_of_a_plain_file_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
     text = b"prompt,chosen,rejected\n" + b"a,b,c\n" * 20_000
@@ -1080,6 +1093,14 @@ def test_a_long_value_is_cut_in_the_message():
         parse_row(PAIR | {"tie": "y" * 5000}, "here")
     assert "'tie' is 'yyyy" in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def test_the_error_of_a_row_is_short_and_without_secrets_as_any_other(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_notARealTokenButLongEnough")
+    error = RowError("a few words", f"hf_notARealTokenButLongEnough {'x' * 9000} the end")
+    assert (error.reason, len(str(error))) == ("a few words", 3505)
+    assert str(error).startswith("[HF_TOKEN] xxx")
+    assert str(error).endswith("the end")
 
 
 def test_tools_nested_too_deep_are_a_bad_row():

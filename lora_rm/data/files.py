@@ -264,55 +264,38 @@ def _lines(source: str, path: Path) -> Iterator[bytes]:
 
 def _blocks(source: str, path: Path) -> Iterator[bytes]:
     """Yields whole lines by the mebibyte: a loop over lines in Python takes as long as parsing them as CSV."""
-    is_packed = path.name.lower().endswith(".gz")
     number, parts, size = 0, list[bytes](), 0
+    for block in _content(source, path):
+        end = block.rfind(b"\n") + 1
+        size += block.find(b"\n") + 1 if end else len(block)
+        # only a line that goes through blocks can be as long
+        if size > MAX_ROW_BYTES:
+            raise DataError(
+                f"{source} line {number + 1}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
+                "Each line holds one row; see what wrote the file."
+            )
+        if end:
+            number += block.count(b"\n")
+            yield b"".join([*parts, block[:end]])
+            parts, size = [], len(block) - end
+        parts.append(block[end:])
+    yield b"".join(parts)
+
+
+def _content(source: str, path: Path) -> Iterator[bytes]:
+    """Yields a plain or gzipped file by the mebibyte, without a byte order mark."""
+    is_packed = path.name.lower().endswith(".gz")
     try:
         unpacked = _Unpacked(source, path)
         with gzip.open(path) if is_packed else path.open("rb") as file:
+            mark = codecs.BOM_UTF8
             while block := file.read(BLOCK):
                 if is_packed:
                     unpacked.add(len(block))
-                if not number and not parts:
-                    block = block.removeprefix(codecs.BOM_UTF8)
-                end = block.rfind(b"\n") + 1
-                size += block.find(b"\n") + 1 if end else len(block)
-                # only a line that goes through blocks can be as long
-                if size > MAX_ROW_BYTES:
-                    raise DataError(
-                        f"{source} line {number + 1}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
-                        "Each line holds one row; see what wrote the file."
-                    )
-                if end:
-                    number += block.count(b"\n")
-                    yield b"".join([*parts, block[:end]])
-                    parts, size = [], len(block) - end
-                parts.append(block[end:])
-            yield b"".join(parts)
+                yield block.removeprefix(mark)
+                mark = b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
-
-
-def _content(source: str, path: Path) -> bytes:
-    """A plain or gzipped file as a whole, without a byte order mark."""
-    parts: list[bytes] = []
-    size = 0
-    is_packed = path.name.lower().endswith(".gz")
-    unpacked = _Unpacked(source, path)
-    try:
-        with gzip.open(path) if is_packed else path.open("rb") as file:
-            while part := file.read(ALWAYS_UNPACKED):
-                parts.append(part)
-                size += len(part)
-                if is_packed:
-                    unpacked.add(len(part))
-                if size > MAX_JSON_BYTES:
-                    raise DataError(
-                        f"{source}: is larger than {MAX_JSON_BYTES // 2**20} MiB, and a .json file is read as a whole. "
-                        "Write it as .jsonl, one row a line, which has no limit."
-                    )
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
-    return b"".join(parts).removeprefix(codecs.BOM_UTF8)
 
 
 class _Unpacked:
@@ -352,7 +335,16 @@ def _json_line_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
 
 
 def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
-    content = _content(source, path)
+    parts, size = list[bytes](), 0
+    for part in _content(source, path):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_JSON_BYTES:
+            raise DataError(
+                f"{source}: is larger than {MAX_JSON_BYTES // 2**20} MiB, and a .json file is read as a whole. "
+                "Write it as .jsonl, one row a line, which has no limit."
+            )
+    content = b"".join(parts)
     if not content.strip():
         return
     try:
