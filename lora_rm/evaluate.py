@@ -184,7 +184,7 @@ def is_best_on_top(scores: Sequence[float], rewards: Sequence[float]) -> bool:
     return max(r for s, r in both if s == max(scores)) > max(r for s, r in both if s < max(scores))
 
 
-def ordered_pairs(tree: TokenTree) -> list[tuple[int, int]]:
+def ordered_pairs(tree: TokenTree | Preference) -> list[tuple[int, int]]:
     """Indices (better, worse) of answers whose order the data tells."""
     if tree.kind == "pair":
         return [(0, 1)] if tree.probability > 0.5 else []

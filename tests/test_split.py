@@ -180,6 +180,24 @@ def test_the_built_in_set_can_be_one_side_of_two(chat, repeated):
     assert {preference.prompt_key for preference in data.eval.preferences} <= held_out
 
 
+@pytest.mark.parametrize("train", ["builtin:checkable", "own"])
+@pytest.mark.parametrize("held_out", [None, "builtin:checkable", "own"])
+def test_the_doctor_looks_at_the_sides_that_training_reads(chat, repeated, tmp_path, train, held_out):
+    own = write(tmp_path / "eval.jsonl", [row(f"Question {n}?") for n in (3, 14)])
+    source = {"builtin:checkable": "builtin:checkable", None: None}
+    wanted = DataSettings(train=source.get(train, repeated), eval=source.get(held_out, own), num_workers=1)
+    data = load_data(wanted, chat, seed=3)
+    train_side, eval_side, bad = read_sides(wanted, seed=3)
+    assert not bad
+    keys = [{p.prompt_key for p in side} for side in (train_side, eval_side)]
+    trained, evaluated = ({p.prompt_key for p in side.preferences} for side in (data.train, data.eval))
+    assert (trained, evaluated) == (keys[0] - keys[1], keys[1])
+    assert data.report["eval"]["rows read"] == len(eval_side)
+    for_evaluation = data.report["train"].get("held out for evaluation", 0)
+    assert data.report["train"]["rows read"] - for_evaluation == len(train_side)
+    assert (for_evaluation > 0) == (train == "own" and held_out is None)
+
+
 # What is dropped.
 
 

@@ -4,7 +4,7 @@ import hashlib
 import random
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,19 +88,14 @@ def load_data(
     """
     train_counts: Counter[str] = Counter()
     eval_counts: Counter[str] = Counter()
-    if settings.train == BUILTIN:
-        train, held_out = checkable_preferences()
-        train_counts["rows read"], eval_counts["rows read"] = len(train), len(held_out)
-        if settings.eval is not None:
-            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts, "data.eval")
-    else:
-        train = _read(settings.train, settings.train_split, settings, train_counts, "data.train")
-        if settings.eval is not None:
-            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts, "data.eval")
-        else:
-            train, held_out = split_by_prompt(train, settings.eval_share, seed)
-            train_counts["held out for evaluation"] = len(held_out)
-            eval_counts["rows read"] = len(held_out)
+    counts = {"data.train": train_counts, "data.eval": eval_counts}
+    train, held_out = both_sides(
+        settings, seed, lambda source, split, key: _read(source, split, settings, counts[key], key)
+    )
+    train_counts.setdefault("rows read", len(train))
+    eval_counts.setdefault("rows read", len(held_out))
+    if settings.eval is None and settings.train != BUILTIN:
+        train_counts["held out for evaluation"] = len(held_out)
     held_out_prompts = {preference.prompt_key for preference in held_out}
     disjoint = [preference for preference in train if preference.prompt_key not in held_out_prompts]
     train_counts["dropped: prompt is in the evaluation data"] = len(train) - len(disjoint)
@@ -128,6 +123,28 @@ def read_side(
     Data(side, side, {"eval": dict(counts)}).show()
     _check(side, "eval", counts, settings)
     return side
+
+
+def both_sides(
+    settings: DataSettings, seed: int, read: Callable[[str, str, str], list[Preference]]
+) -> tuple[list[Preference], list[Preference]]:
+    """The preferences to train on and to evaluate on, before what both have is taken out.
+
+    Args:
+        settings: Sources and splits.
+        seed: Of the split.
+        read: Gives the preferences of a source and split, named by its setting.
+    """
+    held_out: list[Preference] | None = None
+    if settings.train == BUILTIN:
+        train, held_out = checkable_preferences()
+    else:
+        train = read(settings.train, settings.train_split, "data.train")
+    if settings.eval == BUILTIN:
+        held_out = checkable_preferences()[1]
+    elif settings.eval is not None:
+        held_out = read(settings.eval, settings.eval_split, "data.eval")
+    return (train, held_out) if held_out is not None else split_by_prompt(train, settings.eval_share, seed)
 
 
 def split_by_prompt(
