@@ -1,12 +1,14 @@
 """Both sides of the data: disjoint, limited, counted."""
 
+import dataclasses
 import json
 
 import pytest
 
 from lora_rm.config import DataSettings
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.split import check_sources, load_data, read_side, split_by_prompt
+from lora_rm.data.split import Side, check_sources, load_data, read_side, split_by_prompt
+from lora_rm.data.tokens import TokenTree
 from lora_rm.doctor.preferences import read_sides
 from lora_rm.errors import DataError
 
@@ -196,6 +198,25 @@ def test_the_doctor_looks_at_the_sides_that_training_reads(chat, repeated, tmp_p
     for_evaluation = data.report["train"].get("held out for evaluation", 0)
     assert data.report["train"]["rows read"] - for_evaluation == len(train_side)
     assert (for_evaluation > 0) == (train == "own" and held_out is None)
+
+
+def test_the_hash_of_a_side_covers_all_that_is_read_of_it():
+    tree = TokenTree([1, 2], ([3], [4, 5]), scores=(1.0, 0.0), subset="a")
+    changes = [
+        {"prompt_ids": [1]},
+        {"answer_ids": ([3], [4, 6])},
+        {"prompt_ids": [1], "answer_ids": ([2, 3], [4, 5])},  # the same ids in other rows
+        {"kind": "ranking"},
+        {"probability": 0.75},
+        {"margin": 0.5},
+        {"scores": (1.0, 0.5)},
+        {"group": "b"},
+    ]
+    hashes = [Side([], [dataclasses.replace(tree, **change)]).sha256 for change in [{}, *changes]]
+    assert len(set(hashes)) == len(hashes)
+    assert Side([], [dataclasses.replace(tree)]).sha256 == hashes[0]
+    two = [Side([], trees).sha256 for trees in ([tree, tree], [tree], [])]
+    assert len(set(two)) == 3
 
 
 # What is dropped.
