@@ -6,6 +6,7 @@ only. Precedence: default < preset file < flag. This module imports no torch, so
 
 import dataclasses
 import difflib
+import glob
 import os
 import re
 import reprlib
@@ -32,6 +33,9 @@ def _or_none(value: Any) -> Any:
     """None for the words that say so, which YAML takes for texts."""
     return None if isinstance(value, str) and value.lower() in ("none", "null") else value
 
+
+GLOB = re.compile(r"[*?[]")
+"""What makes a pattern of a path."""
 
 TextOrNone = Annotated[str | None, BeforeValidator(_or_none)]
 
@@ -152,8 +156,9 @@ class DataSettings(_Section):
     """Preferences: where they come from, how they are checked, split and cut."""
 
     train: str = ""
-    """Training preferences: a .jsonl, .json, .csv (each also .gz) or .parquet file, a datasets folder, a
-    hub data set, or builtin:checkable. Required."""
+    """Training preferences: a .jsonl, .json, .csv (each also .gz) or .parquet file, a folder of such files or a
+    pattern in quotes ('data/*.jsonl'), a datasets folder, a hub data set (org/name, or org/name:part for one of its
+    configurations or folders), or builtin:checkable. Required."""
 
     train_split: str = "train"
     """Split of a hub data set or datasets folder that is trained on."""
@@ -166,6 +171,10 @@ class DataSettings(_Section):
 
     eval_share: Annotated[float, Interval(gt=0.0, lt=1.0)] = 0.1
     """Share of the prompts held out for evaluation when eval is not given."""
+
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Columns that are called otherwise in the files of train and eval: {name here: name there}, as in
+    {prompt: query, chosen: winner}."""
 
     max_train: CountOrNone = 0
     """Train on at most so many preferences, taken at random; 0: on all."""
@@ -480,7 +489,10 @@ def with_whole_paths(settings: Settings) -> Settings:
     def whole(name: str) -> str:
         try:
             path = Path(name).expanduser()
-            return os.path.normpath(path.absolute()) if name and path.exists() else name
+            if name and path.exists():
+                return os.path.normpath(path.absolute())
+            # the folder it starts from is none of the pattern
+            return os.path.normpath(glob.escape(str(Path.cwd())) / path) if GLOB.search(name) else name
         except (OSError, ValueError, RuntimeError):  # too long, NUL, ~nobody: told where it is opened
             return name
 
@@ -605,13 +617,52 @@ OTHER_NAMES = {
     "lr": "train.learning_rate",
     "epochs": "train.num_epochs",
     "num_train_epochs": "train.num_epochs",
+    "max_epochs": "train.num_epochs",
     "batch_size": "train.preferences_per_step",
+    "train_batch_size": "train.preferences_per_step",
+    "per_device_train_batch_size": "train.preferences_per_step",
+    "gradient_accumulation_steps": "train.preferences_per_step",
+    "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup_share",
+    "warmup_steps": "train.warmup_share",
+    "optim": "train.optimizer",
+    "gradient_checkpointing": "train.checkpointing",
+    "logging_steps": "train.log_every_steps",
+    "eval_steps": "train.eval_every_steps",
+    "save_steps": "train.save_every_steps",
+    "save_total_limit": "train.keep_checkpoints",
+    "report_to": "train.trackers",
+    "center_rewards_coefficient": "loss.centering",
     "r": "adapter.rank",
     "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
     "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "datasets": "data.train",
+    "eval_dataset": "data.eval",
+    "val_size": "data.eval_share",
+    "val_set_size": "data.eval_share",
     "max_seq_length": "data.max_length",
+    "max_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "pretrain": "model.base",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "bf16": "model.compute_dtype",
+    "fp16": "model.compute_dtype",
+    "output": "output_dir",
+    "out_dir": "output_dir",
+    "save_path": "output_dir",
 }
-"""What other tools call a setting, where its name here looks otherwise."""
+"""What TRL, PEFT, LLaMA-Factory, axolotl and OpenRLHF call a setting, where its name here is another."""
 
 
 def _unknown_key(key: str) -> str:

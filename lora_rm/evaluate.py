@@ -46,6 +46,29 @@ class PairCount:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BestCount:
+    """Preferences with more than two answers, and in how many a best answer has the highest reward.
+
+    As RewardBench 2 counts all but its ties (arXiv 2506.01937): chance reaches one in four with four answers, and a worse
+    answer with the same reward as the best one is no win.
+    """
+
+    num_preferences: int = 0
+    num_correct: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share with a best answer on top; NaN without preferences."""
+        return self.num_correct / self.num_preferences if self.num_preferences else math.nan
+
+    def __add__(self, other: "BestCount") -> "BestCount":
+        return BestCount(
+            num_preferences=self.num_preferences + other.num_preferences,
+            num_correct=self.num_correct + other.num_correct,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """What an evaluation found."""
 
@@ -68,12 +91,16 @@ class Evaluation:
     """Standard deviation of all rewards."""
 
     subsets: dict[str, PairCount] = field(default_factory=dict)
+    best: BestCount = BestCount()
+    best_subsets: dict[str, BestCount] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, NaN as None."""
         values = asdict(self)
         for count in [values["pairs"], *values["subsets"].values()]:
             count["accuracy"] = PairCount(**count).accuracy
+        for count in [values["best"], *values["best_subsets"].values()]:
+            count["accuracy"] = BestCount(**count).accuracy
         values["interval"] = self.pairs.interval
         return without_nan(values)
 
@@ -86,7 +113,7 @@ def evaluate(
 ) -> Evaluation:
     """Scores preferences and counts.
 
-    Rankings count with each of their ordered pairs; ties in the data are left out of the accuracy.
+    Rankings count with each of their ordered pairs, and once as `best`; ties in the data are left out of the accuracy.
 
     Raises:
         DataError: If there is nothing to evaluate.
@@ -119,8 +146,14 @@ def summarize(
     flat = torch.tensor([reward for own in rewards for reward in own], dtype=torch.float64)
     total, longer = PairCount(), 0.0
     subsets: dict[str, PairCount] = {}
+    best, best_subsets = BestCount(), dict[str, BestCount]()
     differences: list[float] = []
     for tree, own in zip(trees, rewards, strict=True):
+        if len(tree.scores) > 2 and len(set(tree.scores)) > 1:
+            won = BestCount(num_preferences=1, num_correct=int(is_best_on_top(tree.scores, own)))
+            best = best + won
+            if tree.subset:
+                best_subsets[tree.subset] = best_subsets.get(tree.subset, BestCount()) + won
         for better, worse in ordered_pairs(tree):
             difference = own[better] - own[worse]
             one = PairCount(num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0))
@@ -140,10 +173,18 @@ def summarize(
         reward_mean=float(flat.mean()),
         reward_spread=float(flat.std(correction=0)),
         subsets=dict(sorted(subsets.items())),
+        best=best,
+        best_subsets=dict(sorted(best_subsets.items())),
     )
 
 
-def ordered_pairs(tree: TokenTree) -> list[tuple[int, int]]:
+def is_best_on_top(scores: Sequence[float], rewards: Sequence[float]) -> bool:
+    """Whether an answer with the highest score has a higher reward than every answer with a lower score."""
+    both = list(zip(scores, rewards, strict=True))
+    return max(r for s, r in both if s == max(scores)) > max(r for s, r in both if s < max(scores))
+
+
+def ordered_pairs(tree: TokenTree | Preference) -> list[tuple[int, int]]:
     """Indices (better, worse) of answers whose order the data tells."""
     if tree.kind == "pair":
         return [(0, 1)] if tree.probability > 0.5 else []

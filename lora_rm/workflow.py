@@ -608,6 +608,10 @@ def _show(title: str, found: Evaluation) -> None:
             "longer answer wins": _percent(found.length_baseline),
             "calibration error": f"{found.calibration_error:.3f}",
         }
+    if found.best.num_preferences:
+        facts["best answer on top"] = (
+            f"{_percent(found.best.accuracy)} of {found.best.num_preferences} rankings"
+        )
     facts["reward"] = f"{found.reward_mean:.3f} ± {found.reward_spread:.3f}"
     for name, count in found.subsets.items():
         facts[f"  {name}"] = f"{_percent(count.accuracy)} of {count.num_pairs}"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_rm.config import (
+    OTHER_NAMES,
     Settings,
     check_settings,
     dump_settings,
@@ -19,7 +20,9 @@ from lora_rm.config import (
     load_settings,
     save_settings,
     settings_from_command_line,
+    with_whole_paths,
 )
+from lora_rm.data.files import find_files
 from lora_rm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +94,7 @@ def test_an_empty_file_or_section_is_the_default(tmp_path, text):
         (["--adapter.layers-to-transform", "1", "2"], "adapter.layers_to_transform", (1, 2)),
         (["--train.trackers", "[]"], "train.trackers", ()),
         (["--adapter.rank-pattern", "{q_proj: 8, '.*up': 2}"], "adapter.rank_pattern", {"q_proj": 8, ".*up": 2}),
+        (["--data.columns", "{prompt: query, chosen: winner}"], "data.columns", {"prompt": "query", "chosen": "winner"}),
         (["--adapter.alpha-pattern={q_proj: 1e1}"], "adapter.alpha_pattern", {"q_proj": 10.0}),
     ],
     ids=str,
@@ -239,6 +243,26 @@ def test_the_right_name_in_the_wrong_section_is_nearer_than_another_name():
         check_settings({"model": {"rank": 8}})
 
 
+def test_names_of_other_tools_lead_to_settings_that_there_are():
+    known = dict(keys())
+    assert OTHER_NAMES.keys().isdisjoint(name.rpartition(".")[2] for name in known)
+    for other, key in OTHER_NAMES.items():
+        assert key in known, other
+        for name in (other, f"train.{other}"):
+            with pytest.raises(ConfigError) as error:
+                load_settings(None, [f"--{name}", "1"])
+            assert str(error.value) == f"{name} is not a setting. Did you mean {key}?"
+    for other in (
+        "per-device-train-batch-size",
+        "cutoff_len",
+        "lora_target",
+        "pretrain",
+        "load_in_4bit",
+        "val_size",
+    ):
+        assert other.replace("-", "_") in OTHER_NAMES
+
+
 def test_a_misspelt_section_is_not_taken_for_a_setting_of_another():
     with pytest.raises(ConfigError, match="trian is not a setting") as caught:
         check_settings({"trian": {"learning_rate": 1e-4}})
@@ -313,6 +337,26 @@ def test_the_help_shows_every_setting_with_its_meaning(monkeypatch):
     words = " ".join(page.replace("│", " ").split())
     assert "Rank r of every pair of LoRA matrices. (default: 16)" in words
     assert "--adapter.rank" not in help_text("lora-rm merge", only=("merge",))
+
+
+def test_local_data_is_found_from_any_directory(tmp_path, monkeypatch):
+    here = tmp_path / "run [1]"
+    (here / "data").mkdir(parents=True)
+    (here / "data" / "a.jsonl").write_text("")
+    monkeypatch.chdir(here)
+    for name, expected in (
+        ("data/a.jsonl", f"{here}/data/a.jsonl"),
+        ("./data", f"{here}/data"),
+        ("data/../data/*.jsonl", f"{tmp_path}/run [[]1]/data/*.jsonl"),
+        (f"{tmp_path}/*.jsonl", f"{tmp_path}/*.jsonl"),
+        ("org/name:part", "org/name:part"),
+        ("absent.jsonl", "absent.jsonl"),
+    ):
+        data = with_whole_paths(check_settings({"data": {"train": name, "eval": name}})).data
+        assert (data.train, data.eval) == (expected, expected)
+        assert with_whole_paths(Settings(data=data)).data == data
+    monkeypatch.chdir(tmp_path)
+    assert find_files(f"{tmp_path}/run [[]1]/data/*.jsonl") == [here / "data" / "a.jsonl"]
 
 
 # What it costs.

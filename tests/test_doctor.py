@@ -784,6 +784,10 @@ def test_the_doctor_sees_what_a_path_is(base, run, tmp_path):
         assert doctor.kind_of(name) == "data"
     for name in ("Qwen/Qwen3-8B", "builtin:smollm2-135m", "model.gguf"):
         assert doctor.kind_of(name) == "base"
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.csv").write_text("a\n")
+    for name in (f"{tmp_path}/files", f"{tmp_path}/files/a*", "Anthropic/hh-rlhf:harmless-base"):
+        assert doctor.kind_of(name) == "data"
     (tmp_path / "dataset_info.json").write_text("{}")
     assert doctor.kind_of(str(tmp_path)) == "data"
     for name in (str(tmp_path.parent), "absent", "./absent/folder"):

@@ -14,6 +14,7 @@ from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import (
+    BestCount,
     PairCount,
     bag_of_words_baseline,
     calibration_error,
@@ -23,6 +24,7 @@ from lora_rm.evaluate import (
     wilson_interval,
 )
 from lora_rm.metrics import StepSums
+from lora_rm.workflow import _show as show
 
 
 def tree(*lengths, kind="pair", **more):
@@ -146,6 +148,40 @@ def test_a_ranking_counts_with_each_of_its_ordered_pairs():
     found = summary([ranking], [rewards])
     assert found.pairs == PairCount(num_pairs=5, num_correct=3, num_ties=1)
     assert math.isclose(found.margin_mean, sum(rewards[i] - rewards[j] for i, j in pairs) / 5)
+
+
+def test_the_best_answer_is_on_top_or_it_is_not(capsys):
+    one_best = tree(1, 1, 1, 1, kind="ranking", scores=(1.0, 0.0, 0.0, 0.0), subset="one")
+    two_best = tree(1, 1, 1, kind="ranking", scores=(2.0, 1.0, 2.0), subset="two")
+    cases = [
+        (one_best, [3.0, 1.0, 2.0, 0.0], True),
+        (one_best, [3.0, 1.0, 4.0, 0.0], False),
+        (one_best, [3.0, 1.0, 3.0, 0.0], False),  # a tie at the top
+        (two_best, [0.0, 1.0, 2.0], True),  # one of the best is enough
+        (two_best, [2.0, 1.0, 2.0], True),  # a tie of the best
+        (two_best, [0.0, 1.0, 1.0], False),
+    ]
+    for ranking, rewards, is_on_top in cases:
+        assert summary([ranking], [rewards]).best == BestCount(num_preferences=1, num_correct=int(is_on_top))
+    trees = [
+        tree(1, 1, subset="one"),
+        tree(1, kind="rating", scores=(1.0,)),
+        *(ranking for ranking, _, _ in cases),
+    ]
+    found = summary(trees, [RIGHT, [0.0], *(rewards for _, rewards, _ in cases)])
+    assert found.best == BestCount(num_preferences=6, num_correct=3)
+    assert found.best_subsets == {
+        "one": BestCount(num_preferences=3, num_correct=1),
+        "two": BestCount(num_preferences=3, num_correct=2),
+    }
+    values = found.to_json()
+    assert values["best"] == {"num_preferences": 6, "num_correct": 3, "accuracy": 0.5}
+    assert values["best_subsets"]["two"]["accuracy"] == 2 / 3
+    show("evaluation", found)
+    assert "best answer on top" in (page := capsys.readouterr().out)
+    assert "50.0% of 6 rankings" in page
+    show("evaluation", summary([tree(1, 1)], [RIGHT]))
+    assert "best answer" not in capsys.readouterr().out
 
 
 def test_soft_labels_count_as_the_way_round_they_lean():
@@ -295,6 +331,8 @@ def test_json_has_no_nan_and_no_infinity():
         "reward_mean": 2.0,
         "reward_spread": 0.0,
         "subsets": {},
+        "best": {"num_preferences": 0, "num_correct": 0, "accuracy": None},
+        "best_subsets": {},
         "interval": [0.0, 1.0],
     }
     broken = summary([tree(1, 1, subset="a"), rating], [[math.inf, 0.0], [math.nan]]).to_json()

@@ -301,6 +301,26 @@ def test_nemo(tmp_path):
     assert (ranking.kind, ranking.scores) == ("ranking", (-2.0, 0.0, -1.0))
 
 
+def test_nectar(tmp_path):
+    answers = [{"answer": f"r{rank}", "model": "m", "rank": rank} for rank in (2, 1, 3)]
+    ranking = read_one(
+        tmp_path / "a.jsonl", {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": answers, "turns": 1}
+    )
+    assert (ranking.kind, ranking.scores, ranking.prompt) == ("ranking", (-2.0, -1.0, -3.0), (user("q"),))
+    assert ranking.answers[1] == (assistant("r1"),)
+    pair = read_one(tmp_path / "b.jsonl", {"prompt": "q", "answers": answers[:2]})
+    assert (pair.kind, pair.answers[0]) == ("pair", (assistant("r1"),))
+    with pytest.raises(RowError, match=r"'answers\[0\]\.answer' is missing \(found: completion, rank\)"):
+        parse_row({"prompt": "q", "answers": [{"completion": "a", "rank": 1}]}, "here")
+    rating = {
+        "prompt": "q",
+        "response": "a",
+        "rating": 1,
+        "answers": ["b"],
+    }  # beside another format it is ignored
+    assert parse_row(rating, "here").kind == "rating"
+
+
 def test_scored_responses(tmp_path):
     path = tmp_path / "lists.jsonl"
     row = {"prompt": "q", "responses": ["a", [assistant("b")], "c"], "scores": [1, 3, 3]}
@@ -469,6 +489,19 @@ def test_a_line_beyond_the_longest_is_named(tmp_path, monkeypatch, size):
         list(read_rows(str(path)))
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_json_file_that_is_too_large_to_be_read_as_a_whole_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(files, "BLOCK", 100)
+    content = codecs.BOM_UTF8 + json.dumps([PAIR] * 20).encode()
+    path = tmp_path / f"pairs.json{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", len(content) - 3)
+    assert len(read_preferences(str(path))[0]) == 20
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", len(content) - 4)
+    with pytest.raises(DataError, match=r"pairs\.json.*is larger than .*Write it as \.jsonl"):
+        read_preferences(str(path))
+
+
 def test_rows_of_an_archive_are_limited_by_its_bytes_and_those_of_a_plain_file_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ALWAYS_ROWS", 50)
     text = b"prompt,chosen,rejected\n" + b"a,b,c\n" * 20_000
@@ -570,8 +603,63 @@ def test_saved_dataset(tmp_path):
     assert preference.subset == "test"
     with pytest.raises(DataError, match=r"has no split 'dev'. It has: train, test"):
         read_preferences(str(tmp_path / "splits"), split="dev")
+    (tmp_path / "single" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="is not a folder written by"):
-        read_preferences(str(tmp_path))
+        read_preferences(str(tmp_path / "single"))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Files of three types with a row each, beside what is none."""
+    folder = tmp_path / "data"
+    (folder / "sub.csv").mkdir(parents=True)
+    for name in ("README.md", ".c.jsonl"):
+        (folder / name).write_text("no row")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR | {"subset": "b"}).encode()))
+    (folder / "a.csv").write_text("prompt,chosen,rejected,subset\nq,yes,no,a\n")
+    write_lines(folder / "c.jsonl", PAIR | {"subset": "c"}, PAIR)
+    return folder
+
+
+def test_files_of_a_folder_are_read_in_sorted_order(parts):
+    preferences, _ = read_preferences(str(parts))
+    assert [preference.subset for preference in preferences] == ["a", "b", "c", ""]
+    places = ["a.csv line 2", "b.jsonl.gz line 1", "c.jsonl line 1", "c.jsonl line 2"]
+    assert [preference.source for preference in preferences] == [f"{parts}/{place}" for place in places]
+    write_lines(parts / "d.jsonl", PAIR, {"prompt": "q"})
+    with pytest.raises(DataError, match=r"data/d\.jsonl line 2: no format"):
+        read_preferences(str(parts))
+
+
+def test_a_folder_without_files_says_what_it_holds(parts):
+    for name in ("a.csv", "b.jsonl.gz", "c.jsonl"):
+        (parts / name).unlink()
+    with pytest.raises(
+        DataError, match=r"folder without preference files \(found: \.c\.jsonl, README\.md, sub\.csv\)"
+    ):
+        read_preferences(str(parts))
+
+
+def test_files_of_a_pattern(parts, monkeypatch):
+    for pattern, subsets in (
+        ("*.jsonl*", ["b", "c", ""]),
+        ("[ab].*", ["a", "b"]),
+        ("../*/c.jsonl", ["c", ""]),
+    ):
+        preferences, _ = read_preferences(f"{parts}/{pattern}")
+        assert [preference.subset for preference in preferences] == subsets
+    monkeypatch.chdir(parts)
+    assert read_preferences("**/c.*")[0][0].source == "c.jsonl line 1"
+    with pytest.raises(DataError, match=r"d\*\.jsonl: no such file"):
+        read_preferences("d*.jsonl")
+    with pytest.raises(DataError, match=r"README\.md has an unknown type"):
+        read_preferences("[abR]*")
+    with pytest.raises(DataError, match=r"sub\.csv is no regular file"):
+        read_preferences("*.csv")
+    (parts / "[c].jsonl").write_text(json.dumps(PAIR | {"subset": "a file of that very name"}))
+    assert [preference.subset for preference in read_preferences("[c].jsonl")[0]] == [
+        "a file of that very name"
+    ]
 
 
 def test_hub_dataset(monkeypatch):
@@ -593,7 +681,136 @@ def test_hub_dataset(monkeypatch):
         read_preferences("someone/pairs")
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.csv.gz", "./pairs", "a/b/c"])
+# Columns that are called otherwise.
+
+
+OTHER = {"query": "q", "winner": "yes", "loser": "no", "delta": 1.5}
+NAMES = {"prompt": "query", "chosen": "winner", "rejected": "loser", "margin": "delta"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "saved"])
+def test_columns_may_be_called_otherwise(tmp_path, name):
+    import datasets
+
+    rows = [OTHER, OTHER | {"delta": None}]
+    data = datasets.Dataset.from_list(rows)
+    writers = {
+        "a.jsonl": data.to_json,
+        "a.csv": data.to_csv,
+        "a.parquet": data.to_parquet,
+        "saved": data.save_to_disk,
+    }
+    writers[name](tmp_path / name)
+    source = str(tmp_path / name)
+    first, second = read_preferences(source, columns=NAMES)[0]
+    assert (first.prompt, first.answers) == ((user("q"),), ((assistant("yes"),), (assistant("no"),)))
+    assert (first.margin, second.margin) == (1.5, 0.0)  # a null is as if not there
+    with pytest.raises(RowError, match=r"(line|row) \d: column 'reply', which data\.columns reads as 'chosen', is missing "
+                       r"\(found: query, winner, loser, delta\)"):  # fmt: skip
+        read_preferences(source, columns={"chosen": "reply"})
+    with pytest.raises(DataError, match=r"data\.columns has 'choosen'.*Did you mean chosen\?"):
+        read_preferences(source, columns={"choosen": "winner"})
+
+
+def test_columns_may_be_swapped_and_hide_what_is_called_like_them(tmp_path):
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    path = write_lines(tmp_path / "a.jsonl", PAIR | {"margin": 7, "gap": 2})
+    [preference], _ = read_preferences(path, columns=swapped | {"margin": "gap"})
+    assert preference.answers == ((assistant("5"),), (assistant("4"),))
+    assert preference.margin == 2.0
+    bad = write_lines(tmp_path / "b.jsonl", OTHER, OTHER | {"delta": "?"}, {"query": "q"})
+    _, dropped = read_preferences(bad, columns=NAMES, on_bad_row="skip")
+    assert dropped == {"wrong type": 1, "missing field": 1}
+
+
+def test_messages_in_a_csv_column_that_is_called_otherwise(tmp_path):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["q", "good", "bad"], [json.dumps([user("hi")]), "yes", "no"]])
+    [preference], _ = read_preferences(
+        str(path), columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
+    )
+    assert preference.prompt == (user("hi"),)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in which datasets looks for org/name before it asks the hub."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "org" / "name"
+    for part in ("first", "second"):
+        (folder / part).mkdir(parents=True)
+        write_lines(folder / part / "train.jsonl", PAIR | {"subset": part})
+    return folder
+
+
+def test_a_folder_of_a_hub_dataset(hub):
+    for part in ("first", "second"):
+        [preference], _ = read_preferences(f"org/name:{part}")
+        assert (preference.subset, preference.source) == (part, f"org/name:{part} train row 1")
+    with pytest.raises(
+        DataError, match=r"Unknown split \"test\".*\['train'\]\. Set one with --data\.train-split"
+    ):
+        read_preferences("org/name:first", split="test")
+    with pytest.raises(
+        DataError, match=r"BuilderConfig 'third' not found.*colon, as in --data\.train org/name:NAME"
+    ):
+        read_preferences("org/name:third")
+
+
+def test_a_configuration_of_a_hub_dataset(hub):
+    configs = [
+        {"config_name": f"the-{part}", "data_files": f"{part}/*.jsonl"} for part in ("first", "second")
+    ]
+    (hub / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for part in ("first", "second"):
+        [preference], _ = read_preferences(f"org/name:the-{part}")
+        assert preference.subset == part
+    [preference], _ = read_preferences("org/name:second")
+    assert preference.subset == "second"
+    with pytest.raises(DataError, match=r"'third' not found\. Available: \['the-first', 'the-second'\]"):
+        read_preferences("org/name:third")
+    with pytest.raises(DataError, match=r"Unknown split"):  # of a configuration: no folder is looked for
+        read_preferences("org/name:the-first", split="test")
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (  # the texts are those of datasets 5.2: builder.py, arrow_reader.py, packaged_modules/cache/cache.py
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of usage:\n\t`load",
+            r"missing\. Please pick one among the available configs: \['a', 'b'\]\. Write a configuration.*someone/pairs:NAME\.$",
+        ),
+        (
+            f"Config name is missing.\nPlease pick one among the available configs: {[f'c{n}' for n in range(999)]}",
+            r"\['c0', 'c1',.{600,800} \.\.\. Write a configuration",
+        ),
+        (
+            "There are multiple 'someone/pairs' configurations in the cache: a, b\nPlease specify which",
+            r"in the cache: a, b Please specify which\. Write a configuration",
+        ),
+        (
+            "Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].",
+            r"\['train_prefs', 'test_prefs'\]\. Set one with --data\.train-split",
+        ),
+        ("", r"'train': ValueError\. Check the name, the split and the network\."),
+    ],
+)  # fmt: skip
+def test_what_a_hub_dataset_lacks_is_named_with_what_it_has(monkeypatch, raised, words):
+    import datasets
+
+    def refuse(name, **options):
+        raise ValueError(raised)
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=words):
+        read_preferences("someone/pairs")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.csv.gz", "./pairs", "a/b/c", "builtin:pairs"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(name):
     with pytest.raises(DataError, match="no such file"):
         read_preferences(name)
@@ -822,7 +1039,7 @@ def check_bad_line(path, content, line, reason, words):
     assert caught.value.reason == reason
     assert str(caught.value).startswith(f"{path} line {line}: ")
     assert words in str(caught.value)
-    assert "on_bad_row='skip'" in str(caught.value)
+    assert "--data.on-bad-row skip" in str(caught.value)
     str(caught.value).encode()
     preferences, dropped = read_preferences(str(path), on_bad_row="skip")
     assert len(preferences) == 2
@@ -878,6 +1095,14 @@ def test_a_long_value_is_cut_in_the_message():
     assert len(str(caught.value)) < 200
 
 
+def test_the_error_of_a_row_is_short_and_without_secrets_as_any_other(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_notARealTokenButLongEnough")
+    error = RowError("a few words", f"hf_notARealTokenButLongEnough {'x' * 9000} the end")
+    assert (error.reason, len(str(error))) == ("a few words", 3505)
+    assert str(error).startswith("[HF_TOKEN] xxx")
+    assert str(error).endswith("the end")
+
+
 def test_tools_nested_too_deep_are_a_bad_row():
     deep = []
     for _ in range(100_000):
@@ -906,7 +1131,10 @@ def test_skipping_counts_by_reason(tmp_path):
     preferences, dropped = read_preferences(write_lines(tmp_path / "a.jsonl", *rows), on_bad_row="skip")
     assert len(preferences) == 2
     assert dropped == {"unknown format": 2, "empty field": 1}
-    with pytest.raises(DataError, match=r"no row that can be used \(unknown format: 1\)"):
+    with pytest.raises(
+        DataError,
+        match=r"no row that can be used \(unknown format: 1\)\. Read it with --data\.on-bad-row raise\.",
+    ):
         read_preferences(write_lines(tmp_path / "b.jsonl", {"a": 1}), on_bad_row="skip")
 
 
@@ -915,7 +1143,8 @@ def test_a_file_with_hardly_a_good_row_is_given_up(tmp_path, monkeypatch):
     bad = {"question": "a"}
     file = write_lines(tmp_path / "pairs.jsonl", PAIR, *[bad] * 200)
     with pytest.raises(
-        DataError, match=r"1 rows that can be used among its first 102 \(unknown format: 101\)"
+        DataError,
+        match=r"1 rows that can be used among its first 102 \(unknown format: 101\).*--data\.on-bad-row raise",
     ):
         read_preferences(file, on_bad_row="skip")
     file = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR, PAIR, *[bad] * 200, PAIR)

@@ -1,12 +1,15 @@
 """Both sides of the data: disjoint, limited, counted."""
 
+import dataclasses
 import json
 
 import pytest
 
 from lora_rm.config import DataSettings
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.split import load_data, read_side, split_by_prompt
+from lora_rm.data.split import Side, check_sources, load_data, read_side, split_by_prompt
+from lora_rm.data.tokens import TokenTree
+from lora_rm.doctor.preferences import read_sides
 from lora_rm.errors import DataError
 
 
@@ -40,7 +43,7 @@ def texts(side):
 def check_counts(data):
     """Every row read is kept, or counted once under a reason."""
     for name, side in (("train", data.train), ("eval", data.eval)):
-        counts = dict(data.report[name])
+        counts = {reason: n for reason, n in data.report[name].items() if not reason.startswith("of which")}
         cut = sum(number for reason, number in counts.items() if reason.startswith("prompt cut"))
         read, kept = counts.pop("rows read"), counts.pop("kept")
         assert read == kept + sum(counts.values()) - cut
@@ -162,12 +165,58 @@ def test_the_sides_of_a_folder_are_its_splits(chat, tmp_path):
         assert prompts(data.eval) == prompts(alone) == {f"{held_out} {n}?" for n in range(4)}
 
 
+def test_both_files_may_call_columns_otherwise(chat, tmp_path):
+    rows = [{"prompt": f"Question {n}?", "good": f"answer {n}", "rejected": "no"} for n in range(6)]
+    train, held_out = write(tmp_path / "train.jsonl", rows[:4]), write(tmp_path / "eval.jsonl", rows[4:])
+    data = load(chat, train, eval=held_out, columns={"chosen": "good"})
+    assert texts(data.train) + texts(data.eval) == [f"answer {n}" for n in range(6)]
+    wanted = DataSettings(train=train, eval=held_out, columns={"chosen": "good"})
+    assert [len(side) for side in read_sides(wanted)] == [4, 2, 0]
+
+
 def test_the_built_in_set_can_be_one_side_of_two(chat, repeated):
     data = load(chat, "builtin:checkable", eval=repeated, max_train=5)
     assert prompts(data.eval) == {f"Question {n}?" for n in range(10)}
     data = load(chat, repeated, eval="builtin:checkable", max_eval=5)
     held_out = {preference.prompt_key for preference in checkable_preferences()[1]}
     assert {preference.prompt_key for preference in data.eval.preferences} <= held_out
+
+
+@pytest.mark.parametrize("train", ["builtin:checkable", "own"])
+@pytest.mark.parametrize("held_out", [None, "builtin:checkable", "own"])
+def test_the_doctor_looks_at_the_sides_that_training_reads(chat, repeated, tmp_path, train, held_out):
+    own = write(tmp_path / "eval.jsonl", [row(f"Question {n}?") for n in (3, 14)])
+    source = {"builtin:checkable": "builtin:checkable", None: None}
+    wanted = DataSettings(train=source.get(train, repeated), eval=source.get(held_out, own), num_workers=1)
+    data = load_data(wanted, chat, seed=3)
+    train_side, eval_side, bad = read_sides(wanted, seed=3)
+    assert not bad
+    keys = [{p.prompt_key for p in side} for side in (train_side, eval_side)]
+    trained, evaluated = ({p.prompt_key for p in side.preferences} for side in (data.train, data.eval))
+    assert (trained, evaluated) == (keys[0] - keys[1], keys[1])
+    assert data.report["eval"]["rows read"] == len(eval_side)
+    for_evaluation = data.report["train"].get("held out for evaluation", 0)
+    assert data.report["train"]["rows read"] - for_evaluation == len(train_side)
+    assert (for_evaluation > 0) == (train == "own" and held_out is None)
+
+
+def test_the_hash_of_a_side_covers_all_that_is_read_of_it():
+    tree = TokenTree([1, 2], ([3], [4, 5]), scores=(1.0, 0.0), subset="a")
+    changes = [
+        {"prompt_ids": [1]},
+        {"answer_ids": ([3], [4, 6])},
+        {"prompt_ids": [1], "answer_ids": ([2, 3], [4, 5])},  # the same ids in other rows
+        {"kind": "ranking"},
+        {"probability": 0.75},
+        {"margin": 0.5},
+        {"scores": (1.0, 0.5)},
+        {"group": "b"},
+    ]
+    hashes = [Side([], [dataclasses.replace(tree, **change)]).sha256 for change in [{}, *changes]]
+    assert len(set(hashes)) == len(hashes)
+    assert Side([], [dataclasses.replace(tree)]).sha256 == hashes[0]
+    two = [Side([], trees).sha256 for trees in ([tree, tree], [tree], [])]
+    assert len(set(two)) == 3
 
 
 # What is dropped.
@@ -197,6 +246,38 @@ def test_every_reason_is_counted_once(chat, tmp_path):
     }
     assert data.report["eval"] == {"rows read": 3, "dropped: missing field": 1, "kept": 2}
     check_counts(data)
+
+
+def test_what_is_no_plain_pair_is_counted(chat, tmp_path, capsys):
+    more = [
+        {"margin": 2.0},
+        {"margin": 0},
+        {"tie": True, "margin": 1.0},
+        {"chosen": ["a"], "rejected": ["b", "c"]},
+    ]
+    rows = [row(f"Question {n}?") | columns for n, columns in enumerate(more)]
+    rows.append({"prompt": "Rated?", "response": "yes", "rating": 3})
+    train, held_out = write(tmp_path / "train.jsonl", rows), write(tmp_path / "eval.jsonl", [row("Else?")])
+    data = load(chat, train, eval=held_out)
+    margin = "of which with a margin (unused if loss.use_margin is False)"
+    assert data.report["train"] == {
+        "rows read": 5,
+        "dropped: prompt is in the evaluation data": 0,
+        "kept": 5,
+        margin: 1,
+        "of which ties": 1,
+        "of which rankings of more than two answers": 1,
+        "of which ratings": 1,
+    }
+    assert data.report["eval"] == {"rows read": 1, "kept": 1}
+    check_counts(data)
+    data.show()
+    assert "of which ties" in capsys.readouterr().out
+    limited = load(chat, train, eval=held_out, max_train=1).report[
+        "train"
+    ]  # what a limit leaves out is not trained on
+    assert limited["kept"] == 1
+    assert sum(number for reason, number in limited.items() if reason.startswith("of which")) <= 1
 
 
 def test_more_dropped_than_allowed_is_an_error_that_says_why(chat, tmp_path):
@@ -229,6 +310,16 @@ def test_missing_settings_and_files_are_named(chat, tmp_path):
         load(chat, "")
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         load(chat, str(tmp_path / "absent.jsonl"))
+
+
+def test_files_are_looked_for_before_anything_is_read(tmp_path):
+    write(tmp_path / "a.jsonl", [row("Question?")])
+    for source in (tmp_path, tmp_path / "*.jsonl", "org/name:part"):
+        check_sources(DataSettings(train=str(source), eval=str(source)))
+    for source, words in (("b*.jsonl", "no such file"), ("sub", "without preference files")):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match=words):
+            check_sources(DataSettings(train=str(tmp_path), eval=str(tmp_path / source)))
 
 
 def test_the_evaluation_data_can_be_read_alone(chat, tmp_path, capsys):

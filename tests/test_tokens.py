@@ -385,6 +385,39 @@ PAIRS = [
 ]
 
 
+def test_each_thing_that_decides_the_ids_changes_the_key_of_the_cache():
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+    def chat(change=lambda tokenizer: None, template=template):
+        tokenizer = make_tokenizer()
+        change(tokenizer)
+        tokenizer.chat_template = template
+        return ChatTokenizer(tokenizer)
+
+    def other_eos(tokenizer):
+        tokenizer.eos_token = "<|user|>"  # in the vocabulary as it is
+
+    def other_bos(tokenizer):
+        tokenizer.bos_token = "<|system|>"
+
+    def other_post_processor(tokenizer):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A <s>", special_tokens=[("<s>", 1)]
+        )
+
+    def bare(tokenizer):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+
+    said = [((user("a"), assistant("b")), ())]
+    assert chat().identity() == chat().identity()
+    assert chat(template=template + " ").identity() != chat().identity()
+    assert chat(other_eos).ids(said) != chat().ids(said)
+    assert chat(other_eos).identity() != chat().identity()
+    # both add no BOS of their own, so that neither `adds_bos` nor the ids tell them apart
+    assert chat(other_post_processor).identity() != chat(bare).identity()
+    assert chat(lambda t: (bare(t), other_bos(t))).identity() != chat(bare).identity()
+
+
 def test_the_cache_gives_what_was_computed_and_misses_what_changed(tmp_path, monkeypatch):
     chat = make_chat()
     some = PAIRS[:5]

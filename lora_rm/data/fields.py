@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any, TypeAlias
 
-from lora_rm.errors import DataError, redacted
+from lora_rm.errors import DataError
 
 Fields: TypeAlias = Mapping[str, Any]
 
@@ -22,12 +22,8 @@ class RowError(DataError):
     """A row that cannot be used; `reason` is a few words to count it under."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
+        super().__init__(message)
         self.reason = reason
-        self.message = message
-
-    def __str__(self) -> str:
-        return redacted(self.message)
 
 
 def check_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:

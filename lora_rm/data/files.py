@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, JSON, CSV, Parquet, a saved dataset, or the Hugging Face Hub.
+"""Rows out of files (JSON lines, JSON, CSV, Parquet), a saved dataset, or the Hugging Face Hub.
 
 A row that cannot be read comes out as a `BadRow` in its place, so that whoever reads can stop at it or
 count it and go on. What is wrong with a whole file is a `DataError`.
@@ -6,21 +6,27 @@ count it and go on. What is wrong with a whole file is a `DataError`.
 
 import codecs
 import csv
+import difflib
+import glob
 import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_rm.data.fields import shown
+from lora_rm.config import GLOB
+from lora_rm.data.fields import listed, shown
 from lora_rm.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
+"""Files of a folder written by `save_to_disk`."""
+
 MAX_ROW_BYTES = 32 * 2**20
 """Longest row, as JSON or CSV: ten times a pair of a million tokens; unpacked it takes up to 25 times as much."""
 
@@ -42,7 +48,11 @@ MIN_PACKED_ROW = 2
 ALWAYS_ROWS = 100_000
 """Rows that any archive may hold; a row takes 40 microseconds and a kilobyte, however small it was packed."""
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(:\w[\w.+/-]*)?)?")
+"""`org/name`, or `org/name:part` for one of its configurations or folders."""
+
+UNKNOWN_PART = re.compile(r"BuilderConfig '.*' not found|Couldn't find cache for")
+"""How datasets says that there is no such configuration, on the Hub or in its cache."""
 
 # A CSV cell is text; the name of its column says what else it can be.
 NUMBER_COLUMNS = {
@@ -63,7 +73,7 @@ NUMBER_COLUMNS = {
     "score",
     "label",
 }
-LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "tools", "history"}
+LIST_COLUMNS = {"responses", "scores", "ranks", "completions", "answers", "tools", "history"}
 MESSAGE_COLUMNS = {
     "prompt",
     "context",
@@ -85,6 +95,10 @@ MESSAGE_COLUMNS = {
     "completion",
 }
 JSON_COLUMNS = LIST_COLUMNS | MESSAGE_COLUMNS
+TEXT_COLUMNS = {"question", "instruction", "input", "query", "system", "subset", "winner", "tie"}
+COLUMNS = NUMBER_COLUMNS | JSON_COLUMNS | TEXT_COLUMNS
+"""All that `lora_rm.data.formats` reads."""
+
 LIST_OR_OBJECT = re.compile(r"\s*[\[{]")
 """How a cell begins that may hold messages; most hold a text, of which `json.loads` takes longer to find out."""
 
@@ -117,65 +131,113 @@ class BadRow:
     """What is wrong and what is allowed, without the source."""
 
 
-def read_rows(source: str, *, split: str = "train") -> Iterator[Row | BadRow]:
-    """Yields the rows of a file, a saved dataset or a dataset on the Hub, one after the other.
+def read_rows(
+    source: str, *, split: str = "train", columns: Mapping[str, str] | None = None
+) -> Iterator[Row | BadRow]:
+    """Yields the rows of files, a saved dataset or a dataset on the Hub, one after the other.
 
     Args:
-        source: A file with one of `SUFFIXES`, a folder written by `save_to_disk`, or a Hub id.
+        source: A file with one of `SUFFIXES`; a folder of such files or a pattern like `data/*.jsonl`, read in sorted
+            order; a folder written by `save_to_disk`; or a Hub id, which a colon and a configuration or folder may
+            follow: `Anthropic/hh-rlhf:harmless-base`.
         split: Which split of a saved or Hub dataset; a file has none.
+        columns: What columns are called there, by their names here (`data.columns`).
 
     Raises:
-        DataError: If the source does not exist, is damaged, of an unknown type, or holds no rows.
+        DataError: If the source does not exist, is damaged, of an unknown type, or holds no rows; or `columns` has a name
+            that is not read.
     """
+    columns = columns or {}
+    for name in columns.keys() - COLUMNS:
+        near = difflib.get_close_matches(name, sorted(COLUMNS), n=1)
+        advice = (
+            f"Did you mean {near[0]}?" if near else "Write {name here: name there}, as in {chosen: winner}."
+        )
+        raise DataError(
+            f"data.columns has {shown(name)}, which is the name of no column that is read. {advice}"
+        )
     is_empty = True
-    for row in _open(source, split):
+    for row in _open(source, split, columns):
         is_empty = False
-        yield row
+        yield _renamed(row, columns) if columns and isinstance(row, Row) else row
     if is_empty:
         raise DataError(f"{source} holds no rows. A source needs at least one; check how it was written.")
 
 
-def find_source(source: str) -> Path | None:
-    """The file or folder that a source names; None for a data set on the Hub.
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row | BadRow:
+    """The row with the columns' names here."""
+    for name, there in columns.items():
+        if there not in row.values:
+            message = (
+                f"column '{there}', which data.columns reads as '{name}', is missing (found: {listed(row.values)}). "
+                "Correct data.columns, or add the column."
+            )
+            return BadRow(source=row.source, reason="missing field", message=message)
+    others = {name: value for name, value in row.values.items() if name not in columns.values()}
+    values = others | {name: row.values[there] for name, there in columns.items()}
+    return Row(values=values, source=row.source)
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a source names, or the one folder of a saved dataset; none for a dataset on the Hub.
 
     Raises:
-        DataError: If there is no such file, or it is of an unknown type.
+        DataError: If there is no such file, or one is of an unknown type.
     """
     try:
         path = Path(source).expanduser()
         path.stat()
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
     except FileNotFoundError:
-        pass
+        found = []
+        if GLOB.search(source):
+            found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 - takes no absolute pattern
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, NUL, ~nobody
         raise DataError(f"{shown(source)} cannot be looked up: {error}. Check the path.") from error
     if path.is_dir():
-        return path
-    if path.exists() and not path.is_file():
-        raise DataError(
-            f"{source} is no regular file. Allowed: a file or a folder; save what it gives first."
-        )
-    suffix = _suffix(path)
-    if path.exists() and not suffix:
-        raise DataError(f"{source} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
-    if not path.exists() and (suffix or not HUB_ID.fullmatch(source)):
+        if any((path / name).is_file() for name in SAVED):
+            return [path]
+        files = [file for file in found if _suffix(file) and file.name[0] != "." and file.is_file()]
+        if not files:
+            names = listed(dict.fromkeys(file.name for file in found))
+            raise DataError(
+                f"{source} is a folder without preference files (found: {names}). Allowed: a folder of files that end with "
+                f"{', '.join(SUFFIXES)}, or one written by `datasets.save_to_disk`; give another."
+            )
+        return files
+    for file in found:
+        if not file.is_file():
+            raise DataError(
+                f"{file} is no regular file. Allowed: files, or one folder; save what it gives first."
+            )
+        if not _suffix(file):
+            raise DataError(f"{file} has an unknown type. Allowed: {', '.join(SUFFIXES)}; convert it to one.")
+    if not found and (_suffix(path) or not HUB_ID.fullmatch(source)):
         raise DataError(f"{source}: no such file. Check the path; it is looked up from {Path.cwd()}.")
-    return path if path.exists() else None
+    return found
 
 
 def _suffix(path: Path) -> str:
     return next((known for known in SUFFIXES if path.name.lower().endswith(known)), "")
 
 
-def _open(source: str, split: str) -> Iterator[Row | BadRow]:
+def _open(source: str, split: str, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
     """Chooses the reader by what the source is."""
-    path = find_source(source)
-    if path is None:
+    files = find_files(source)
+    if not files:
         return _hub_rows(source, split)
-    if path.is_dir():
-        return _saved_rows(source, path, split)
+    if files[0].is_dir():
+        return _saved_rows(source, files[0], split)
+    return chain.from_iterable(_file_rows(str(file), file, columns) for file in files)
+
+
+def _file_rows(source: str, path: Path, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
     suffix = _suffix(path)
-    readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    rows = readers[suffix.removesuffix(".gz")](source, path)
+    if suffix.startswith(".csv"):
+        rows = _csv_rows(source, path, {there: name for name, there in columns.items()})
+    else:
+        readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+        rows = readers[suffix.removesuffix(".gz")](source, path)
     return _no_more_than_packed(rows, source, path) if suffix.endswith((".gz", ".parquet")) else rows
 
 
@@ -202,55 +264,38 @@ def _lines(source: str, path: Path) -> Iterator[bytes]:
 
 def _blocks(source: str, path: Path) -> Iterator[bytes]:
     """Yields whole lines by the mebibyte: a loop over lines in Python takes as long as parsing them as CSV."""
-    is_packed = path.name.lower().endswith(".gz")
     number, parts, size = 0, list[bytes](), 0
+    for block in _content(source, path):
+        end = block.rfind(b"\n") + 1
+        size += block.find(b"\n") + 1 if end else len(block)
+        # only a line that goes through blocks can be as long
+        if size > MAX_ROW_BYTES:
+            raise DataError(
+                f"{source} line {number + 1}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
+                "Each line holds one row; see what wrote the file."
+            )
+        if end:
+            number += block.count(b"\n")
+            yield b"".join([*parts, block[:end]])
+            parts, size = [], len(block) - end
+        parts.append(block[end:])
+    yield b"".join(parts)
+
+
+def _content(source: str, path: Path) -> Iterator[bytes]:
+    """Yields a plain or gzipped file by the mebibyte, without a byte order mark."""
+    is_packed = path.name.lower().endswith(".gz")
     try:
         unpacked = _Unpacked(source, path)
         with gzip.open(path) if is_packed else path.open("rb") as file:
+            mark = codecs.BOM_UTF8
             while block := file.read(BLOCK):
                 if is_packed:
                     unpacked.add(len(block))
-                if not number and not parts:
-                    block = block.removeprefix(codecs.BOM_UTF8)
-                end = block.rfind(b"\n") + 1
-                size += block.find(b"\n") + 1 if end else len(block)
-                # only a line that goes through blocks can be as long
-                if size > MAX_ROW_BYTES:
-                    raise DataError(
-                        f"{source} line {number + 1}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
-                        "Each line holds one row; see what wrote the file."
-                    )
-                if end:
-                    number += block.count(b"\n")
-                    yield b"".join([*parts, block[:end]])
-                    parts, size = [], len(block) - end
-                parts.append(block[end:])
-            yield b"".join(parts)
+                yield block.removeprefix(mark)
+                mark = b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
-
-
-def _content(source: str, path: Path) -> bytes:
-    """A plain or gzipped file as a whole, without a byte order mark."""
-    parts: list[bytes] = []
-    size = 0
-    is_packed = path.name.lower().endswith(".gz")
-    unpacked = _Unpacked(source, path)
-    try:
-        with gzip.open(path) if is_packed else path.open("rb") as file:
-            while part := file.read(ALWAYS_UNPACKED):
-                parts.append(part)
-                size += len(part)
-                if is_packed:
-                    unpacked.add(len(part))
-                if size > MAX_JSON_BYTES:
-                    raise DataError(
-                        f"{source}: is larger than {MAX_JSON_BYTES // 2**20} MiB, and a .json file is read as a whole. "
-                        "Write it as .jsonl, one row a line, which has no limit."
-                    )
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{source} cannot be read to its end: {error}. Fetch or write it again.") from error
-    return b"".join(parts).removeprefix(codecs.BOM_UTF8)
 
 
 class _Unpacked:
@@ -290,7 +335,16 @@ def _json_line_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
 
 
 def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
-    content = _content(source, path)
+    parts, size = list[bytes](), 0
+    for part in _content(source, path):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_JSON_BYTES:
+            raise DataError(
+                f"{source}: is larger than {MAX_JSON_BYTES // 2**20} MiB, and a .json file is read as a whole. "
+                "Write it as .jsonl, one row a line, which has no limit."
+            )
+    content = b"".join(parts)
     if not content.strip():
         return
     try:
@@ -322,7 +376,8 @@ def _object_row(value: Any, where: str) -> Row | BadRow:
     return BadRow(source=where, reason="wrong type", message=message)
 
 
-def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
+def _csv_rows(source: str, path: Path, names: Mapping[str, str]) -> Iterator[Row | BadRow]:
+    """`names` are those that columns have here, where they differ: they say what a cell can be."""
     # Conversations outgrow the default of 131,072 characters a cell.
     csv.field_size_limit(MAX_ROW_BYTES)
     # Bytes that are not UTF-8 pass as lone surrogates, which UTF-8 cannot hold, and are found in their row.
@@ -349,7 +404,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
             continue
         where = f"{source} line {line}"
         if columns:
-            yield _cells_row(columns, cells, where)
+            yield _cells_row(columns, names, cells, where)
         elif len(set(cells)) < len(cells):
             raise DataError(
                 f"{where}: two columns have the same name. The first line names each column once."
@@ -358,7 +413,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
             columns = cells
 
 
-def _cells_row(columns: list[str], cells: list[str], where: str) -> Row | BadRow:
+def _cells_row(columns: list[str], names: Mapping[str, str], cells: list[str], where: str) -> Row | BadRow:
     if len(cells) != len(columns):
         message = f"{len(cells)} cells, but the first line names {len(columns)} columns. Each has one cell."
         return BadRow(source=where, reason="wrong number of cells", message=message)
@@ -368,10 +423,13 @@ def _cells_row(columns: list[str], cells: list[str], where: str) -> Row | BadRow
         message = "the bytes are not UTF-8. Only UTF-8 is read; save the file again with that encoding."
         return BadRow(source=where, reason="not UTF-8", message=message)
     for column, cell in zip(columns, cells, strict=True):
-        if column in JSON_COLUMNS and PYTHON_MESSAGES.match(cell):
+        if names.get(column, column) in JSON_COLUMNS and PYTHON_MESSAGES.match(cell):
             message = f"field '{column}' is in Python's notation. Write lists as JSON, or the file as .jsonl."
             return BadRow(source=where, reason="broken JSON", message=message)
-    values = {column: _decode_cell(column, cell) for column, cell in zip(columns, cells, strict=True)}
+    values = {
+        column: _decode_cell(names.get(column, column), cell)
+        for column, cell in zip(columns, cells, strict=True)
+    }
     return Row(values=values, source=where)
 
 
@@ -433,7 +491,7 @@ def _parquet_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
                 except UnicodeDecodeError as error:
                     yield BadRow(source=where, reason="not UTF-8", message=_not_utf8(error))
                 else:
-                    yield Row(values=_without_nulls(values), source=where)
+                    yield Row(values=_cells_without_nulls(values), source=where)
     except DataError:
         raise
     except (
@@ -462,14 +520,41 @@ def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
 def _hub_rows(source: str, split: str) -> Iterator[Row | BadRow]:
     import datasets
 
+    name, _, part = source.partition(":")
     try:
-        dataset = datasets.load_dataset(source, split=split)
+        dataset = _load_part(name, part, split) if part else datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # the names to choose from stand in the second line, code for another program after them
+        found = " ".join(str(error).partition("\nExample of usage")[0].split()) or type(error).__name__
+        found = found.rstrip(".") if len(found) <= 800 else found[:800] + " .."
+        advice = "Check the name, the split and the network."
+        if "Unknown split" in found:
+            advice = "Set one with --data.train-split or --data.eval-split."
+        elif (
+            UNKNOWN_PART.match(found)
+            or "Config name is missing" in found
+            or "configurations in the cache" in found
+        ):
+            advice = f"Write a configuration or a folder of it after a colon, as in --data.train {name}:NAME."
         message = f"{source} is no local file, and the Hub does not give its split '{split}'"
-        raise DataError(
-            f"{message}: {first_line(error)} Check the name, the split and the network."
-        ) from error
+        raise DataError(f"{message}: {found}. {advice}") from error
     yield from _dataset_rows(dataset, f"{source} {split}")
+
+
+def _load_part(name: str, part: str, split: str) -> Any:
+    """A configuration of a dataset on the Hub, or one of its folders if no configuration has that name."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, name=part, split=split)
+    except ValueError as error:
+        if not UNKNOWN_PART.match(str(error)):
+            raise
+        try:
+            return datasets.load_dataset(name, data_dir=part, split=split)
+        except (FileNotFoundError, ValueError) as other:
+            is_absent = isinstance(other, FileNotFoundError) or UNKNOWN_PART.match(str(other))
+            raise (error if is_absent else other) from None
 
 
 def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
@@ -478,7 +563,7 @@ def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Ro
     while True:
         number += 1
         try:
-            values = _without_nulls(next(rows))
+            values = _cells_without_nulls(next(rows))
         except StopIteration:
             return
         except Exception as error:  # of any kind, out of pyarrow
@@ -486,6 +571,11 @@ def _dataset_rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[Ro
                 f"{source} row {number}: cannot be read: {first_line(error)}. Save the dataset again."
             ) from error
         yield Row(values=values, source=f"{source} row {number}")
+
+
+def _cells_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, nulls in its values dropped; a column that is null as a whole is there."""
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,6 +13,7 @@ prompt, responses, scores or ranks             K answers; a high score and a    
                                                low rank are good                if K > 2, rating if 1
 context or prompt, completions (each with      NeMo-RL; a low rank is good      pair if K = 2, ranking
   rank and completion)                                                          if K > 2
+prompt, answers (each with rank and answer)    Nectar; rank 1 is the best       the same
 prompt or context, response1, response2, and   HelpSteer: -3..3, below 0 the    pair
   overall_preference or preference_strength    first is better; the margin
 prompt or context, response1, response2,       a soft label: how likely the     pair
@@ -110,7 +111,7 @@ MAX_ANSWERS = 1000
 ACCEPTED = (
     "prompt + chosen + rejected; chosen + rejected (whole conversations or HH text); "
     "conversations + chosen + rejected; prompt + response1 + response2 + overall_preference, probability or winner; "
-    "context + completions; prompt + responses + scores or ranks; prompt + response + rating"
+    "context + completions; prompt + answers with ranks; prompt + responses + scores or ranks; prompt + response + rating"
 )
 
 
@@ -118,14 +119,16 @@ def read_preferences(
     source: str,
     *,
     split: str = "train",
+    columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
 ) -> tuple[list[Preference], Counter[str]]:
-    """Reads the preferences of a file, a saved dataset or a dataset on the Hub, in their order.
+    """Reads the preferences of files, a saved dataset or a dataset on the Hub, in their order.
 
     Args:
         source: As for `read_rows`.
         split: Which split of a saved or Hub dataset; a file has none.
+        columns: As for `read_rows`.
         on_bad_row: Whether the first bad row ends the reading, or bad rows are left out and counted.
         limit: Stop after so many preferences.
 
@@ -140,25 +143,25 @@ def read_preferences(
     preferences: list[Preference] = []
     dropped: Counter[str] = Counter()
     num_bad = 0
-    for row in read_rows(source, split=split):
+    for row in read_rows(source, split=split, columns=columns):
         try:
             preferences.append(to_preference(row))
         except RowError as error:
             if on_bad_row == "raise":
-                advice = "Mend the row, or leave such rows out with on_bad_row='skip'."
+                advice = "Mend the row, or leave such rows out with --data.on-bad-row skip."
                 raise RowError(error.reason, f"{error} {advice}") from None
             dropped[error.reason] += 1
             num_bad += 1
             if num_bad >= MAX_BAD_START and len(preferences) * MIN_GOOD < num_bad:
                 raise DataError(
                     f"{source} has {len(preferences):,} rows that can be used among its first "
-                    f"{num_bad + len(preferences):,} ({_counts(dropped)}). Read it with on_bad_row='raise'."
+                    f"{num_bad + len(preferences):,} ({_counts(dropped)}). Read it with --data.on-bad-row raise."
                 ) from None
         if len(preferences) == limit:
             break
     if not preferences:
         raise DataError(
-            f"{source} has no row that can be used ({_counts(dropped)}). Read it with on_bad_row='raise'."
+            f"{source} has no row that can be used ({_counts(dropped)}). Read it with --data.on-bad-row raise."
         )
     return preferences, dropped
 
@@ -233,13 +236,15 @@ def _parse(row: Fields, source: str) -> Preference:
     elif "responses" in row:
         fields = _parse_responses(row)
     elif "completions" in row:
-        fields = _parse_completions(row)
+        fields = _parse_completions(row, "completions", "completion")
     elif "conversation_a" in row or "conversation_b" in row:
         fields = _parse_arena(row)
     elif any(name in row for names in TWO_RESPONSES for name in names):
         fields = _parse_two_responses(row)
     elif "response" in row or "completion" in row:
         fields = _parse_rating(row)
+    elif "answers" in row:
+        fields = _parse_completions(row, "answers", "answer")
     else:
         raise RowError(
             "unknown format",
@@ -362,20 +367,21 @@ def _parse_responses(row: Fields) -> dict[str, Any]:
     return _scored(row, prompt, answers, numbers)
 
 
-def _parse_completions(row: Fields) -> dict[str, Any]:
+def _parse_completions(row: Fields, name: str, text: str) -> dict[str, Any]:
+    """Ranked answers: `name` is the column, `text` the key of the answer in each of its objects."""
     answers: list[Messages] = []
     ranks: list[float] = []
-    for index, item in enumerate(read_list(row, "completions")):
-        field = f"completions[{index}]"
+    for index, item in enumerate(read_list(row, name)):
+        field = f"{name}[{index}]"
         if not isinstance(item, dict):
-            raise wrong_type(field, item, "an object with 'rank' and 'completion'")
+            raise wrong_type(field, item, f"an object with 'rank' and '{text}'")
         if "response" in item and "overall_score" in item:
             message = "the original UltraFeedback has several scores an answer. Write responses and scores, or take its binarized form."
             raise RowError("unknown format", message)
-        for name in ("rank", "completion"):
-            if item.get(name) is None:
-                raise missing(f"{field}.{name}", item)
-        answers.append(read_answer(item["completion"], f"{field}.completion"))
+        for key in ("rank", text):
+            if item.get(key) is None:
+                raise missing(f"{field}.{key}", item)
+        answers.append(read_answer(item[text], f"{field}.{text}"))
         ranks.append(check_number(item["rank"], f"{field}.rank"))
     return _ranked(row, read_prompt(row, "context", "prompt"), tuple(answers), ranks)
 

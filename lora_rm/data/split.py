@@ -4,14 +4,14 @@ import hashlib
 import random
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_rm.config import DataSettings
 from lora_rm.console import show_table
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.files import find_source
+from lora_rm.data.files import find_files
 from lora_rm.data.formats import read_preferences
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
@@ -46,7 +46,7 @@ class Data:
     train: Side
     eval: Side
     report: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By side: rows read, kept, and dropped or cut by reason."""
+    """By side: rows read, kept, and dropped or cut by reason; and of the kept ones how many are no plain pairs."""
 
     def show(self) -> None:
         """Prints the report."""
@@ -66,7 +66,7 @@ def check_sources(settings: DataSettings) -> None:
     _check_set(settings.train, "data.train")
     for source in (settings.train, settings.eval):
         if source and source != BUILTIN:
-            find_source(source)
+            find_files(source)
 
 
 def load_data(
@@ -88,19 +88,14 @@ def load_data(
     """
     train_counts: Counter[str] = Counter()
     eval_counts: Counter[str] = Counter()
-    if settings.train == BUILTIN:
-        train, held_out = checkable_preferences()
-        train_counts["rows read"], eval_counts["rows read"] = len(train), len(held_out)
-        if settings.eval is not None:
-            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts, "data.eval")
-    else:
-        train = _read(settings.train, settings.train_split, settings, train_counts, "data.train")
-        if settings.eval is not None:
-            held_out = _read(settings.eval, settings.eval_split, settings, eval_counts, "data.eval")
-        else:
-            train, held_out = split_by_prompt(train, settings.eval_share, seed)
-            train_counts["held out for evaluation"] = len(held_out)
-            eval_counts["rows read"] = len(held_out)
+    counts = {"data.train": train_counts, "data.eval": eval_counts}
+    train, held_out = both_sides(
+        settings, seed, lambda source, split, key: _read(source, split, settings, counts[key], key)
+    )
+    train_counts.setdefault("rows read", len(train))
+    eval_counts.setdefault("rows read", len(held_out))
+    if settings.eval is None and settings.train != BUILTIN:
+        train_counts["held out for evaluation"] = len(held_out)
     held_out_prompts = {preference.prompt_key for preference in held_out}
     disjoint = [preference for preference in train if preference.prompt_key not in held_out_prompts]
     train_counts["dropped: prompt is in the evaluation data"] = len(train) - len(disjoint)
@@ -130,6 +125,28 @@ def read_side(
     return side
 
 
+def both_sides(
+    settings: DataSettings, seed: int, read: Callable[[str, str, str], list[Preference]]
+) -> tuple[list[Preference], list[Preference]]:
+    """The preferences to train on and to evaluate on, before what both have is taken out.
+
+    Args:
+        settings: Sources and splits.
+        seed: Of the split.
+        read: Gives the preferences of a source and split, named by its setting.
+    """
+    held_out: list[Preference] | None = None
+    if settings.train == BUILTIN:
+        train, held_out = checkable_preferences()
+    else:
+        train = read(settings.train, settings.train_split, "data.train")
+    if settings.eval == BUILTIN:
+        held_out = checkable_preferences()[1]
+    elif settings.eval is not None:
+        held_out = read(settings.eval, settings.eval_split, "data.eval")
+    return (train, held_out) if held_out is not None else split_by_prompt(train, settings.eval_share, seed)
+
+
 def split_by_prompt(
     preferences: Sequence[Preference], eval_share: float, seed: int
 ) -> tuple[list[Preference], list[Preference]]:
@@ -144,7 +161,9 @@ def split_by_prompt(
 
 def _check_set(source: str, key: str) -> None:
     if not source:
-        raise DataError(f"{key} is not set. Give a file, a datasets folder, a hub data set, or {BUILTIN}.")
+        raise DataError(
+            f"{key} is not set. Give a file, a folder or pattern of files, a datasets folder, a hub data set, or {BUILTIN}."
+        )
 
 
 def _read(
@@ -155,7 +174,9 @@ def _read(
         preferences = checkable_preferences()[1]
         counts["rows read"] += len(preferences)
         return preferences
-    preferences, dropped = read_preferences(source, split=split, on_bad_row=settings.on_bad_row)
+    preferences, dropped = read_preferences(
+        source, split=split, columns=settings.columns, on_bad_row=settings.on_bad_row
+    )
     counts["rows read"] += len(preferences) + sum(dropped.values())
     for reason, number in dropped.items():
         counts[f"dropped: {reason}"] += number
@@ -187,7 +208,21 @@ def _side(
         chosen = sorted(random.Random(f"{seed} limit").sample(range(len(kept)), limit))
         kept = [kept[number] for number in chosen]
     counts["kept"] = len(kept)
+    for preference, _ in kept:
+        counts.update(_traits(preference))
     return Side([p for p, _ in kept], [tree for _, tree in kept])
+
+
+def _traits(preference: Preference) -> list[str]:
+    """What decides how a row is trained on, for the report."""
+    traits = {
+        "of which ties": preference.is_tie,
+        "of which rankings of more than two answers": preference.kind == "ranking",
+        "of which ratings": preference.kind == "rating",
+        # TRL uses a margin wherever there is one
+        "of which with a margin (unused if loss.use_margin is False)": preference.margin > 0,
+    }
+    return [trait for trait, applies in traits.items() if applies]
 
 
 def _check(side: Side, name: str, counts: Mapping[str, int], settings: DataSettings) -> None:

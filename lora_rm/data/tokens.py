@@ -155,10 +155,14 @@ class ChatTokenizer:
             self.tokenizer.init_kwargs[ALLOW_SPECIAL] = True
 
     def identity(self) -> str:
-        """A hash of all that decides how text becomes ids: vocabulary, merges, template, BOS and special tokens."""
+        """A hash of all that decides how text becomes ids: vocabulary, merges, template, BOS and special tokens.
+
+        Which token is the EOS, or any other that templates print by its role, the vocabulary does not tell.
+        """
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
+            json.dumps(self.tokenizer.special_tokens_map, sort_keys=True),
             str(self.adds_bos),
             str(self.allow_special_tokens),
         )

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import DataSettings, Settings
 from lora_rm.console import console, say
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.files import SUFFIXES
+from lora_rm.data.files import HUB_ID, SAVED, SUFFIXES, find_files
 from lora_rm.data.preference import Preference
 from lora_rm.data.split import BUILTIN
 from lora_rm.data.tokens import ChatTokenizer
@@ -57,7 +58,7 @@ from lora_rm.doctor.rewards import (
 from lora_rm.doctor.run import check_course, check_evaluation, check_merge
 from lora_rm.doctor.template import check_prefix, template_findings
 from lora_rm.doctor.training import training_findings, usable_trees
-from lora_rm.errors import ConfigError, LoraRmError, ModelError, storing
+from lora_rm.errors import ConfigError, DataError, LoraRmError, ModelError, storing
 from lora_rm.metrics import read_metrics
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
@@ -129,10 +130,10 @@ def kind_of(source: str | None) -> Kind:
         return "adapter"
     if (path / "config.json").is_file():
         return "base" if stored_head(path) is None else "merged"
-    is_saved_data = any(
-        (path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")
-    )
-    if source == BUILTIN or is_saved_data or (source.lower().endswith(SUFFIXES) and not path.is_dir()):
+    is_saved_data = any((path / name).is_file() for name in SAVED)
+    is_part = ":" in source and HUB_ID.fullmatch(source)  # of a hub data set; models have none
+    is_named = source.lower().endswith(SUFFIXES) and not path.is_dir()
+    if source == BUILTIN or is_saved_data or is_part or is_named:
         return "data"
     if source == bases.BUILTIN or path.suffix == ".gguf" or is_hub_id(source):
         return "base"
@@ -142,6 +143,9 @@ def kind_of(source: str | None) -> Kind:
             f"{source}: is an export to {target}, which the doctor does not open; its README.md tells what does. Give the run "
             "or the merged model that it was made from."
         )
+    with suppress(DataError):
+        if find_files(source):  # in a folder, or of a pattern
+            return "data"
     raise ConfigError(
         f"{source}: is no run, adapter, merged model, base model or data file. Give the folder of one, a file that ends "
         f"with {', '.join(SUFFIXES)}, a hub id like org/model, or nothing at all to check this machine."

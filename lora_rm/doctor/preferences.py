@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_rm.config import DataSettings
-from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.files import read_rows
 from lora_rm.data.formats import RowError, to_preference
 from lora_rm.data.preference import Messages, Preference
-from lora_rm.data.split import BUILTIN, split_by_prompt
-from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
+from lora_rm.data.split import both_sides
+from lora_rm.data.tokens import ChatTokenizer, tokenize
 from lora_rm.doctor.finding import Finding, judge, unchecked
 from lora_rm.evaluate import bag_of_words_baseline, ordered_pairs, wilson_interval
 from lora_rm.model.base import cache_folder
@@ -27,23 +26,17 @@ def read_sides(
     """
     bad: list[RowError] = []
 
-    def read(source: str, split: str, side: int) -> list[Preference]:
-        if source == BUILTIN:
-            return checkable_preferences()[side]
+    def read(source: str, split: str, _: str) -> list[Preference]:
         found = []
-        for row in read_rows(source, split=split):
+        for row in read_rows(source, split=split, columns=wanted.columns):
             try:
                 found.append(to_preference(row))
             except RowError as error:
                 bad.append(error)
         return found
 
-    train_side = read(wanted.train, wanted.train_split, 0)
-    if wanted.eval is not None:
-        return train_side, read(wanted.eval, wanted.eval_split, 1), bad
-    if wanted.train == BUILTIN:
-        return train_side, checkable_preferences()[1], bad
-    return *split_by_prompt(train_side, wanted.eval_share, seed), bad
+    train_side, eval_side = both_sides(wanted, seed, read)
+    return train_side, eval_side, bad
 
 
 def check_rows(num_good: int, bad: Sequence[RowError], wanted: DataSettings) -> Finding:
@@ -86,7 +79,7 @@ def check_conflicts(preferences: Sequence[Preference]) -> Finding:
     ratings: dict[tuple[str, str], set[float]] = {}
     for p in preferences:
         keys = [_key(answer) for answer in p.answers]
-        for better, worse in decided(p):
+        for better, worse in ordered_pairs(p):
             orders.add((p.prompt_key, keys[better], keys[worse]))
         if p.kind == "rating":
             ratings.setdefault((p.prompt_key, keys[0]), set()).add(p.scores[0])
@@ -134,7 +127,7 @@ def check_length_bias(preferences: Sequence[Preference]) -> Finding:
     right, total = 0.0, 0
     for p in preferences:
         sizes = [sum(len(message["content"]) for message in answer) for answer in p.answers]
-        for better, worse in decided(p):
+        for better, worse in ordered_pairs(p):
             total += 1
             right += 0.5 if sizes[better] == sizes[worse] else float(sizes[better] > sizes[worse])
     if not total:
@@ -262,12 +255,6 @@ def check_length(preferences: Sequence[Preference], chat: ChatTokenizer, wanted:
     return judge(
         "length limit", found, remedy, fault=dropped > wanted.max_dropped_share, warning=lost > 0, value=lost
     )
-
-
-def decided(preference: Preference) -> list[tuple[int, int]]:
-    """Indices (better, worse) of answers whose order a row tells."""
-    p = preference
-    return ordered_pairs(TokenTree([], (), p.kind, p.probability, p.margin, p.scores))
 
 
 def _key(answer: Messages) -> str:

@@ -16,10 +16,9 @@ from lora_rm.data.preference import Preference
 from lora_rm.data.split import Data, Side
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
 from lora_rm.doctor.finding import NUM_PAIRS, NUM_SCORED, Finding, attempt, judge, unchecked
-from lora_rm.doctor.preferences import decided
 from lora_rm.doctor.rewards import check_head, check_padding, check_swap, padded_rewards
 from lora_rm.errors import LoraRmError
-from lora_rm.evaluate import evaluate
+from lora_rm.evaluate import evaluate, ordered_pairs
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import BaseModel
 from lora_rm.model.record import HEAD_KEY
@@ -31,7 +30,7 @@ def usable_trees(
     preferences: Sequence[Preference], chat: ChatTokenizer, wanted: DataSettings
 ) -> list[TokenTree]:
     """Preferences with a better answer, one a prompt, the shortest first; out of at most a thousand."""
-    chosen = {p.prompt_key: p for p in preferences[:1000] if decided(p)}
+    chosen = {p.prompt_key: p for p in preferences[:1000] if ordered_pairs(p)}
     trees, _ = tokenize(
         list(chosen.values()),
         chat,
