@@ -1,5 +1,6 @@
 """How good a reward model is: counts over pairs, an interval, calibration, and what a shortcut would reach."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,11 +32,6 @@ class PairCount:
     def accuracy(self) -> float:
         """Share in the right order, a tie counting half; NaN without pairs."""
         return (self.num_correct + self.num_ties / 2) / self.num_pairs if self.num_pairs else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy (Wilson 1927)."""
-        return wilson_interval(self.num_correct + self.num_ties / 2, self.num_pairs)
 
     def __add__(self, other: "PairCount") -> "PairCount":
         return PairCount(
@@ -77,6 +73,9 @@ class Evaluation:
     """Mean loss over the preferences, by the training's formula."""
 
     pairs: PairCount
+    interval: tuple[float, float]
+    """95 % interval of the accuracy; pairs of one prompt are not independent: see `clustered_interval`."""
+
     length_baseline: float
     """Accuracy of choosing the longer answer, in tokens; equal lengths count half."""
 
@@ -101,7 +100,6 @@ class Evaluation:
             count["accuracy"] = PairCount(**count).accuracy
         for count in [values["best"], *values["best_subsets"].values()]:
             count["accuracy"] = BestCount(**count).accuracy
-        values["interval"] = self.pairs.interval
         return without_nan(values)
 
 
@@ -145,10 +143,12 @@ def summarize(
     """The evaluation of rewards that are known already, one list a preference."""
     flat = torch.tensor([reward for own in rewards for reward in own], dtype=torch.float64)
     total, longer = PairCount(), 0.0
+    prompts: dict[str | int, PairCount] = {}
     subsets: dict[str, PairCount] = {}
     best, best_subsets = BestCount(), dict[str, BestCount]()
     differences: list[float] = []
-    for tree, own in zip(trees, rewards, strict=True):
+    probabilities: list[float] = []
+    for number, (tree, own) in enumerate(zip(trees, rewards, strict=True)):
         if len(tree.scores) > 2 and len(set(tree.scores)) > 1:
             won = BestCount(num_preferences=1, num_correct=int(is_best_on_top(tree.scores, own)))
             best = best + won
@@ -158,17 +158,21 @@ def summarize(
             difference = own[better] - own[worse]
             one = PairCount(num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0))
             total = total + one
+            prompt = tree.group or number
+            prompts[prompt] = prompts.get(prompt, PairCount()) + one
             if tree.subset:
                 subsets[tree.subset] = subsets.get(tree.subset, PairCount()) + one
             lengths = len(tree.answer_ids[better]), len(tree.answer_ids[worse])
             longer += 0.5 if lengths[0] == lengths[1] else float(lengths[0] > lengths[1])
             differences.append(difference)
+            probabilities.append(tree.probability if tree.kind == "pair" else 1.0)
     return Evaluation(
         num_preferences=len(trees),
         loss=float(preference_losses(flat, trees, loss).mean()),
         pairs=total,
+        interval=clustered_interval(list(prompts.values())),
         length_baseline=longer / total.num_pairs if total.num_pairs else math.nan,
-        calibration_error=calibration_error(differences),
+        calibration_error=calibration_error(differences, probabilities),
         margin_mean=sum(differences) / len(differences) if differences else math.nan,
         reward_mean=float(flat.mean()),
         reward_spread=float(flat.std(correction=0)),
@@ -194,7 +198,27 @@ def ordered_pairs(tree: TokenTree | Preference) -> list[tuple[int, int]]:
     return [(i, j) for i in numbers for j in numbers if tree.scores[i] > tree.scores[j]]
 
 
-def wilson_interval(num_correct: float, num_pairs: int, z: float = 1.96) -> tuple[float, float]:
+def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
+    """95 % interval of the accuracy over prompts with several pairs each.
+
+    Wilson's, for as many independent pairs as would vary as much as these prompts do, and never more than there are.
+
+    Source: Miller 2024 (arXiv 2411.00640), eq. 4, for the variance.
+    """
+    total = sum(prompts, PairCount())
+    if not total.num_pairs:
+        return 0.0, 1.0
+    share = total.accuracy
+    variance = sum((one.num_correct + one.num_ties / 2 - share * one.num_pairs) ** 2 for one in prompts)
+    size = float(total.num_pairs)
+    if share in (0.0, 1.0):  # how much prompts vary is not known
+        size = len(prompts)
+    elif variance:
+        size = min(size, share * (1 - share) * size**2 / variance)
+    return wilson_interval(share * size, size)
+
+
+def wilson_interval(num_correct: float, num_pairs: float, z: float = 1.96) -> tuple[float, float]:
     """Interval of a share (Wilson 1927); (0, 1) without pairs."""
     if not num_pairs:
         return 0.0, 1.0
@@ -205,19 +229,26 @@ def wilson_interval(num_correct: float, num_pairs: int, z: float = 1.96) -> tupl
     return (center - half) / scale, (center + half) / scale
 
 
-def calibration_error(differences: Sequence[float], num_bins: int = 10) -> float:
+def calibration_error(
+    differences: Sequence[float], probabilities: Sequence[float] = (), num_bins: int = 10
+) -> float:
     """Expected calibration error of sigmoid(difference) as the probability of being right.
 
     Each pair is taken the way round that the model prefers, so confidences lie between 0.5 and 1.
+
+    Args:
+        differences: Of the better answer's reward to the worse one's.
+        probabilities: That the better answer is the better one; empty: 1.
+        num_bins: Of equal width.
 
     Source: Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599), eq. 3.
     """
     if not differences:
         return math.nan
     bins: dict[int, list[tuple[float, float]]] = {}
-    for difference in differences:
+    for difference, sure in zip(differences, probabilities or [1.0] * len(differences), strict=True):
         confidence = 1 / (1 + math.exp(-min(abs(difference), 700.0)))
-        right = 0.5 if difference == 0 else float(difference > 0)
+        right = 0.5 if difference == 0 else sure if difference > 0 else 1 - sure
         number = min(int((confidence - 0.5) * 2 * num_bins), num_bins - 1)
         bins.setdefault(number, []).append((confidence, right))
     distances = (abs(sum(c for c, _ in group) - sum(r for _, r in group)) for group in bins.values())
@@ -225,7 +256,7 @@ def calibration_error(differences: Sequence[float], num_bins: int = 10) -> float
 
 
 MOST_FOR_WORDS = 20_000
-"""Training pairs that the bag of words is fitted to, taken at random: 0.3 GB of counts, and seconds."""
+"""Pairs that the bag of words is fitted to, and judged on, taken at random: 0.3 GB of counts, and seconds."""
 
 
 def bag_of_words_baseline(
@@ -240,9 +271,13 @@ def bag_of_words_baseline(
     if len(train) > MOST_FOR_WORDS:
         train = Random(0).sample(train, MOST_FOR_WORDS)
     held_out = [p for p in held_out if p.kind == "pair" and not p.is_tie]
+    if len(held_out) > MOST_FOR_WORDS:
+        held_out = Random(0).sample(held_out, MOST_FOR_WORDS)
     if not train or not held_out:
         return math.nan
     words = Counter(word for p in train for answer in p.answers for word in _words(answer))
+    if not words:
+        return math.nan
     index = {word: number for number, (word, _) in enumerate(words.most_common(num_words))}
 
     def features(preferences: Sequence[Preference]) -> torch.Tensor:
@@ -271,7 +306,9 @@ def bag_of_words_baseline(
 
 
 def _words(answer: Sequence[Any]) -> list[str]:
-    return " ".join(message["content"] for message in answer).split()
+    """What an answer says, tool calls with it."""
+    texts = [text for m in answer for text in (m["content"], *map(json.dumps, m.get("tool_calls", ())))]
+    return " ".join(texts).split()
 
 
 def without_nan(value: Any) -> Any:

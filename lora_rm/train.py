@@ -427,7 +427,7 @@ def _evaluate(
 ) -> None:
     """Evaluates, and remembers whether it is the best so far."""
     found = evaluate(model, data.eval.trees, settings.loss, progress.row or settings.train.row)
-    low, high = found.pairs.interval
+    low, high = found.interval
     say(
         f"evaluation at step {progress.step}: loss {found.loss:.4f}, accuracy {found.pairs.accuracy:.3f} [{low:.3f}, {high:.3f}]"
     )

@@ -599,7 +599,7 @@ def _evaluate(when: str, model: RewardModel, data: Data, settings: Settings) -> 
 
 
 def _show(title: str, found: Evaluation) -> None:
-    low, high = found.pairs.interval
+    low, high = found.interval
     facts: dict[str, object] = {"preferences": found.num_preferences, "loss": f"{found.loss:.4f}"}
     if found.pairs.num_pairs:
         facts |= {

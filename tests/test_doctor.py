@@ -261,6 +261,8 @@ def test_check_duplicates_passes(preferences):
 
 
 def test_check_duplicates_finds(preferences):
+    alike = [pair(better="x", source="line 1"), pair(source="line 2"), pair(source="line 3")]
+    assert is_found(doctor.preferences.check_duplicates(alike), "first: line 2")
     rows = [*preferences[0], preferences[0][7]]
     found = doctor.preferences.check_duplicates(rows)
     assert is_found(found, f"1 of {len(rows)} rows", "stands 2 times", status="warning")
@@ -282,6 +284,9 @@ def test_check_conflicts_finds(preferences):
     many = [pair(prompt=str(n)) for n in range(500)]
     found = doctor.preferences.check_conflicts([*many, pair(), turned])
     assert is_found(found, "1 of 501 comparisons (0.2%)", status="warning")
+    others = [pair(better="x", source="line 0"), pair(source="line 1"), pair(better="y", source="line 2")]
+    found = doctor.preferences.check_conflicts([*others, dataclasses.replace(turned, source="line 3")])
+    assert is_found(found, "for example: line 1 and line 3")
     good, bad, other = (({"role": "assistant", "content": text},) for text in ("good", "bad", "other"))
     ranking = Preference(prompt=pair().prompt, answers=(good, other, bad), kind="ranking", scores=(3, 2, 1))
     found = doctor.preferences.check_conflicts([ranking, pair(better="bad", worse="good")])

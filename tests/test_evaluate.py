@@ -127,8 +127,47 @@ def test_equal_rewards_are_ties_that_count_half():
     found = summary([tree(1, 1)] * 4, [RIGHT, RIGHT, [0.5, 0.5], WRONG])
     assert found.pairs == PairCount(num_pairs=4, num_correct=2, num_ties=1)
     assert found.pairs.accuracy == 0.625
-    assert found.pairs.interval == wilson_interval(2.5, 4)
+    assert found.interval == wilson_interval(2.5, 4)
     assert found.to_json()["pairs"] == {"num_pairs": 4, "num_correct": 2, "num_ties": 1, "accuracy": 0.625}
+
+
+def test_pairs_of_one_prompt_are_no_independent_witnesses():
+    """All right or all wrong together, 8 prompts of 28 pairs say as much as 8 pairs."""
+    trees = [tree(1, 1, group=f"prompt {n % 8}") for n in range(8 * 28)]
+    found = summary(trees, [RIGHT if n % 8 < 6 else WRONG for n in range(8 * 28)])
+    assert found.pairs.accuracy == 0.75
+    assert found.interval == pytest.approx(wilson_interval(6, 8))
+    mixed = summary(
+        trees, [RIGHT if n // 8 % 4 else WRONG for n in range(8 * 28)]
+    )  # in each prompt three of four
+    assert mixed.pairs.accuracy == 0.75
+    assert mixed.interval == pytest.approx(wilson_interval(0.75 * 224, 224))
+    all_right = summary(trees, [RIGHT] * 224)
+    assert all_right.interval == wilson_interval(8, 8)
+    ranking = tree(1, 1, 1, kind="ranking", scores=(3.0, 2.0, 1.0))
+    assert summary([ranking], [[3.0, 2.0, 1.0]]).interval == wilson_interval(1, 1)
+
+
+def test_calibration_takes_soft_labels_at_their_word():
+    """Rewards that say 70 % where the labels say 70 % are calibrated."""
+    difference = math.log(0.7 / 0.3)
+    soft = tree(1, 1, probability=0.7)
+    assert summary([soft] * 3, [[difference, 0.0]] * 3).calibration_error == pytest.approx(0.0, abs=1e-12)
+    assert summary([soft], [[0.0, difference]]).calibration_error == pytest.approx(0.4)
+    assert summary([tree(1, 1)], [[difference, 0.0]]).calibration_error == pytest.approx(0.3)
+
+
+def test_answers_that_only_call_tools_have_words():
+    def said(name):
+        call = {"type": "function", "function": {"name": name, "arguments": {}}}
+        return ({"role": "assistant", "content": "", "tool_calls": (call,)},)
+
+    asked = ({"role": "user", "content": "What now?"},)
+    pairs = [Preference(prompt=asked, answers=(said("look"), said("leap"))) for _ in range(4)]
+    assert bag_of_words_baseline(pairs, pairs) == 1.0
+    silent = ({"role": "assistant", "content": ""},)
+    none = [Preference(prompt=asked, answers=(silent, silent))]
+    assert math.isnan(bag_of_words_baseline(none, none))
 
 
 def test_ties_of_the_data_and_ratings_are_no_pairs():

@@ -59,14 +59,14 @@ def check_rows(num_good: int, bad: Sequence[RowError], wanted: DataSettings) -> 
 
 def check_duplicates(preferences: Sequence[Preference]) -> Finding:
     """Rows that stand there more than once."""
-    count = Counter((p.prompt_key, tuple(map(_key, p.answers)), p.probability, p.scores) for p in preferences)
+    keys = [(p.prompt_key, tuple(map(_key, p.answers)), p.probability, p.scores) for p in preferences]
+    count = Counter(keys)
     copies = len(preferences) - len(count)
     share = copies / len(preferences)
     found = f"{copies} of {len(preferences)} rows ({share:.1%}) are copies of another"
     if copies:
-        key = count.most_common(1)[0]
-        first = next(p for p in preferences if p.prompt_key == key[0][0])
-        found += f"; the most frequent stands {key[1]} times (first: {first.source or 'no source'})"
+        key, times = count.most_common(1)[0]
+        found += f"; the most frequent stands {times} times (first: {preferences[keys.index(key)].source or 'no source'})"
     remedy = (
         "Remove the copies: each is trained on, and counted in the accuracy, as often as it stands there."
     )
@@ -88,8 +88,12 @@ def check_conflicts(preferences: Sequence[Preference]) -> Finding:
     share = conflicts / max(1, len(orders) - len(both) // 2 + len(ratings))
     found = f"{conflicts} of {len(orders) - len(both) // 2 + len(ratings)} comparisons ({share:.1%}) stand there both ways round"
     if both:
-        prompt = min(both)[0]
-        sources = [p.source for p in preferences if p.prompt_key == prompt and p.source]
+        prompt, *answers = min(both)
+        sources = [
+            p.source
+            for p in preferences
+            if p.prompt_key == prompt and p.source and set(answers) <= {_key(answer) for answer in p.answers}
+        ]
         found += f" (for example: {' and '.join(sources[:2])})" if sources else ""
     remedy = (
         "Decide which way round is right and remove the other row, or write both as one row with `tie` or `probability`: "
