@@ -203,7 +203,7 @@ def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
 
     Wilson's, for as many independent pairs as would vary as much as these prompts do, and never more than there are.
 
-    Source: Miller 2024 (arXiv 2411.00640), eq. 4, for the variance.
+    Source: the clustered standard error of Miller 2024 (arXiv 2411.00640).
     """
     total = sum(prompts, PairCount())
     if not total.num_pairs:
