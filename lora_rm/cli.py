@@ -222,7 +222,7 @@ def score(words: Sequence[str]) -> None:
     _refuse(flags)
     if options.resume and options.out is None:
         raise ConfigError("--resume goes on with a file: give it with --out FILE.")
-    from lora_rm.workflow import NUM_TOGETHER, score_file, score_lines
+    from lora_rm.score_file import NUM_TOGETHER, score_file, score_lines
 
     source, name = (
         _stdin() if options.file is None else _open(options.file),

@@ -4,10 +4,8 @@ import gc
 import importlib.util
 import inspect
 import json
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,9 @@ from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
-from lora_rm.data.formats import parse_conversations
 from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import read_template
-from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, first_line, storing
+from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
@@ -368,142 +365,6 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
         with storing(file):
             file.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     return found
-
-
-NUM_TOGETHER = 64
-"""Lines that are scored together. A call that goes on makes the same groups, so that rewards are the same bits."""
-
-
-def score_lines(
-    path: str, lines: Iterable[str], name: str, done: Sequence[str] = (), *, together: int = NUM_TOGETHER
-) -> Iterator[str]:
-    """Adds a reward to every conversation in JSON lines.
-
-    Args:
-        path: Of the model.
-        lines: Conversations; empty lines are passed over. What a line has as `reward` (`rewards` of several responses)
-            is replaced.
-        name: Of the file, for messages.
-        done: What an earlier call gave for the first conversations. They are not scored again, but for the last ones,
-            which tell whether the model is still the same.
-        together: Lines that are scored together.
-
-    Raises:
-        DataError: If a line is no conversation, or is not the one that was scored earlier, or had another reward; with
-            its number.
-    """
-    scorer = load_reward_model(path)
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    num_read = 0
-    while group := list(islice(numbered, together)):
-        said = [_conversations(scorer, line, f"{name} line {number}") for number, line in group]
-        earlier = [json.loads(text) for text in done[num_read : num_read + len(group)]]
-        num_read += len(group)
-        for (number, _), (values, key, _), known in zip(group, said, earlier, strict=False):
-            if key not in known or {**known, key: None} != {**values, key: None}:
-                raise DataError(
-                    f"{name} line {number}: is not the conversation that was scored earlier. Give the same file again, or "
-                    "begin a new --out."
-                )
-        if num_read < len(done):
-            continue
-        rows = [ids for _, _, own in said for ids in own]
-        try:
-            rewards = iter(scorer.score_ids(rows))
-        except (IndexError, RuntimeError) as error:
-            raise DataError(
-                f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({first_line(error)}). The longest "
-                f"has {max(map(len, rows))} tokens: the model, or the memory, may be made for fewer."
-            ) from None
-        for place, ((number, _), (values, key, own)) in enumerate(zip(group, said, strict=True)):
-            found = [next(rewards) for _ in own]
-            if place >= len(earlier):
-                yield json.dumps({**values, key: found if key == "rewards" else found[0]}, ensure_ascii=False)
-                continue
-            known = earlier[place][key] if key == "rewards" else [earlier[place][key]]
-            if any(abs(a - b) > SAME_REWARD * max(1.0, abs(b)) for a, b in zip(known, found, strict=True)):
-                raise DataError(
-                    f"{name} line {number}: had the reward {known} and has {found} now, so another model was used. Give that "
-                    "one, or begin a new --out."
-                )
-    if num_read < len(done):
-        raise DataError(
-            f"{name}: has {num_read} conversations, and {len(done)} were scored earlier. Give the same file again."
-        )
-
-
-SAME_REWARD = 0.1
-"""Largest change of a reward, as a share of it, that another machine's rounding may explain."""
-
-
-def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:
-    """A line's values without the reward, the name that the reward will have, and the token ids of what is scored."""
-    try:
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
-        if not isinstance(values, dict):
-            raise DataError("it is no object")
-        key = "rewards" if values.get("responses") is not None else "reward"
-        if key == "rewards" and not isinstance(values["responses"], list):
-            raise DataError("responses is no list")
-        if {"chosen", "rejected"} <= values.keys() and not values.keys() & {
-            "messages",
-            "response",
-            "responses",
-        }:
-            raise DataError(
-                "it is a preference pair: evaluate those with `lora-rm eval MODEL --data.eval FILE`"
-            )
-        conversations, tools = parse_conversations(values)
-        values.pop(key, None)
-        return values, key, scorer.ids(conversations, tools)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: is no conversation ({error}). Write "
-            '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
-        ) from None
-
-
-def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume: bool = False) -> int:
-    """Writes conversations with their rewards to a file; what a killed call had written is not scored again.
-
-    Returns:
-        Lines in the file.
-
-    Raises:
-        ConfigError: If the file is there and `resume` does not say to go on with it, or something else wrote it.
-        DataError: As `score_lines`.
-        StorageError: If it cannot be written.
-    """
-    if out.exists() and not resume:
-        raise ConfigError(f"{out}: exists already. Go on with --resume, remove it, or choose another --out.")
-    with storing(out):
-        raw = out.read_bytes().splitlines(keepends=True) if out.exists() else []
-    whole = [line for line in raw if line.endswith(b"\n")]
-    try:
-        done = [line.decode() for line in whole]
-        is_own = all(json.loads(line).keys() & {"reward", "rewards"} for line in done)
-    except (ValueError, AttributeError):
-        is_own = False
-    if len(whole) < len(raw):
-        with suppress(ValueError):  # a line that a kill cut off is no JSON
-            json.loads(raw[-1])
-            is_own = False
-        is_own = is_own and raw[-1].startswith(b"{")
-    if not is_own or (out.exists() and Path(name).exists() and out.samefile(name)):
-        raise ConfigError(f"{out}: holds lines that are no rewards of this command. Choose another --out.")
-    if len(whole) < len(raw):  # half a line of a call that was killed
-        with storing(out):
-            os.truncate(out, sum(map(len, whole)))
-    if done:
-        say(f"Going on after {len(done)} conversations.")
-    count = len(done)
-    with storing(out), out.open("a", encoding="utf-8") as stream:
-        for line in score_lines(path, lines, name, done):
-            stream.write(line + "\n")
-            stream.flush()
-            count += 1
-    return count
 
 
 def summarize(run: RunFolder, started: float) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
+from lora_rm.score_file import score_lines
 from lora_rm.verify import HELD_OUT, Change, measure_change, verify
 from lora_rm.verify import _fault as fault_of
-from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
+from lora_rm.workflow import evaluate_model, export_run, merge_run, summarize, train_run
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_notARealTokenButLongEnough"

@@ -21,9 +21,10 @@ from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.merge import merge
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
+from lora_rm.score_file import score_file, score_lines
 from lora_rm.train import train
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.workflow import merge_run, open_model, score_file, score_lines, train_run
+from lora_rm.workflow import merge_run, open_model, train_run
 
 SMALL_DISK = """\
 import os, subprocess, sys
