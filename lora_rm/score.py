@@ -90,13 +90,14 @@ def reward_function(
     def reward(
         prompts: Sequence[str | Sequence[Message]], completions: Sequence[str | Sequence[Message]], **_: Any
     ) -> list[float]:
-        """Rewards of completions, each of its own prompt."""
-        conversations = [
-            read_prompt({f"prompts[{number}]": prompt}, f"prompts[{number}]")
-            + read_messages(completion, f"completions[{number}]", "assistant", may_be_empty=True)
-            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        return scorer.score_ids(scorer.ids(conversations))
+        """Rewards of completions, each of its own prompt; what completions of one prompt share is computed once."""
+        conversations, groups = [], []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            before = read_prompt({f"prompts[{number}]": prompt}, f"prompts[{number}]")
+            answer = read_messages(completion, f"completions[{number}]", "assistant", may_be_empty=True)
+            conversations.append(before + answer)
+            groups.append(str(before))
+        return scorer.score_ids(scorer.ids(conversations), groups)
 
     return reward
 
@@ -134,7 +135,8 @@ class Scorer:
             raise wrong_type("answers", answers, "a list of answers, of which one is a text or messages")
         before = read_prompt({"prompt": prompt}, "prompt") if prompt else ()
         after = [read_answer(answer, f"answers[{number}]") for number, answer in enumerate(answers)]
-        return self.score_ids(self.ids([before + answer for answer in after], tools))
+        rows = self.ids([before + answer for answer in after], tools)
+        return self.score_ids(rows, ["answers"] * len(rows))
 
     def score_conversations(
         self, conversations: Sequence[Sequence[Message]], *, tools: Sequence[dict[str, Any]] = ()
@@ -162,13 +164,21 @@ class Scorer:
         rows: list[list[int]] = self.model.chat.ids([(one, tools) for one in conversations])
         return rows
 
-    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def score_ids(self, rows: Sequence[Sequence[int]], groups: Sequence[str] = ()) -> list[float]:
         """Rewards of whole conversations given as token ids.
+
+        Args:
+            rows: The conversations.
+            groups: The group of each, "" for none of them; empty: no groups. What those of one group begin with is
+                computed once.
 
         Raises:
             ModelError: If one is not finite.
         """
-        trees = [TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,)) for row in rows]
+        trees = [
+            TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,), group=group)
+            for row, group in zip(rows, groups or [""] * len(rows), strict=True)
+        ]
         rewards = [rewards[0] for rewards in self.model.score(trees)]
         check_finite(rewards)
         return rewards

@@ -54,8 +54,9 @@ def score_lines(
         if num_read < len(done):
             continue
         rows = [ids for _, _, own in said for ids in own]
+        groups = [str(place) for place, (_, _, own) in enumerate(said) for _ in own]
         try:
-            rewards = iter(scorer.score_ids(rows))
+            rewards = iter(scorer.score_ids(rows, groups))
         except (IndexError, RuntimeError) as error:
             raise DataError(
                 f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({first_line(error)}). The longest "

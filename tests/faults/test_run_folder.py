@@ -536,7 +536,9 @@ def test_scores_of_a_killed_call_are_not_computed_again(trained, tmp_path, monke
     with pytest.raises(ConfigError, match="exists already.*--resume"):
         score_file(str(trained), lines, "lines", cut)
     scored, real = [], Scorer.score_ids
-    monkeypatch.setattr(Scorer, "score_ids", lambda self, rows: scored.append(len(rows)) or real(self, rows))
+    monkeypatch.setattr(
+        Scorer, "score_ids", lambda self, rows, groups: scored.append(len(rows)) or real(self, rows, groups)
+    )
     assert score_file(str(trained), ["", *lines], "lines", cut, resume=True) == 6
     assert (cut.read_bytes(), scored) == (expected, [12])
     # in groups of two lines: the one of the last finished line is scored again, which tells that the model is the same

@@ -1,0 +1,77 @@
+"""Rewards for users: the prompt is computed once, and what every way of asking gives."""
+
+import json
+
+import pytest
+from conftest import make_model, shake
+
+from lora_rm import load_reward_model, reward_function
+from lora_rm.model.quantization import code_hashes
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.score_file import score_lines
+
+QUESTIONS = ["Repeat exactly: Anna sold a red bag to Ben", "Which of these comes first: pear or apple?"]
+ANSWERS = ["Anna sold a red bag.", "Apple.", "I don't know.", "Apple."]
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """A saved adapter whose rewards are far from each other."""
+    folder = tmp_path_factory.mktemp("score") / "adapter"
+    model = shake(make_model(base), size=0.1)
+    model.save(folder, model.describe(code_hashes(model.classifier)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorer(adapter):
+    return load_reward_model(adapter, compute_dtype="float32")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Tokens of every row that is computed."""
+    tokens, real = [], RewardModel.rewards
+    monkeypatch.setattr(
+        RewardModel,
+        "rewards",
+        lambda self, batch: tokens.append(batch.input_ids.numel()) or real(self, batch),
+    )
+    return tokens
+
+
+def test_conversations_of_a_group_share_their_start_and_keep_their_rewards(scorer, computed):
+    pairs = [(question, answer) for answer in ANSWERS for question in QUESTIONS]
+    rows = scorer.ids(
+        [({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in pairs]
+    )
+    alone = scorer.score_ids(rows)
+    without = sum(computed)
+    computed.clear()
+    assert scorer.score_ids(rows, ["a", "b"] * 4) == pytest.approx(alone, abs=1e-5)
+    # a prompt once and not four times, and the answer that is given twice once
+    assert sum(computed) < 0.5 * without
+    computed.clear()
+    assert scorer.score_ids(rows, ["a", ""] * 4) == pytest.approx(alone, abs=1e-5)
+    assert 0.5 * without < sum(computed) < without
+    with pytest.raises(ValueError, match="zip"):
+        scorer.score_ids(rows, ["a"])
+
+
+def test_responses_of_a_line_and_completions_of_a_prompt_share_it(scorer, computed, monkeypatch):
+    for module in ("score", "score_file"):
+        monkeypatch.setattr(f"lora_rm.{module}.load_reward_model", lambda *_, **__: scorer)
+    lines = [json.dumps({"prompt": question, "responses": ANSWERS}) for question in QUESTIONS]
+    found = [reward for line in score_lines("", lines, "lines") for reward in json.loads(line)["rewards"]]
+    shared = sum(computed)
+    computed.clear()
+    prompts = [question for question in QUESTIONS for _ in ANSWERS]
+    assert reward_function("")(prompts, ANSWERS * 2) == pytest.approx(found, abs=1e-5)
+    assert sum(computed) == shared
+    computed.clear()
+    alone = [scorer.score(question, [answer])[0] for question in QUESTIONS for answer in ANSWERS]
+    assert found == pytest.approx(alone, abs=1e-5)
+    assert shared < 0.5 * sum(computed)
+    computed.clear()
+    assert scorer.score(QUESTIONS[0], ANSWERS) == pytest.approx(alone[:4], abs=1e-5)
+    assert sum(computed) < 0.6 * shared
