@@ -195,7 +195,7 @@ def export(words: Sequence[str]) -> None:
 def evaluate(words: Sequence[str]) -> None:
     """`lora-rm eval MODEL [settings]`."""
     parser = _parser("eval", "MODEL", "Counts how many held-out pairs a model puts in the right order.")
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     options, flags = _parse(parser, words, only=("data",))
     settings = _settings_of(options.model, flags)
@@ -210,7 +210,7 @@ def score(words: Sequence[str]) -> None:
     parser = _parser(
         "score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line."
     )
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
     parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines; default: standard input")
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
     parser.add_argument("--resume", action="store_true", help="go on with an --out that was not finished")

@@ -11,7 +11,7 @@ from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import check_finite
-from lora_rm.model.base import read_json
+from lora_rm.model.base import is_hub_id, read_json
 from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
 
@@ -24,12 +24,13 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
 
     Args:
         path: A run folder (its adapter is opened on the quantised base), an adapter, a merged model, an export, or
-            a `.gguf` file of one, which llama.cpp computes.
+            a `.gguf` file of one, which llama.cpp computes; or the id of a reward model on the hub, like org/model,
+            which is fetched.
         device: auto, cpu, cuda, ...
         compute_dtype: auto, float32, bfloat16 or float16; not of a `.gguf` file, which is computed as it is stored.
 
     Raises:
-        ModelError: If the folder is none of these, or its head is missing or has not one logit.
+        ModelError: If the path is none of these, the hub does not give it, or its head is missing or has not one logit.
     """
     folder = Path(path)
     gguf = folder if folder.suffix == ".gguf" else folder / "model.gguf"
@@ -41,7 +42,7 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
         folder = RunFolder.open(folder).trained()
     if (folder / RECORD).is_file():
         model = RewardModel.load_adapter(folder, device=device, compute_dtype=compute_dtype)
-    elif (folder / "config.json").is_file():
+    elif (folder / "config.json").is_file() or is_hub_id(str(path)):
         model = RewardModel.load_merged(folder, device=device, compute_dtype=compute_dtype)
     else:
         target = export_target(folder)
@@ -51,7 +52,8 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
                 "merged model here."
             )
         raise ModelError(
-            f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders."
+            f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders, or the id of a reward "
+            "model on the hub, like org/model."
         )
     model.choose_batching()
     return Scorer(model.eval())

@@ -339,14 +339,20 @@ def export_run(
 def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> Evaluation:
     """Evaluates any saved model on `data.eval`, or on the held-out side of its own run.
 
+    Args:
+        path: As in `load_reward_model`.
+        settings: Whose `data` says what to evaluate on.
+        file: Write the numbers there too, as JSON.
+
     Raises:
-        ConfigError: If there is no such model, or nothing to evaluate on.
+        ConfigError: If there is nothing to evaluate on.
+        ModelError: If there is no such model.
     """
-    if not path.is_file():  # as a .gguf is
-        _check_folder(path)
-    is_run = (path / "config.yaml").is_file()
-    if settings.data.eval is None and not is_run:
-        raise ConfigError("data.eval is not set. Give the preferences to evaluate on: --data.eval FILE.")
+    if settings.data.eval is None and not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"data.eval is not set, and {path} is no run folder, whose held-out side would be taken. Give the preferences to "
+            "evaluate on: --data.eval FILE, or check the path."
+        )
     scorer = load_reward_model(path, device=settings.model.device, compute_dtype=settings.model.compute_dtype)
     chat = scorer.model.chat
     if settings.data.eval is None:

@@ -159,10 +159,15 @@ def test_a_mistake_is_one_message_and_exit_state_1(run, words, message, tmp_path
         ),
         (["merge", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
         (["export", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
-        (["eval", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
+        (["eval", "runs/absent"], "ConfigError: data.eval is not set, and runs/absent is no run folder"),
+        (["eval", "absent", "--data.eval", "x.jsonl"], "ModelError: absent: is no run"),
         (["eval", "."], "ConfigError: data.eval is not set"),
         (["plan", "runs/absent"], "ModelError: model.base: there is no folder runs/absent"),
-        (["score", "runs/absent"], "ModelError: runs/absent: is no run"),
+        (["score", "absent"], "ModelError: absent: is no run"),
+        (
+            ["score", "runs/absent"],
+            "there is no folder runs/absent, and runs/absent cannot be fetched from the hub",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

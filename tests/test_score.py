@@ -6,6 +6,9 @@ import pytest
 from conftest import make_model, shake
 
 from lora_rm import load_reward_model, reward_function
+from lora_rm.cli import main
+from lora_rm.errors import ModelError
+from lora_rm.merge import merge
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score_file import score_lines
@@ -75,3 +78,60 @@ def test_responses_of_a_line_and_completions_of_a_prompt_share_it(scorer, comput
     computed.clear()
     assert scorer.score(QUESTIONS[0], ANSWERS) == pytest.approx(alone[:4], abs=1e-5)
     assert sum(computed) < 0.6 * shared
+
+
+@pytest.fixture(scope="module")
+def merged(adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "merged"
+    merge(adapter, folder)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub gives: folders by id; and what it was asked for."""
+    folders, asked = {}, []
+
+    def download(name, **_):
+        asked.append(name)
+        return str(folders[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return folders, asked
+
+
+def test_a_reward_model_of_the_hub_opens_by_its_id(merged, scorer, hub, tmp_path, monkeypatch, capsys):
+    folders, asked = hub
+    folders["someone/rm"] = merged
+    monkeypatch.chdir(tmp_path)  # no such folder here
+    expected = load_reward_model(merged).score(QUESTIONS[0], ANSWERS)
+    assert load_reward_model("someone/rm").score(QUESTIONS[0], ANSWERS) == expected
+    assert reward_function("someone/rm")(QUESTIONS[:1] * 4, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": QUESTIONS[0], "responses": ANSWERS}))
+    pair = {"prompt": QUESTIONS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    capsys.readouterr()
+    assert main(["score", "someone/rm", "lines.jsonl"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(line)["rewards"] == pytest.approx(expected, abs=1e-5)
+    assert main(["eval", "someone/rm", "--data.eval", "pairs.jsonl", "--json", "eval.json"]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["reward_mean"] == pytest.approx(sum(expected[:2]) / 2, abs=1e-5)
+    assert set(asked) == {"someone/rm"}
+
+
+def test_what_the_hub_does_not_give_or_was_never_trained_is_refused(base, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub[0]["someone/base"] = base
+    with pytest.raises(
+        ModelError, match="has no score.weight. It is no reward model; a fresh head would be random"
+    ):
+        load_reward_model("someone/base")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"someone/rm cannot be fetched from the hub .*Check the id .* local folder"
+    ):
+        load_reward_model("someone/rm")  # the tests are offline
+    with pytest.raises(ModelError, match="absent: is no run, .* or the id of a reward model on the hub"):
+        load_reward_model("absent")
