@@ -200,8 +200,10 @@ def evaluate(words: Sequence[str]) -> None:
     options, flags = _parse(parser, words, only=("data",))
     settings = _settings_of(options.model, flags)
     _refuse_other_model(settings, _settings_of(options.model, []), options.model)
-    from lora_rm.workflow import evaluate_model
+    from lora_rm.workflow import evaluate_model, trained_length
 
+    length = [f"--data.{key}={value}" for key, value in trained_length(Path(options.model)).items()]
+    settings = _settings_of(options.model, [*length, *flags])  # a flag has the last word
     evaluate_model(Path(options.model), settings, Path(options.json) if options.json else None)
 
 

@@ -21,10 +21,11 @@ from lora_rm.data.tokens import read_template
 from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
+from lora_rm.merge import RECORD as RECORD_OF_MERGE
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
-from lora_rm.model.base import cache_folder
+from lora_rm.model.base import BaseModel, cache_folder, check_shape, find_config, is_hub_id, read_json
 from lora_rm.model.checkpointing import Mode
-from lora_rm.model.classifier import check_length
+from lora_rm.model.classifier import check_length, longest_conversation, read_config
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import RECORD, check_weights_file, read_record
 from lora_rm.model.reward_model import RewardModel
@@ -334,6 +335,33 @@ def export_run(
 
         say(f"Uploaded to {push(out, push_to)}.")
     return out
+
+
+def trained_length(path: Path) -> dict[str, Any]:
+    """What a saved model's record tells of `data.max_length` and `data.length_policy` in its training.
+
+    Of a model without record, from the hub or of another program, no conversation is left out that it takes.
+
+    Args:
+        path: As in `load_reward_model`; of a run nothing is told, for its own settings do.
+
+    Raises:
+        ModelError: If a file is damaged, or the hub does not give it.
+    """
+    folder = path.parent if path.is_file() else path  # a .gguf lies beside its record
+    if (folder / "config.yaml").is_file():
+        return {}
+    if is_hub_id(str(path)):
+        folder = find_config(str(path), tokenizer=True).path
+    for file in (folder / RECORD, folder / RECORD_OF_MERGE):
+        policy: Any = read_json(file).get("length_policy") if file.is_file() else None
+        if policy is not None:  # an earlier lora_rm wrote none
+            check_shape(file, policy, {"max_length": int, "policy": str}, "length_policy")
+            return {"max_length": policy["max_length"], "length_policy": policy["policy"]}
+    if not (folder / "config.json").is_file():
+        return {}
+    longest = longest_conversation(read_config(BaseModel(name=str(path), path=folder)))
+    return {"max_length": longest[0] if longest else 2**31 - 1}  # the largest that is allowed
 
 
 def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> Evaluation:

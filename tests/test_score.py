@@ -1,9 +1,10 @@
 """Rewards for users: the prompt is computed once, and what every way of asking gives."""
 
 import json
+import shutil
 
 import pytest
-from conftest import make_model, shake
+from conftest import make_base, make_model, shake
 
 from lora_rm import load_reward_model, reward_function
 from lora_rm.cli import main
@@ -12,6 +13,7 @@ from lora_rm.merge import merge
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score_file import score_lines
+from lora_rm.workflow import trained_length
 
 QUESTIONS = ["Repeat exactly: Anna sold a red bag to Ben", "Which of these comes first: pear or apple?"]
 ANSWERS = ["Anna sold a red bag.", "Apple.", "I don't know.", "Apple."]
@@ -135,3 +137,43 @@ def test_what_the_hub_does_not_give_or_was_never_trained_is_refused(base, hub, t
         load_reward_model("someone/rm")  # the tests are offline
     with pytest.raises(ModelError, match="absent: is no run, .* or the id of a reward model on the hub"):
         load_reward_model("absent")
+
+
+def test_eval_cuts_conversations_as_the_training_of_the_model_did(
+    base, adapter, merged, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        "lora_rm.workflow.evaluate_model", lambda _, settings, file: asked.append(settings.data)
+    )
+
+    def length_of(path, *flags):
+        assert main(["eval", str(path), "--data.eval", "x.jsonl", *flags]) == 0
+        return asked[-1].max_length, asked[-1].length_policy
+
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    record = json.loads((own / "lora_rm.json").read_text())
+    record["length_policy"] = {"max_length": 40, "policy": "truncate_prompt"}
+    (own / "lora_rm.json").write_text(json.dumps(record))
+    merge(own, tmp_path / "merged")
+    (tmp_path / "merged" / "model.gguf").touch()
+    for path in ("adapter", "merged", "merged/model.gguf"):
+        assert length_of(tmp_path / path) == (40, "truncate_prompt"), path
+    flags = ["--data.max-length", "50"], ["--data.length-policy=drop"]
+    assert length_of(own, *flags[0]) == (50, "truncate_prompt")
+    assert length_of(own, *flags[0], *flags[1]) == (50, "drop")
+    # of a run its settings, whatever lies beside them; without record all that the model takes
+    (own / "config.yaml").write_text("data: {max_length: 60}\n")
+    assert length_of(own) == (60, "drop")
+    assert length_of(adapter) == (1024, "drop")
+    assert length_of(merged) == (2**31 - 1, "drop")
+    assert length_of(merged, *flags[0]) == (50, "drop")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "merged"))
+    assert length_of("someone/rm") == (40, "truncate_prompt")
+    learned = make_base(tmp_path / "gpt2", "gpt2")
+    assert length_of(learned) == (512, "drop")
+    record = tmp_path / "merged" / "lora_rm_merge.json"
+    for damage, said in (("[]", r" is '\[\]'"), ('{"max_length": 8}', ".policy is missing")):
+        record.write_text(f'{{"length_policy": {damage}}}')
+        with pytest.raises(ModelError, match=f"lora_rm_merge.json: length_policy{said}, which no run wrote"):
+            trained_length(tmp_path / "merged")
