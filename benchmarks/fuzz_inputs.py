@@ -535,7 +535,7 @@ def _scored(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
     model = str(bench.scorer())
     if not hasattr(bench, "opened"):
         bench.opened = load_reward_model(model)  # type: ignore[attr-defined]  # opened once: 0.2 s
-    score_file.load_reward_model = lambda *_: bench.opened  # type: ignore[attr-defined]
+    score_file.load_reward_model = lambda *_, **__: bench.opened  # type: ignore[attr-defined]
 
     def act() -> None:
         with _open(str(path)) as stream:

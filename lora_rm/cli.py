@@ -4,13 +4,15 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from lora_rm import __version__
 from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings, with_whole_paths
 from lora_rm.console import plain_errors
+from lora_rm.data.files import SUFFIXES, BadRow, Row, find_source, read_rows
 from lora_rm.errors import ConfigError
 from lora_rm.export import TARGETS
 
@@ -213,9 +215,22 @@ def score(words: Sequence[str]) -> None:
         "score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line."
     )
     parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines; default: standard input")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help=f"{', '.join(SUFFIXES)}; default: JSON lines of standard input",
+    )
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
     parser.add_argument("--resume", action="store_true", help="go on with an --out that was not finished")
+    parser.add_argument(
+        "--model.device", metavar="DEVICE", help="auto, cpu, cuda, ... (default: of the run, or auto)"
+    )
+    parser.add_argument(
+        "--model.compute-dtype",
+        metavar="TYPE",
+        help="of products: auto, float32, bfloat16 or float16 (default: of the run, or auto)",
+    )
     parser.epilog = (
         'A line is {"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}; '
         "it comes back with its reward or rewards."
@@ -224,19 +239,20 @@ def score(words: Sequence[str]) -> None:
     _refuse(flags)
     if options.resume and options.out is None:
         raise ConfigError("--resume goes on with a file: give it with --out FILE.")
+    flags = [f"--{key}={value}" for key, value in vars(options).items() if key.startswith("model.") and value]
+    model = _settings_of(options.model, flags).model
+    how: dict[str, Any] = {"device": model.device, "compute_dtype": model.compute_dtype}
+    source = _stdin() if options.file is None else _open(options.file)
+    name = options.file or "standard input"
     from lora_rm.score_file import NUM_TOGETHER, score_file, score_lines
 
-    source, name = (
-        _stdin() if options.file is None else _open(options.file),
-        options.file or "standard input",
-    )
-    with source:
+    with source as lines:
         if options.out:
-            score_file(options.model, source, name, Path(options.out), resume=options.resume)
+            score_file(options.model, lines, name, Path(options.out), resume=options.resume, **how)
             return
         # who talks to standard input line by line gets each answer at once
         together = NUM_TOGETHER if options.file else 1
-        for line in score_lines(options.model, source, name, together=together):
+        for line in score_lines(options.model, lines, name, together=together, **how):
             _write(line + "\n")
 
 
@@ -401,7 +417,11 @@ def _refuse(flags: Sequence[str]) -> None:
         check_settings({}, [f"{flags[0]} is no option of this command. Add --help to see those it has."])
 
 
-def _open(path: str) -> TextIO:
+def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
+    """The rows of a file of a kind that training reads; of any other the lines, as they come."""
+    if path.lower().endswith(SUFFIXES) and not path.lower().endswith(".jsonl"):
+        find_source(path)
+        return nullcontext(read_rows(path))
     try:
         # bytes that are not UTF-8 come out as halves of characters, which are refused with their line
         return Path(path).open(encoding="utf-8", errors="surrogateescape")

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_rm.console import say
+from lora_rm.data.files import BadRow, Row
 from lora_rm.data.formats import parse_conversations
 from lora_rm.errors import ConfigError, DataError, first_line, storing
 from lora_rm.score import Scorer, load_reward_model
@@ -20,57 +21,74 @@ SAME_REWARD = 0.1
 """Largest change of a reward, as a share of it, that another machine's rounding may explain."""
 
 
+Line: TypeAlias = str | Row | BadRow
+"""A line of JSON, or a row that `read_rows` has read."""
+
+
 def score_lines(
-    path: str, lines: Iterable[str], name: str, done: Sequence[str] = (), *, together: int = NUM_TOGETHER
+    path: str,
+    lines: Iterable[Line],
+    name: str,
+    done: Sequence[str] = (),
+    *,
+    together: int = NUM_TOGETHER,
+    device: str = "auto",
+    compute_dtype: str = "auto",
 ) -> Iterator[str]:
-    """Adds a reward to every conversation in JSON lines.
+    """Adds a reward to every conversation, and gives it as a line of JSON.
 
     Args:
         path: Of the model.
-        lines: Conversations; empty lines are passed over. What a line has as `reward` (`rewards` of several responses)
+        lines: Conversations; empty lines are passed over. What one has as `reward` (`rewards` of several responses)
             is replaced.
         name: Of the file, for messages.
         done: What an earlier call gave for the first conversations. They are not scored again, but for the last ones,
             which tell whether the model is still the same.
         together: Lines that are scored together.
+        device: As in `load_reward_model`.
+        compute_dtype: As in `load_reward_model`.
 
     Raises:
         DataError: If a line is no conversation, or is not the one that was scored earlier, or had another reward; with
             its number.
     """
-    scorer = load_reward_model(path)
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    scorer = load_reward_model(path, device=device, compute_dtype=compute_dtype)
+    placed = (
+        (f"{name} line {number}" if isinstance(line, str) else line.source, line)
+        for number, line in enumerate(lines, start=1)
+        if not isinstance(line, str) or line.strip()
+    )
     num_read = 0
-    while group := list(islice(numbered, together)):
-        said = [_conversations(scorer, line, f"{name} line {number}") for number, line in group]
+    while group := list(islice(placed, together)):
+        said = [_conversations(scorer, line, place) for place, line in group]
         earlier = [json.loads(text) for text in done[num_read : num_read + len(group)]]
         num_read += len(group)
-        for (number, _), (values, key, _), known in zip(group, said, earlier, strict=False):
+        for (place, _), (values, key, _), known in zip(group, said, earlier, strict=False):
             if key not in known or {**known, key: None} != {**values, key: None}:
                 raise DataError(
-                    f"{name} line {number}: is not the conversation that was scored earlier. Give the same file again, or "
+                    f"{place}: is not the conversation that was scored earlier. Give the same file again, or "
                     "begin a new --out."
                 )
         if num_read < len(done):
             continue
         rows = [ids for _, _, own in said for ids in own]
-        groups = [str(place) for place, (_, _, own) in enumerate(said) for _ in own]
+        groups = [place for (place, _), (_, _, own) in zip(group, said, strict=True) for _ in own]
         try:
             rewards = iter(scorer.score_ids(rows, groups))
         except (IndexError, RuntimeError) as error:
             raise DataError(
-                f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({first_line(error)}). The longest "
+                f"{group[0][0]} to {group[-1][0]}: cannot be scored ({first_line(error)}). The longest "
                 f"has {max(map(len, rows))} tokens: the model, or the memory, may be made for fewer."
             ) from None
-        for place, ((number, _), (values, key, own)) in enumerate(zip(group, said, strict=True)):
+        for number, ((place, _), (values, key, own)) in enumerate(zip(group, said, strict=True)):
             found = [next(rewards) for _ in own]
-            if place >= len(earlier):
+            if number >= len(earlier):
                 yield json.dumps({**values, key: found if key == "rewards" else found[0]}, ensure_ascii=False)
                 continue
-            known = earlier[place][key] if key == "rewards" else [earlier[place][key]]
+            known = earlier[number][key] if key == "rewards" else [earlier[number][key]]
             if any(abs(a - b) > SAME_REWARD * max(1.0, abs(b)) for a, b in zip(known, found, strict=True)):
                 raise DataError(
-                    f"{name} line {number}: had the reward {known} and has {found} now, so another model was used. Give that "
+                    f"{place}: had the reward {known} and has {found} now, so another model was used. Give that "
                     "one, or begin a new --out."
                 )
     if num_read < len(done):
@@ -79,10 +97,12 @@ def score_lines(
         )
 
 
-def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:
+def _conversations(scorer: Scorer, line: Line, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:
     """A line's values without the reward, the name that the reward will have, and the token ids of what is scored."""
+    if isinstance(line, BadRow):
+        raise DataError(f"{place}: {line.message}")
     try:
-        values = json.loads(line)
+        values = json.loads(line if isinstance(line, str) else json.dumps(line.values))
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
         if not isinstance(values, dict):
             raise DataError("it is no object")
@@ -100,15 +120,25 @@ def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any
         conversations, tools = parse_conversations(values)
         values.pop(key, None)
         return values, key, scorer.ids(conversations, tools)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: a Parquet column of dates
         raise DataError(
             f"{place}: is no conversation ({error}). Write "
             '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
         ) from None
 
 
-def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume: bool = False) -> int:
+def score_file(
+    path: str, lines: Iterable[Line], name: str, out: Path, *, resume: bool = False, **how: Any
+) -> int:
     """Writes conversations with their rewards to a file; what a killed call had written is not scored again.
+
+    Args:
+        path: As in `score_lines`.
+        lines: As in `score_lines`.
+        name: As in `score_lines`.
+        out: File to make, of one JSON object a line.
+        resume: Go on with a file that was not finished.
+        how: Device and type, as in `score_lines`.
 
     Returns:
         Lines in the file.
@@ -142,7 +172,7 @@ def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume:
         say(f"Going on after {len(done)} conversations.")
     count = len(done)
     with storing(out), out.open("a", encoding="utf-8") as stream:
-        for line in score_lines(path, lines, name, done):
+        for line in score_lines(path, lines, name, done, **how):
             stream.write(line + "\n")
             stream.flush()
             count += 1

@@ -58,7 +58,7 @@ def test_the_version_is_printed(run):
         ("merge", ["RUN", "--out DIR", "--merge.dtype", "--verify.max-change"], ["--train.", "--seed"]),
         ("export", ["RUN", "--to TARGET", "torch-export", "--out DIR", "--dtype TYPE", "--overwrite", "--push REPOSITORY"], ["--train.", "--merge."]),
         ("eval", ["MODEL", "--json FILE", "--data.eval"], ["--train.learning-rate", "--seed"]),
-        ("score", ["MODEL", "FILE", '{"messages": [...]}'], ["--train.", "--data."]),
+        ("score", ["MODEL", "FILE", ".csv.gz", "--model.device", '{"messages": [...]}'], ["--train.", "--data.", "--model.base"]),
         ("plan", ["PRESET|MODEL", "--gpu SIZE", "--calibrate", "--data.max-length", "--model.base"], []),
         ("doctor", ["DATA FILE|MODEL|RUN", "--json FILE", "--model.base", "--data.eval"], ["--train."]),
         ("config", ["PRESET", "--train.learning-rate", "--seed"], []),
@@ -126,6 +126,8 @@ MISTAKES = [
     (["eval", "runs/a", "--data.max-evil", "1"], "Did you mean data.max_eval?"),
     (["score", "runs/a", "lines.jsonl", "--fast"], "--fast is no option of this command"),
     (["score", "runs/a", "absent.jsonl"], "absent.jsonl: cannot be read"),
+    (["score", "runs/a", "--model.compute-dtype", "float8"], "model.compute_dtype is 'float8'; allowed: 'auto'"),
+    (["score", "runs/a", "--data.max-length", "9"], "--data.max-length is no option of this command"),
 ]  # fmt: skip
 
 
@@ -160,7 +162,10 @@ def test_a_mistake_is_one_message_and_exit_state_1(run, words, message, tmp_path
         (["merge", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
         (["export", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
         (["eval", "absent"], "ConfigError: data.eval is not set, and absent is no run folder"),
-        (["eval", "runs/absent"], "there is no folder runs/absent, and runs/absent cannot be fetched from the hub"),
+        (
+            ["eval", "runs/absent"],
+            "there is no folder runs/absent, and runs/absent cannot be fetched from the hub",
+        ),
         (["eval", "absent", "--data.eval", "x.jsonl"], "ModelError: absent: is no run"),
         (["eval", "."], "ConfigError: data.eval is not set"),
         (["plan", "runs/absent"], "ModelError: model.base: there is no folder runs/absent"),

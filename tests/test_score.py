@@ -1,13 +1,19 @@
 """Rewards for users: the prompt is computed once, and what every way of asking gives."""
 
+import csv
+import datetime
+import gzip
+import io
 import json
 import shutil
 
+import pyarrow.parquet
 import pytest
 from conftest import make_base, make_model, shake
 
 from lora_rm import load_reward_model, reward_function
 from lora_rm.cli import main
+from lora_rm.data.files import SUFFIXES
 from lora_rm.errors import ModelError
 from lora_rm.merge import merge
 from lora_rm.model.quantization import code_hashes
@@ -100,6 +106,97 @@ def hub(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     return folders, asked
+
+
+ROWS = [
+    {"prompt": question, "responses": ANSWERS, "source": f"line {number}"}
+    for number, question in enumerate([*QUESTIONS, "Name a fruit."])
+]
+
+
+def write_rows(file, rows):
+    """Rows in a file of the kind that its name tells."""
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        return file
+    lines = json.dumps(rows)
+    if ".jsonl" in file.suffixes:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if ".csv" in file.suffixes:
+        cells = io.StringIO()
+        writer = csv.DictWriter(cells, rows[0])
+        writer.writeheader()
+        writer.writerows(
+            {key: v if isinstance(v, str) else json.dumps(v) for key, v in row.items()} for row in rows
+        )
+        lines = cells.getvalue()
+    file.write_bytes(gzip.compress(lines.encode()) if file.suffix == ".gz" else lines.encode())
+    return file
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_file_that_training_reads_is_scored_and_gone_on_with(
+    suffix, scorer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("lora_rm.score_file.load_reward_model", lambda *_, **__: scorer)
+    file, out = write_rows(tmp_path / f"rows{suffix}", ROWS), tmp_path / "out.jsonl"
+    assert main(["score", "model", str(file)]) == 0
+    text = capsys.readouterr().out
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [{**row, "rewards": None} for row in found] == [{**row, "rewards": None} for row in ROWS]
+    for row in found:
+        assert row["rewards"] == pytest.approx(scorer.score(row["prompt"], ANSWERS), abs=1e-5)
+    out.write_text(text[: text.index("line 1")])  # killed in the middle of the second line
+    assert main(["score", "model", str(file), "--out", str(out), "--resume"]) == 0
+    assert out.read_text() == text
+    write_rows(file, [ROWS[0], {**ROWS[1], "prompt": ""}])
+    with pytest.raises(SystemExit):
+        main(["score", "model", str(file)])
+    place = {".csv": "line 3", ".parquet": "row 2", ".jsonl": "line 2", ".json": "row 2"}[
+        suffix.removesuffix(".gz")
+    ]
+    assert (
+        f"DataError: {file} {place}: is no conversation (field 'prompt' is empty" in capsys.readouterr().err
+    )
+
+
+def test_what_no_line_of_json_can_hold_and_rows_that_cannot_be_read_are_named(
+    scorer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("lora_rm.score_file.load_reward_model", lambda *_, **__: scorer)
+    dates = write_rows(tmp_path / "dates.parquet", [{**ROWS[0], "day": datetime.date(2024, 7, 26)}])
+    cells = tmp_path / "cells.csv"
+    cells.write_text("prompt,response\na,b\nc\n")
+    for file, said in (
+        (
+            dates,
+            "dates.parquet row 1: is no conversation (Object of type date is not JSON serializable). Write",
+        ),
+        (cells, "cells.csv line 3: 1 cells, but the first line names 2 columns"),
+        (tmp_path / "absent.csv", "absent.csv: no such file. Check the path"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["score", "model", str(file)])
+        assert said in capsys.readouterr().err
+
+
+def test_score_computes_where_it_is_told_and_else_as_the_run_does(adapter, scorer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lora_rm.score_file.load_reward_model", lambda _, **how: asked.append(how) or scorer)
+    run = shutil.copytree(adapter, tmp_path / "run")
+    (run / "config.yaml").write_text("model: {device: cpu, compute_dtype: float32}\n")
+    lines = str(write_rows(tmp_path / "lines.jsonl", ROWS))
+    flags = ["--model.device", "cuda:1", "--model.compute-dtype=bfloat16"]
+    for model, more in (
+        (adapter, []),
+        (run, []),
+        (run, flags),
+        (adapter, [*flags, "--out", str(tmp_path / "out")]),
+    ):
+        assert main(["score", str(model), lines, *more]) == 0
+    assert [(how["device"], how["compute_dtype"]) for how in asked] == [
+        ("auto", "auto"), ("cpu", "float32"), ("cuda:1", "bfloat16"), ("cuda:1", "bfloat16"),
+    ]  # fmt: skip
 
 
 def test_a_reward_model_of_the_hub_opens_by_its_id(merged, scorer, hub, tmp_path, monkeypatch, capsys):
