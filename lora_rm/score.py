@@ -11,6 +11,7 @@ from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import check_finite
+from lora_rm.export import TARGETS
 from lora_rm.model.base import is_hub_id, read_json
 from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
@@ -67,7 +68,7 @@ def export_target(folder: Path) -> str | None:
 
 
 def reward_function(
-    path: str | Path, *, device: str = "auto", compute_dtype: str = "auto"
+    path: str | Path, *, name: str | None = None, device: str = "auto", compute_dtype: str = "auto"
 ) -> Callable[..., list[float]]:
     """A function that TRL's GRPOTrainer and RLOOTrainer take in `reward_funcs`.
 
@@ -75,6 +76,7 @@ def reward_function(
 
     Args:
         path: As in `load_reward_model`.
+        name: Of the reward in TRL's metrics and tables; None: that of the run, the folder or the model on the hub.
         device: As in `load_reward_model`.
         compute_dtype: As in `load_reward_model`.
 
@@ -101,7 +103,14 @@ def reward_function(
             groups.append(str(before))
         return scorer.score_ids(scorer.ids(conversations), groups)
 
+    reward.__name__ = name or _own_name(path)  # by which TRL tells reward functions apart
     return reward
+
+
+def _own_name(path: str | Path) -> str:
+    """The last part of a model's path that tells it from others: that of `runs/mine/export/huggingface` is mine."""
+    alike = {"adapter", "merged", "export", "model.gguf", *TARGETS}
+    return next(part for part in reversed(Path(path).absolute().parts) if part not in alike)
 
 
 class Scorer:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -274,3 +275,15 @@ def test_eval_cuts_conversations_as_the_training_of_the_model_did(
         record.write_text(f'{{"length_policy": {damage}}}')
         with pytest.raises(ModelError, match=f"lora_rm_merge.json: length_policy{said}, which no run wrote"):
             trained_length(tmp_path / "merged")
+
+
+def test_reward_functions_are_told_apart_by_their_names(scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_rm.score.load_reward_model", lambda *_, **__: scorer)
+    monkeypatch.chdir(tmp_path)
+    for path, name in (
+        ("runs/safe", "safe"), ("runs/safe/adapter/", "safe"), ("runs/safe/merged", "safe"), ("someone/rm", "rm"),
+        ("runs/safe/export/huggingface", "safe"), ("runs/safe/export/gguf/model.gguf", "safe"), (".", tmp_path.name),
+        ("small.gguf", "small.gguf"),
+    ):  # fmt: skip
+        assert reward_function(path).__name__ == name
+        assert reward_function(Path(path), name="mine").__name__ == "mine"
