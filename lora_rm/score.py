@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.data.conversations import read_answer, read_conversation, read_messages, read_prompt
-from lora_rm.data.fields import check_objects, wrong_type
+from lora_rm.data.fields import check_objects, check_text, wrong_type
 from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
@@ -159,6 +159,30 @@ class Scorer:
         """
         read = [read_conversation(one, f"conversations[{n}]") for n, one in enumerate(conversations)]
         return self.score_ids(self.ids(read, tools))
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Rewards of conversations that are rendered already, as verl and OpenRLHF's remote reward function have them.
+
+        No template is applied, and special tokens in the texts count; a BOS stands once, whether the texts have it or not.
+        They must be rendered by this model's own chat template, for another's control tokens are mere text to its
+        tokenizer, and to the end, for the reward is read at the last token: ChatML writes a line break after `<|im_end|>`,
+        which what a policy has written lacks.
+
+        >>> def reward_func(queries, prompts, labels, **_):  # in the file of OpenRLHF's --remote_rm_url  # doctest: +SKIP
+        ...     rewards = torch.tensor(scorer.score_texts(queries))
+        ...     return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
+
+        Args:
+            texts: Whole conversations, each ending with its answer.
+
+        Raises:
+            DataError: If one is no text or empty, or `texts` is one text.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise wrong_type("texts", texts, "a list of texts")
+        return self.score_ids(
+            self.model.chat.text_ids([check_text(text, f"texts[{n}]") for n, text in enumerate(texts)])
+        )
 
     def ids(self, conversations: Sequence[Messages], tools: Sequence[dict[str, Any]] = ()) -> list[list[int]]:
         """Token ids of whole conversations, whose messages were read already.

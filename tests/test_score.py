@@ -15,7 +15,7 @@ from conftest import make_base, make_model, shake
 from lora_rm import load_reward_model, reward_function
 from lora_rm.cli import main
 from lora_rm.data.files import SUFFIXES
-from lora_rm.errors import ModelError
+from lora_rm.errors import DataError, ModelError
 from lora_rm.merge import merge
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
@@ -287,3 +287,26 @@ def test_reward_functions_are_told_apart_by_their_names(scorer, tmp_path, monkey
     ):  # fmt: skip
         assert reward_function(path).__name__ == name
         assert reward_function(Path(path), name="mine").__name__ == "mine"
+
+
+def test_rendered_texts_get_the_rewards_of_their_conversations(scorer):
+    messages = [
+        ({"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": answer})
+        for answer in ANSWERS
+    ]
+    expected = scorer.score_conversations(messages)
+    texts = [scorer.model.chat.render(one) for one in messages]
+    assert texts[0].startswith("<s><|user|>")
+    assert scorer.score_texts(texts) == pytest.approx(expected, abs=1e-5)
+    assert scorer.score_texts([text.removeprefix("<s>") for text in texts]) == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert scorer.score_texts([]) == []
+    for bad, said in (
+        (texts[0], "'texts' is '<s>"),
+        (None, "'texts' is null"),
+        (["a", 1], r"'texts\[1\]' is 1"),
+        ([""], "is empty"),
+    ):
+        with pytest.raises(DataError, match=said):
+            scorer.score_texts(bad)
