@@ -21,6 +21,8 @@ from lora_rm.data.tokens import read_template
 from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
+from lora_rm.export.huggingface import check_login, push
+from lora_rm.export.proof import public_record, read_parity
 from lora_rm.merge import RECORD as RECORD_OF_MERGE
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
 from lora_rm.model.base import BaseModel, cache_folder, check_shape, find_config, is_hub_id, read_json
@@ -301,11 +303,11 @@ def export_run(
         out: Folder to make; None: `RUN/export/TARGET`.
         dtype: How weights are stored, where the target lets one choose; None: its default.
         overwrite: Replace an earlier export.
-        push_to: Hub repository to upload to.
+        push_to: Hub repository to upload to. An export of this model that is there already is not made anew for it.
 
     Raises:
-        ConfigError: If there is no such folder or target, it does not let one choose the type, or a package of its extra is
-            missing.
+        ConfigError: If there is no such folder or target, it does not let one choose the type, a package of its extra is
+            missing, or `push_to` is given and nobody is logged in to the hub.
         MergeError: If there is no merged and verified model, or the export gives other rewards.
     """
     if to not in TARGETS:
@@ -328,13 +330,23 @@ def export_run(
             f"--dtype is {dtype!r}, but --to {to} writes weights as the merge stored them. Merge again with "
             "--merge.dtype."
         )
-    export(merged, out, run=run, overwrite=overwrite, **more)
+    if push_to:
+        check_login()
+    if not (push_to and not overwrite and _is_exported(merged, out, to, dtype)):
+        export(merged, out, run=run, overwrite=overwrite, **more)
     say(f"The export lies in {out}.")
     if push_to:
-        from lora_rm.export.huggingface import push
-
         say(f"Uploaded to {push(out, push_to)}.")
     return out
+
+
+def _is_exported(merged: Path, out: Path, to: str, dtype: str | None) -> bool:
+    """Whether `out` is an export of this merged model, which has its name only when it is whole and proven."""
+    if not (out / "parity.json").is_file():
+        return False
+    made = read_json(out / "parity.json")
+    is_same = made.get("passed") is True and made.get("merge") == public_record(read_parity(merged)["merge"])
+    return is_same and made.get("target") == to and dtype in (None, made.get("dtype"))
 
 
 def trained_length(path: Path) -> dict[str, Any]:
