@@ -248,6 +248,26 @@ def test_an_evaluation_changes_nothing_of_the_model(run, tmp_path):
     )
 
 
+def test_a_run_folder_is_a_preset_of_every_command_that_takes_one(run, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 6\nmodel: {base: a/b}\nadapter: {rank: 48}\n")
+    status, text, errors = run("config", str(folder), "--adapter.alpha", "7")
+    assert (status, errors) == (0, "")
+    found = yaml.safe_load(text)
+    assert (found["seed"], found["adapter"]["rank"], found["adapter"]["alpha"]) == (6, 48, 7.0)
+    assert run("config", str(folder / "config.yaml"), "--adapter.alpha", "7") == (0, text, "")
+    for name in ("train", "config", "plan"):
+        assert "(default: 48)" in run(name, str(folder), "--help")[1]
+    planned = []
+    monkeypatch.setattr("lora_rm.plan.plan", lambda settings, *_, **__: planned.append(settings))
+    monkeypatch.setattr("lora_rm.plan.show_plan", lambda _: True)
+    for words in ([str(folder)], [str(folder / "config.yaml")], ["c/d"], []):
+        assert run("plan", *words)[0] == 0
+    assert [(s.model.base, s.seed) for s in planned] == [("a/b", 6), ("a/b", 6), ("c/d", 0), ("", 0)]
+    assert "runs/absent: cannot be read (No such file or directory)" in run("config", "runs/absent")[2]
+
+
 def test_resume_goes_on_with_a_run_and_starts_none(run, tmp_path):
     status, _, errors = run("train", "--output-dir", str(tmp_path / "run"), "--resume")
     assert status == 1
