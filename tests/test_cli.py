@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from lora_rm import __version__
-from lora_rm.cli import COMMANDS, main
+from lora_rm.cli import COMMANDS, _weights, main
 from lora_rm.config import check_settings, load_settings
+from lora_rm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +119,9 @@ MISTAKES = [
     (["config", "absent.yaml"], "absent.yaml: cannot be read"),
     (["merge"], "RUN. `lora-rm merge --help`"),
     (["merge", "runs/a", "runs/b"], "runs/b"),
+    (["merge", "runs/a", "--with", "runs/b"], "--with makes a model of several runs, which lies in none of them. Add --out"),
+    (["merge", "runs/a", "--with", "runs/b", "--weights", "1"], "--weights is 1, for 2 runs. Give as many numbers as runs"),
+    (["merge", "runs/a", "--weights", "1"], "--weights is 1, for 1 runs"),
     (["merge", "runs/a", "--out"], "--out"),
     (["merge", "runs/a", "--merge.dtype", "float8"], "merge.dtype is 'float8'; allowed: 'auto', 'float16'"),
     (["export"], "RUN"),
@@ -288,6 +292,26 @@ def test_a_run_folder_stands_for_its_settings(run, tmp_path, monkeypatch):
         (5, "elsewhere", False),
         (5, str(tmp_path), True),
     ]
+
+
+def test_the_weights_of_adapters_are_their_average_or_one_number_a_run(run, monkeypatch):
+    assert _weights(None, 4) == [0.25] * 4
+    assert _weights(None, 1) == [1.0]
+    assert _weights("0.7,0.3", 2) == [0.7, 0.3]
+    for text, count in (("a,b", 2), ("1", 2), ("1,2,3", 2), ("", 2), ("1", 1)):
+        with pytest.raises(ConfigError, match=f"--weights is {text}, for {count} runs"):
+            _weights(text, count)
+    asked = []
+    monkeypatch.setattr(
+        "lora_rm.workflow.combine_runs", lambda *words: asked.append(words) or Path("combined")
+    )
+    monkeypatch.setattr("lora_rm.workflow.merge_run", lambda path, _, out: asked.append((path, out)))
+    words = ["merge", "a", "--with", "b", "--with", "c", "--out", "x/mine"]
+    assert run(*words, "--weights", "0.5,0.2,0.3")[0] == run(*words)[0] == 0
+    paths, combined = [Path("a"), Path("b"), Path("c")], (Path("combined"), Path("x/mine"))
+    assert asked == [
+        (paths, [0.5, 0.2, 0.3], Path("x/mine-adapter")), combined, (paths, [1 / 3] * 3, Path("x/mine-adapter")), combined,
+    ]  # fmt: skip
 
 
 def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):

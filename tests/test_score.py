@@ -310,3 +310,21 @@ def test_rendered_texts_get_the_rewards_of_their_conversations(scorer):
     ):
         with pytest.raises(DataError, match=said):
             scorer.score_texts(bad)
+
+
+def test_the_best_answer_comes_first(scorer):
+    rewards = scorer.score(QUESTIONS[0], ANSWERS)
+    ranked = [rewards[number] for number in scorer.rank(QUESTIONS[0], ANSWERS)]
+    assert ranked == sorted(rewards, reverse=True)
+    assert ranked[0] > ranked[-1] + 0.01
+    assert sorted(scorer.rank(QUESTIONS[0], ANSWERS)) == [0, 1, 2, 3]
+    assert scorer.best_of(QUESTIONS[0], ANSWERS) == ANSWERS[rewards.index(max(rewards))]
+
+
+def test_more_conversations_than_are_packed_at_once_get_their_own_rewards(scorer):
+    rows = [[1, 7 + number % 300, 9 + number // 300, 2] for number in range(600)]
+    found = scorer.score_ids(rows)
+    assert len(found) == 600
+    for number in (0, 299, 300, 511, 512, 513, 599):
+        assert found[number] == pytest.approx(scorer.score_ids([rows[number]])[0], abs=1e-5), number
+    assert len({round(reward, 4) for reward in found}) > 300
