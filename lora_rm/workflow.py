@@ -360,13 +360,16 @@ def trained_length(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: If a file is damaged, or the hub does not give it.
     """
-    folder = path.parent if path.is_file() else path  # a .gguf lies beside its record
-    if (folder / "config.yaml").is_file():
+    if (path / "config.yaml").is_file():
         return {}
+    folder = path.parent if path.is_file() else path  # a .gguf lies beside its record
     if is_hub_id(str(path)):
         folder = find_config(str(path), tokenizer=True).path
-    for file in (folder / RECORD, folder / RECORD_OF_MERGE):
-        policy: Any = read_json(file).get("length_policy") if file.is_file() else None
+    for file in (folder / RECORD, folder / RECORD_OF_MERGE, folder / "parity.json"):
+        record: Any = read_json(file) if file.is_file() else {}
+        if file.name == "parity.json":  # a .gguf has no other
+            record = record.get("merge")
+        policy = record.get("length_policy") if isinstance(record, dict) else None
         if policy is not None:  # an earlier lora_rm wrote none
             check_shape(file, policy, {"max_length": int, "policy": str}, "length_policy")
             return {"max_length": policy["max_length"], "length_policy": policy["policy"]}

@@ -254,8 +254,11 @@ def test_eval_cuts_conversations_as_the_training_of_the_model_did(
     record["length_policy"] = {"max_length": 40, "policy": "truncate_prompt"}
     (own / "lora_rm.json").write_text(json.dumps(record))
     merge(own, tmp_path / "merged")
-    (tmp_path / "merged" / "model.gguf").touch()
-    for path in ("adapter", "merged", "merged/model.gguf"):
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").touch()
+    parity = {"merge": json.loads((tmp_path / "merged" / "lora_rm_merge.json").read_text())}
+    (tmp_path / "gguf" / "parity.json").write_text(json.dumps(parity))
+    for path in ("adapter", "merged", "gguf", "gguf/model.gguf"):
         assert length_of(tmp_path / path) == (40, "truncate_prompt"), path
     flags = ["--data.max-length", "50"], ["--data.length-policy=drop"]
     assert length_of(own, *flags[0]) == (50, "truncate_prompt")
