@@ -527,7 +527,7 @@ def _parity(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
 
 
 def _scored(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
-    from lora_rm import workflow
+    from lora_rm import score_file
     from lora_rm.cli import _open
     from lora_rm.score import load_reward_model
 
@@ -535,11 +535,11 @@ def _scored(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
     model = str(bench.scorer())
     if not hasattr(bench, "opened"):
         bench.opened = load_reward_model(model)  # type: ignore[attr-defined]  # opened once: 0.2 s
-    workflow.load_reward_model = lambda *_: bench.opened  # type: ignore[attr-defined]
+    score_file.load_reward_model = lambda *_, **__: bench.opened  # type: ignore[attr-defined]
 
     def act() -> None:
         with _open(str(path)) as stream:
-            for line in workflow.score_lines(model, stream, "said.jsonl"):
+            for line in score_file.score_lines(model, stream, "said.jsonl"):
                 line.encode()
 
     return act, "said.jsonl"

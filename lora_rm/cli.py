@@ -4,13 +4,15 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from lora_rm import __version__
-from lora_rm.config import Settings, check_settings, dump_settings, help_text, load_settings, with_whole_paths
+from lora_rm.config import Settings, dump_settings, help_text, load_settings, with_whole_paths
 from lora_rm.console import plain_errors
+from lora_rm.data.files import SUFFIXES, BadRow, Row, find_files, read_rows
 from lora_rm.errors import ConfigError
 from lora_rm.export import TARGETS
 
@@ -21,14 +23,14 @@ usage
   lora-rm COMMAND [ARGUMENTS] [--section.setting VALUE ...]
 
 commands
-  train  [PRESET]        preferences in, trained and evaluated adapter out (--resume goes on)
+  train  [PRESET|RUN]    preferences in, trained and evaluated adapter out (--resume goes on)
   merge  RUN             adapter + base -> merged model, and the proof that rewards stayed the same
   export RUN             merged model -> a folder that other programs open (--to huggingface, onnx, ...)
   eval   MODEL           accuracy of a run, adapter or export on preferences (--data.eval FILE)
   score  MODEL [FILE]    rewards of conversations, one JSON object a line
   plan   [PRESET|MODEL]  memory and time of a run, out of config.json alone (--gpu 24GiB)
   doctor [PATH]          what is wrong with this machine, a data file, a model or a run, and what to do
-  config [PRESET]        the settings as they would be used, as YAML
+  config [PRESET|RUN]    the settings as they would be used, as YAML
 
 settings
   Precedence: default < preset file < flag. `lora-rm COMMAND --help` shows every setting of a command with
@@ -96,14 +98,13 @@ def train(words: Sequence[str]) -> None:
         help="resume although settings that do not change what is trained differ",
     )
     options, flags = _parse(parser, words, only=())
-    if options.preset and (Path(options.preset) / "config.yaml").is_file():
-        options.preset = str(Path(options.preset) / "config.yaml")
-    if (options.resume or options.allow) and options.preset:
-        file = Path(options.preset)
+    preset = _preset(options.preset) or options.preset
+    if (options.resume or options.allow) and preset:
+        file = Path(preset)
         if file.name == "config.yaml" and (file.parent / "inputs.json").is_file():
             # the run lies where its file lies, wherever it was begun; a flag still has the last word
             flags = ["--output-dir", str(file.parent), *flags]
-    settings = load_settings(options.preset, flags)
+    settings = load_settings(preset, flags)
     from lora_rm.workflow import train_run
 
     train_run(settings, resume=options.resume or options.allow, allow=options.allow)
@@ -128,7 +129,7 @@ def merge(words: Sequence[str]) -> None:
         "--weights", metavar="W,W,...", help="of RUN and of every --with (default: their average)"
     )
     options, flags = _parse(parser, words, only=("merge", "verify"))
-    settings = _settings_of(options.run, flags)
+    settings = load_settings(_preset(options.run), flags)
     paths = [Path(options.run), *map(Path, options.others)]
     weights = _weights(options.weights, len(paths))
     out = Path(options.out) if options.out else None
@@ -178,8 +179,7 @@ def export(words: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")
-    options, flags = _parse(parser, words, only=None)
-    _refuse(flags)
+    options, _ = _parse(parser, words, only=None)
     from lora_rm.workflow import export_run
 
     export_run(
@@ -195,13 +195,15 @@ def export(words: Sequence[str]) -> None:
 def evaluate(words: Sequence[str]) -> None:
     """`lora-rm eval MODEL [settings]`."""
     parser = _parser("eval", "MODEL", "Counts how many held-out pairs a model puts in the right order.")
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     options, flags = _parse(parser, words, only=("data",))
-    settings = _settings_of(options.model, flags)
-    _refuse_other_model(settings, _settings_of(options.model, []), options.model)
-    from lora_rm.workflow import evaluate_model
+    settings = load_settings(_preset(options.model), flags)
+    _refuse_other_model(settings, load_settings(_preset(options.model), []), options.model)
+    from lora_rm.workflow import evaluate_model, trained_length
 
+    length = [f"--data.{key}={value}" for key, value in trained_length(Path(options.model)).items()]
+    settings = load_settings(_preset(options.model), [*length, *flags])  # a flag has the last word
     evaluate_model(Path(options.model), settings, Path(options.json) if options.json else None)
 
 
@@ -210,31 +212,44 @@ def score(words: Sequence[str]) -> None:
     parser = _parser(
         "score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line."
     )
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model or export")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="JSON lines; default: standard input")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help=f"{', '.join(SUFFIXES)}; default: JSON lines of standard input",
+    )
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
     parser.add_argument("--resume", action="store_true", help="go on with an --out that was not finished")
+    parser.add_argument(
+        "--model.device", metavar="DEVICE", help="auto, cpu, cuda, ... (default: of the run, or auto)"
+    )
+    parser.add_argument(
+        "--model.compute-dtype",
+        metavar="TYPE",
+        help="of products: auto, float32, bfloat16 or float16 (default: of the run, or auto)",
+    )
     parser.epilog = (
         'A line is {"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}; '
         "it comes back with its reward or rewards."
     )
-    options, flags = _parse(parser, words, only=None)
-    _refuse(flags)
+    options, _ = _parse(parser, words, only=None)
     if options.resume and options.out is None:
         raise ConfigError("--resume goes on with a file: give it with --out FILE.")
-    from lora_rm.workflow import NUM_TOGETHER, score_file, score_lines
+    flags = [f"--{key}={value}" for key, value in vars(options).items() if key.startswith("model.") and value]
+    model = load_settings(_preset(options.model), flags).model
+    how: dict[str, Any] = {"device": model.device, "compute_dtype": model.compute_dtype}
+    source = _stdin() if options.file is None else _open(options.file)
+    name = options.file or "standard input"
+    from lora_rm.score_file import NUM_TOGETHER, score_file, score_lines
 
-    source, name = (
-        _stdin() if options.file is None else _open(options.file),
-        options.file or "standard input",
-    )
-    with source:
+    with source as lines:
         if options.out:
-            score_file(options.model, source, name, Path(options.out), resume=options.resume)
+            score_file(options.model, lines, name, Path(options.out), resume=options.resume, **how)
             return
         # who talks to standard input line by line gets each answer at once
         together = NUM_TOGETHER if options.file else 1
-        for line in score_lines(options.model, source, name, together=together):
+        for line in score_lines(options.model, lines, name, together=together, **how):
             _write(line + "\n")
 
 
@@ -253,13 +268,9 @@ def plan(words: Sequence[str]) -> None:
         "--calibrate", action="store_true", help="measure this machine first, and keep what was found"
     )
     options, flags = _parse(parser, words, only=())
-    source = options.source
-    if source is None or source.endswith((".yaml", ".yml")):
-        settings = load_settings(source, flags)
-    elif (Path(source) / "config.yaml").is_file():
-        settings = _settings_of(source, flags)
-    else:
-        settings = load_settings(None, ["--model.base", source, *flags])
+    preset = _preset(options.source)
+    base = ["--model.base", options.source] if options.source and not preset else []
+    settings = load_settings(preset, [*base, *flags])
     from lora_rm.plan import calibrate, read_memory, show_plan
     from lora_rm.plan import plan as plan_run
 
@@ -287,7 +298,7 @@ def doctor(words: Sequence[str]) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the findings there too")
     options, flags = _parse(parser, words, only=("model", "data"))
-    settings = load_settings(None, flags) if options.source is None else _settings_of(options.source, flags)
+    settings = load_settings(_preset(options.source), flags)
     from lora_rm.doctor import doctor as examine_and_show
 
     findings = examine_and_show(options.source, settings, Path(options.json) if options.json else None)
@@ -296,15 +307,18 @@ def doctor(words: Sequence[str]) -> None:
 
 
 def config(words: Sequence[str]) -> None:
-    """`lora-rm config [PRESET] [settings]`."""
+    """`lora-rm config [PRESET|RUN] [settings]`."""
     parser = _parser(
-        "config", "[PRESET]", "Prints the settings as they would be used; saved, it is a preset."
+        "config", "[PRESET|RUN]", "Prints the settings as they would be used; saved, it is a preset."
     )
     parser.add_argument(
-        "preset", nargs="?", metavar="PRESET", help="YAML file of settings; none: the defaults"
+        "preset",
+        nargs="?",
+        metavar="PRESET|RUN",
+        help="YAML file of settings, or the run folder that holds one; none: the defaults",
     )
     options, flags = _parse(parser, words, only=())
-    _write(dump_settings(load_settings(options.preset, flags)))
+    _write(dump_settings(load_settings(_preset(options.preset) or options.preset, flags)))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -345,7 +359,7 @@ def _parse(
     if "-h" in words or "--help" in words:
         _write(parser.format_help())
         if only is not None:
-            preset = next((word for word in words if word.endswith((".yaml", ".yml"))), None)
+            preset = next(filter(None, map(_preset, words)), None)
             page = help_text(parser.prog, load_settings(preset), only)
             _write("\n" + page.split("\n\n", 1)[-1])  # without tyro's own usage line
         raise SystemExit(0)
@@ -366,13 +380,18 @@ def _parse(
                 flags.append(rest.pop(0))
         else:
             own.append(word)
-    return parser.parse_args(own), flags
+    options = parser.parse_args(own)
+    if only is None and flags:
+        raise ConfigError(f"{flags[0]} is no option of this command. Add --help to see those it has.")
+    return options, flags
 
 
-def _settings_of(model: str, flags: Sequence[str]) -> Settings:
-    """The settings of a run with flags over them, or the defaults with flags for another folder."""
-    config_file = Path(model) / "config.yaml"
-    return load_settings(config_file if config_file.is_file() else None, flags)
+def _preset(source: str | None) -> str | None:
+    """The file of settings that a run folder holds, or that is a preset; None for anything else."""
+    if source is None:
+        return None
+    file = Path(source, "config.yaml")
+    return str(file) if file.is_file() else source if source.endswith((".yaml", ".yml")) else None
 
 
 FIXED = {
@@ -394,12 +413,11 @@ def _refuse_other_model(settings: Settings, own: Settings, model: str) -> None:
                 )
 
 
-def _refuse(flags: Sequence[str]) -> None:
-    if flags:
-        check_settings({}, [f"{flags[0]} is no option of this command. Add --help to see those it has."])
-
-
-def _open(path: str) -> TextIO:
+def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
+    """The rows of a file of a kind that training reads; of any other the lines, as they come."""
+    if path.lower().endswith(SUFFIXES) and not path.lower().endswith(".jsonl"):
+        find_files(path)
+        return nullcontext(read_rows(path))
     try:
         # bytes that are not UTF-8 come out as halves of characters, which are refused with their line
         return Path(path).open(encoding="utf-8", errors="surrogateescape")

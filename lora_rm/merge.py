@@ -689,7 +689,8 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
     chat = ChatTokenizer.load(plan.adapter)
     report.adds_bos = chat.adds_bos
     _write_config(plan, chat, folder)
-    (folder / RECORD).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+    record = asdict(report) | {"length_policy": plan.record.get("length_policy")}
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return report
 
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.data.conversations import read_answer, read_conversation, read_messages, read_prompt
-from lora_rm.data.fields import check_objects, wrong_type
+from lora_rm.data.fields import check_objects, check_text, wrong_type
 from lora_rm.data.preference import Message, Messages
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import check_finite
-from lora_rm.model.base import read_json
+from lora_rm.export import TARGETS
+from lora_rm.model.base import is_hub_id, read_json
 from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
 
@@ -24,12 +25,13 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
 
     Args:
         path: A run folder (its adapter is opened on the quantised base), an adapter, a merged model, an export, or
-            a `.gguf` file of one, which llama.cpp computes.
+            a `.gguf` file of one, which llama.cpp computes; or the id of a reward model on the hub, like org/model,
+            which is fetched.
         device: auto, cpu, cuda, ...
         compute_dtype: auto, float32, bfloat16 or float16; not of a `.gguf` file, which is computed as it is stored.
 
     Raises:
-        ModelError: If the folder is none of these, or its head is missing or has not one logit.
+        ModelError: If the path is none of these, the hub does not give it, or its head is missing or has not one logit.
     """
     folder = Path(path)
     gguf = folder if folder.suffix == ".gguf" else folder / "model.gguf"
@@ -41,7 +43,7 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
         folder = RunFolder.open(folder).trained()
     if (folder / RECORD).is_file():
         model = RewardModel.load_adapter(folder, device=device, compute_dtype=compute_dtype)
-    elif (folder / "config.json").is_file():
+    elif (folder / "config.json").is_file() or is_hub_id(str(path)):
         model = RewardModel.load_merged(folder, device=device, compute_dtype=compute_dtype)
     else:
         target = export_target(folder)
@@ -51,7 +53,8 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
                 "merged model here."
             )
         raise ModelError(
-            f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders."
+            f"{path}: is no run, adapter, merged model or export of lora_rm. Give one of these folders, or the id of a reward "
+            "model on the hub, like org/model."
         )
     model.choose_batching()
     return Scorer(model.eval())
@@ -65,7 +68,7 @@ def export_target(folder: Path) -> str | None:
 
 
 def reward_function(
-    path: str | Path, *, device: str = "auto", compute_dtype: str = "auto"
+    path: str | Path, *, name: str | None = None, device: str = "auto", compute_dtype: str = "auto"
 ) -> Callable[..., list[float]]:
     """A function that TRL's GRPOTrainer and RLOOTrainer take in `reward_funcs`.
 
@@ -73,6 +76,7 @@ def reward_function(
 
     Args:
         path: As in `load_reward_model`.
+        name: Of the reward in TRL's metrics and tables; None: that of the run, the folder or the model on the hub.
         device: As in `load_reward_model`.
         compute_dtype: As in `load_reward_model`.
 
@@ -90,15 +94,23 @@ def reward_function(
     def reward(
         prompts: Sequence[str | Sequence[Message]], completions: Sequence[str | Sequence[Message]], **_: Any
     ) -> list[float]:
-        """Rewards of completions, each of its own prompt."""
-        conversations = [
-            read_prompt({f"prompts[{number}]": prompt}, f"prompts[{number}]")
-            + read_messages(completion, f"completions[{number}]", "assistant", may_be_empty=True)
-            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        return scorer.score_ids(scorer.ids(conversations))
+        """Rewards of completions, each of its own prompt; what completions of one prompt share is computed once."""
+        conversations, groups = [], []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            before = read_prompt({f"prompts[{number}]": prompt}, f"prompts[{number}]")
+            answer = read_messages(completion, f"completions[{number}]", "assistant", may_be_empty=True)
+            conversations.append(before + answer)
+            groups.append(str(before))
+        return scorer.score_ids(scorer.ids(conversations), groups)
 
+    reward.__name__ = name or _own_name(path)  # by which TRL tells reward functions apart
     return reward
+
+
+def _own_name(path: str | Path) -> str:
+    """The last part of a model's path that tells it from others: that of `runs/mine/export/huggingface` is mine."""
+    alike = {"adapter", "merged", "export", "model.gguf", *TARGETS}
+    return next(part for part in reversed(Path(path).absolute().parts) if part not in alike)
 
 
 class Scorer:
@@ -134,7 +146,8 @@ class Scorer:
             raise wrong_type("answers", answers, "a list of answers, of which one is a text or messages")
         before = read_prompt({"prompt": prompt}, "prompt") if prompt else ()
         after = [read_answer(answer, f"answers[{number}]") for number, answer in enumerate(answers)]
-        return self.score_ids(self.ids([before + answer for answer in after], tools))
+        rows = self.ids([before + answer for answer in after], tools)
+        return self.score_ids(rows, ["answers"] * len(rows))
 
     def score_conversations(
         self, conversations: Sequence[Sequence[Message]], *, tools: Sequence[dict[str, Any]] = ()
@@ -146,6 +159,30 @@ class Scorer:
         """
         read = [read_conversation(one, f"conversations[{n}]") for n, one in enumerate(conversations)]
         return self.score_ids(self.ids(read, tools))
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Rewards of conversations that are rendered already, as verl and OpenRLHF's remote reward function have them.
+
+        No template is applied, and special tokens in the texts count; a BOS stands once, whether the texts have it or not.
+        They must be rendered by this model's own chat template, for another's control tokens are mere text to its
+        tokenizer, and to the end, for the reward is read at the last token: ChatML writes a line break after `<|im_end|>`,
+        which what a policy has written lacks.
+
+        >>> def reward_func(queries, prompts, labels, **_):  # in the file of OpenRLHF's --remote_rm_url  # doctest: +SKIP
+        ...     rewards = torch.tensor(scorer.score_texts(queries))
+        ...     return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
+
+        Args:
+            texts: Whole conversations, each ending with its answer.
+
+        Raises:
+            DataError: If one is no text or empty, or `texts` is one text.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise wrong_type("texts", texts, "a list of texts")
+        return self.score_ids(
+            self.model.chat.text_ids([check_text(text, f"texts[{n}]") for n, text in enumerate(texts)])
+        )
 
     def ids(self, conversations: Sequence[Messages], tools: Sequence[dict[str, Any]] = ()) -> list[list[int]]:
         """Token ids of whole conversations, whose messages were read already.
@@ -162,13 +199,21 @@ class Scorer:
         rows: list[list[int]] = self.model.chat.ids([(one, tools) for one in conversations])
         return rows
 
-    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def score_ids(self, rows: Sequence[Sequence[int]], groups: Sequence[str] = ()) -> list[float]:
         """Rewards of whole conversations given as token ids.
+
+        Args:
+            rows: The conversations.
+            groups: The group of each, "" for none of them; empty: no groups. What those of one group begin with is
+                computed once.
 
         Raises:
             ModelError: If one is not finite.
         """
-        trees = [TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,)) for row in rows]
+        trees = [
+            TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,), group=group)
+            for row, group in zip(rows, groups or [""] * len(rows), strict=True)
+        ]
         rewards = [rewards[0] for rewards in self.model.score(trees)]
         check_finite(rewards)
         return rewards

@@ -4,12 +4,10 @@ import gc
 import importlib.util
 import inspect
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,27 @@ from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
-from lora_rm.data.formats import parse_conversations
 from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import TokenTree, read_template
-from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, first_line, storing
+from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export import TARGETS
+from lora_rm.export.huggingface import check_login, push
+from lora_rm.export.proof import public_record, read_parity
+from lora_rm.merge import RECORD as RECORD_OF_MERGE
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.base import cache_folder, file_sha256
+from lora_rm.model.base import (
+    BaseModel,
+    cache_folder,
+    check_shape,
+    file_sha256,
+    find_config,
+    is_hub_id,
+    read_json,
+)
 from lora_rm.model.checkpointing import Mode
-from lora_rm.model.classifier import check_length
+from lora_rm.model.classifier import check_length, longest_conversation, read_config
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import RECORD, check_weights_file, read_record
 from lora_rm.model.reward_model import RewardModel
@@ -330,11 +338,11 @@ def export_run(
         out: Folder to make; None: `RUN/export/TARGET`.
         dtype: How weights are stored, where the target lets one choose; None: its default.
         overwrite: Replace an earlier export.
-        push_to: Hub repository to upload to.
+        push_to: Hub repository to upload to. An export of this model that is there already is not made anew for it.
 
     Raises:
-        ConfigError: If there is no such folder or target, it does not let one choose the type, or a package of its extra is
-            missing.
+        ConfigError: If there is no such folder or target, it does not let one choose the type, a package of its extra is
+            missing, or `push_to` is given and nobody is logged in to the hub.
         MergeError: If there is no merged and verified model, or the export gives other rewards.
     """
     if to not in TARGETS:
@@ -357,26 +365,72 @@ def export_run(
             f"--dtype is {dtype!r}, but --to {to} writes weights as the merge stored them. Merge again with "
             "--merge.dtype."
         )
-    export(merged, out, run=run, overwrite=overwrite, **more)
+    if push_to:
+        check_login()
+    if not (push_to and not overwrite and _is_exported(merged, out, to, dtype)):
+        export(merged, out, run=run, overwrite=overwrite, **more)
     say(f"The export lies in {out}.")
     if push_to:
-        from lora_rm.export.huggingface import push
-
         say(f"Uploaded to {push(out, push_to)}.")
     return out
+
+
+def _is_exported(merged: Path, out: Path, to: str, dtype: str | None) -> bool:
+    """Whether `out` is an export of this merged model, which has its name only when it is whole and proven."""
+    if not (out / "parity.json").is_file():
+        return False
+    made = read_json(out / "parity.json")
+    is_same = made.get("passed") is True and made.get("merge") == public_record(read_parity(merged)["merge"])
+    return is_same and made.get("target") == to and dtype in (None, made.get("dtype"))
+
+
+def trained_length(path: Path) -> dict[str, Any]:
+    """What a saved model's record tells of `data.max_length` and `data.length_policy` in its training.
+
+    Of a model without record, from the hub or of another program, no conversation is left out that it takes.
+
+    Args:
+        path: As in `load_reward_model`; of a run nothing is told, for its own settings do.
+
+    Raises:
+        ModelError: If a file is damaged, or the hub does not give it.
+    """
+    if (path / "config.yaml").is_file():
+        return {}
+    folder = path.parent if path.is_file() else path  # a .gguf lies beside its record
+    if is_hub_id(str(path)):
+        folder = find_config(str(path), tokenizer=True).path
+    for file in (folder / RECORD, folder / RECORD_OF_MERGE, folder / "parity.json"):
+        record: Any = read_json(file) if file.is_file() else {}
+        if file.name == "parity.json":  # a .gguf has no other
+            record = record.get("merge")
+        policy = record.get("length_policy") if isinstance(record, dict) else None
+        if policy is not None:  # an earlier lora_rm wrote none
+            check_shape(file, policy, {"max_length": int, "policy": str}, "length_policy")
+            return {"max_length": policy["max_length"], "length_policy": policy["policy"]}
+    if not (folder / "config.json").is_file():
+        return {}
+    longest = longest_conversation(read_config(BaseModel(name=str(path), path=folder)))
+    return {"max_length": longest[0] if longest else 2**31 - 1}  # the largest that is allowed
 
 
 def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> Evaluation:
     """Evaluates any saved model on `data.eval`, or on the held-out side of its own run.
 
+    Args:
+        path: As in `load_reward_model`.
+        settings: Whose `data` says what to evaluate on.
+        file: Write the numbers there too, as JSON.
+
     Raises:
-        ConfigError: If there is no such model, or nothing to evaluate on.
+        ConfigError: If there is nothing to evaluate on.
+        ModelError: If there is no such model.
     """
-    if not path.is_file():  # as a .gguf is
-        _check_folder(path)
-    is_run = (path / "config.yaml").is_file()
-    if settings.data.eval is None and not is_run:
-        raise ConfigError("data.eval is not set. Give the preferences to evaluate on: --data.eval FILE.")
+    if settings.data.eval is None and not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"data.eval is not set, and {path} is no run folder, whose held-out side would be taken. Give the preferences to "
+            "evaluate on: --data.eval FILE, or check the path."
+        )
     scorer = load_reward_model(path, device=settings.model.device, compute_dtype=settings.model.compute_dtype)
     chat = scorer.model.chat
     if settings.data.eval is None:
@@ -395,142 +449,6 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
         with storing(file):
             file.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     return found
-
-
-NUM_TOGETHER = 64
-"""Lines that are scored together. A call that goes on makes the same groups, so that rewards are the same bits."""
-
-
-def score_lines(
-    path: str, lines: Iterable[str], name: str, done: Sequence[str] = (), *, together: int = NUM_TOGETHER
-) -> Iterator[str]:
-    """Adds a reward to every conversation in JSON lines.
-
-    Args:
-        path: Of the model.
-        lines: Conversations; empty lines are passed over. What a line has as `reward` (`rewards` of several responses)
-            is replaced.
-        name: Of the file, for messages.
-        done: What an earlier call gave for the first conversations. They are not scored again, but for the last ones,
-            which tell whether the model is still the same.
-        together: Lines that are scored together.
-
-    Raises:
-        DataError: If a line is no conversation, or is not the one that was scored earlier, or had another reward; with
-            its number.
-    """
-    scorer = load_reward_model(path)
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    num_read = 0
-    while group := list(islice(numbered, together)):
-        said = [_conversations(scorer, line, f"{name} line {number}") for number, line in group]
-        earlier = [json.loads(text) for text in done[num_read : num_read + len(group)]]
-        num_read += len(group)
-        for (number, _), (values, key, _), known in zip(group, said, earlier, strict=False):
-            if key not in known or {**known, key: None} != {**values, key: None}:
-                raise DataError(
-                    f"{name} line {number}: is not the conversation that was scored earlier. Give the same file again, or "
-                    "begin a new --out."
-                )
-        if num_read < len(done):
-            continue
-        rows = [ids for _, _, own in said for ids in own]
-        try:
-            rewards = iter(scorer.score_ids(rows))
-        except (IndexError, RuntimeError) as error:
-            raise DataError(
-                f"{name} lines {group[0][0]} to {group[-1][0]}: cannot be scored ({first_line(error)}). The longest "
-                f"has {max(map(len, rows))} tokens: the model, or the memory, may be made for fewer."
-            ) from None
-        for place, ((number, _), (values, key, own)) in enumerate(zip(group, said, strict=True)):
-            found = [next(rewards) for _ in own]
-            if place >= len(earlier):
-                yield json.dumps({**values, key: found if key == "rewards" else found[0]}, ensure_ascii=False)
-                continue
-            known = earlier[place][key] if key == "rewards" else [earlier[place][key]]
-            if any(abs(a - b) > SAME_REWARD * max(1.0, abs(b)) for a, b in zip(known, found, strict=True)):
-                raise DataError(
-                    f"{name} line {number}: had the reward {known} and has {found} now, so another model was used. Give that "
-                    "one, or begin a new --out."
-                )
-    if num_read < len(done):
-        raise DataError(
-            f"{name}: has {num_read} conversations, and {len(done)} were scored earlier. Give the same file again."
-        )
-
-
-SAME_REWARD = 0.1
-"""Largest change of a reward, as a share of it, that another machine's rounding may explain."""
-
-
-def _conversations(scorer: Scorer, line: str, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:
-    """A line's values without the reward, the name that the reward will have, and the token ids of what is scored."""
-    try:
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
-        if not isinstance(values, dict):
-            raise DataError("it is no object")
-        key = "rewards" if values.get("responses") is not None else "reward"
-        if key == "rewards" and not isinstance(values["responses"], list):
-            raise DataError("responses is no list")
-        if {"chosen", "rejected"} <= values.keys() and not values.keys() & {
-            "messages",
-            "response",
-            "responses",
-        }:
-            raise DataError(
-                "it is a preference pair: evaluate those with `lora-rm eval MODEL --data.eval FILE`"
-            )
-        conversations, tools = parse_conversations(values)
-        values.pop(key, None)
-        return values, key, scorer.ids(conversations, tools)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: is no conversation ({error}). Write "
-            '{"messages": [...]}, {"prompt": ..., "response": ...} or {"prompt": ..., "responses": [...]}.'
-        ) from None
-
-
-def score_file(path: str, lines: Iterable[str], name: str, out: Path, *, resume: bool = False) -> int:
-    """Writes conversations with their rewards to a file; what a killed call had written is not scored again.
-
-    Returns:
-        Lines in the file.
-
-    Raises:
-        ConfigError: If the file is there and `resume` does not say to go on with it, or something else wrote it.
-        DataError: As `score_lines`.
-        StorageError: If it cannot be written.
-    """
-    if out.exists() and not resume:
-        raise ConfigError(f"{out}: exists already. Go on with --resume, remove it, or choose another --out.")
-    with storing(out):
-        raw = out.read_bytes().splitlines(keepends=True) if out.exists() else []
-    whole = [line for line in raw if line.endswith(b"\n")]
-    try:
-        done = [line.decode() for line in whole]
-        is_own = all(json.loads(line).keys() & {"reward", "rewards"} for line in done)
-    except (ValueError, AttributeError):
-        is_own = False
-    if len(whole) < len(raw):
-        with suppress(ValueError):  # a line that a kill cut off is no JSON
-            json.loads(raw[-1])
-            is_own = False
-        is_own = is_own and raw[-1].startswith(b"{")
-    if not is_own or (out.exists() and Path(name).exists() and out.samefile(name)):
-        raise ConfigError(f"{out}: holds lines that are no rewards of this command. Choose another --out.")
-    if len(whole) < len(raw):  # half a line of a call that was killed
-        with storing(out):
-            os.truncate(out, sum(map(len, whole)))
-    if done:
-        say(f"Going on after {len(done)} conversations.")
-    count = len(done)
-    with storing(out), out.open("a", encoding="utf-8") as stream:
-        for line in score_lines(path, lines, name, done):
-            stream.write(line + "\n")
-            stream.flush()
-            count += 1
-    return count
 
 
 def summarize(run: RunFolder, started: float) -> dict[str, Any]:

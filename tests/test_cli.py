@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from lora_rm import __version__
-from lora_rm.cli import COMMANDS, main
+from lora_rm.cli import COMMANDS, _weights, main
 from lora_rm.config import check_settings, load_settings
+from lora_rm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +59,7 @@ def test_the_version_is_printed(run):
         ("merge", ["RUN", "--out DIR", "--merge.dtype", "--verify.max-change"], ["--train.", "--seed"]),
         ("export", ["RUN", "--to TARGET", "torch-export", "--out DIR", "--dtype TYPE", "--overwrite", "--push REPOSITORY"], ["--train.", "--merge."]),
         ("eval", ["MODEL", "--json FILE", "--data.eval"], ["--train.learning-rate", "--seed"]),
-        ("score", ["MODEL", "FILE", '{"messages": [...]}'], ["--train.", "--data."]),
+        ("score", ["MODEL", "FILE", ".csv.gz", "--model.device", '{"messages": [...]}'], ["--train.", "--data.", "--model.base"]),
         ("plan", ["PRESET|MODEL", "--gpu SIZE", "--calibrate", "--data.max-length", "--model.base"], []),
         ("doctor", ["DATA FILE|MODEL|RUN", "--json FILE", "--model.base", "--data.eval"], ["--train."]),
         ("config", ["PRESET", "--train.learning-rate", "--seed"], []),
@@ -118,6 +119,9 @@ MISTAKES = [
     (["config", "absent.yaml"], "absent.yaml: cannot be read"),
     (["merge"], "RUN. `lora-rm merge --help`"),
     (["merge", "runs/a", "runs/b"], "runs/b"),
+    (["merge", "runs/a", "--with", "runs/b"], "--with makes a model of several runs, which lies in none of them. Add --out"),
+    (["merge", "runs/a", "--with", "runs/b", "--weights", "1"], "--weights is 1, for 2 runs. Give as many numbers as runs"),
+    (["merge", "runs/a", "--weights", "1"], "--weights is 1, for 1 runs"),
     (["merge", "runs/a", "--out"], "--out"),
     (["merge", "runs/a", "--merge.dtype", "float8"], "merge.dtype is 'float8'; allowed: 'auto', 'float16'"),
     (["export"], "RUN"),
@@ -126,6 +130,8 @@ MISTAKES = [
     (["eval", "runs/a", "--data.max-evil", "1"], "Did you mean data.max_eval?"),
     (["score", "runs/a", "lines.jsonl", "--fast"], "--fast is no option of this command"),
     (["score", "runs/a", "absent.jsonl"], "absent.jsonl: cannot be read"),
+    (["score", "runs/a", "--model.compute-dtype", "float8"], "model.compute_dtype is 'float8'; allowed: 'auto'"),
+    (["score", "runs/a", "--data.max-length", "9"], "--data.max-length is no option of this command"),
 ]  # fmt: skip
 
 
@@ -159,10 +165,19 @@ def test_a_mistake_is_one_message_and_exit_state_1(run, words, message, tmp_path
         ),
         (["merge", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
         (["export", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
-        (["eval", "runs/absent"], "ConfigError: runs/absent: there is no such folder"),
+        (["eval", "absent"], "ConfigError: data.eval is not set, and absent is no run folder"),
+        (
+            ["eval", "runs/absent"],
+            "there is no folder runs/absent, and runs/absent cannot be fetched from the hub",
+        ),
+        (["eval", "absent", "--data.eval", "x.jsonl"], "ModelError: absent: is no run"),
         (["eval", "."], "ConfigError: data.eval is not set"),
         (["plan", "runs/absent"], "ModelError: model.base: there is no folder runs/absent"),
-        (["score", "runs/absent"], "ModelError: runs/absent: is no run"),
+        (["score", "absent"], "ModelError: absent: is no run"),
+        (
+            ["score", "runs/absent"],
+            "there is no folder runs/absent, and runs/absent cannot be fetched from the hub",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -237,6 +252,26 @@ def test_an_evaluation_changes_nothing_of_the_model(run, tmp_path):
     )
 
 
+def test_a_run_folder_is_a_preset_of_every_command_that_takes_one(run, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 6\nmodel: {base: a/b}\nadapter: {rank: 48}\n")
+    status, text, errors = run("config", str(folder), "--adapter.alpha", "7")
+    assert (status, errors) == (0, "")
+    found = yaml.safe_load(text)
+    assert (found["seed"], found["adapter"]["rank"], found["adapter"]["alpha"]) == (6, 48, 7.0)
+    assert run("config", str(folder / "config.yaml"), "--adapter.alpha", "7") == (0, text, "")
+    for name in ("train", "config", "plan"):
+        assert "(default: 48)" in run(name, str(folder), "--help")[1]
+    planned = []
+    monkeypatch.setattr("lora_rm.plan.plan", lambda settings, *_, **__: planned.append(settings))
+    monkeypatch.setattr("lora_rm.plan.show_plan", lambda _: True)
+    for words in ([str(folder)], [str(folder / "config.yaml")], ["c/d"], []):
+        assert run("plan", *words)[0] == 0
+    assert [(s.model.base, s.seed) for s in planned] == [("a/b", 6), ("a/b", 6), ("c/d", 0), ("", 0)]
+    assert "runs/absent: cannot be read (No such file or directory)" in run("config", "runs/absent")[2]
+
+
 def test_resume_goes_on_with_a_run_and_starts_none(run, tmp_path):
     status, _, errors = run("train", "--output-dir", str(tmp_path / "run"), "--resume")
     assert status == 1
@@ -257,6 +292,26 @@ def test_a_run_folder_stands_for_its_settings(run, tmp_path, monkeypatch):
         (5, "elsewhere", False),
         (5, str(tmp_path), True),
     ]
+
+
+def test_the_weights_of_adapters_are_their_average_or_one_number_a_run(run, monkeypatch):
+    assert _weights(None, 4) == [0.25] * 4
+    assert _weights(None, 1) == [1.0]
+    assert _weights("0.7,0.3", 2) == [0.7, 0.3]
+    for text, count in (("a,b", 2), ("1", 2), ("1,2,3", 2), ("", 2), ("1", 1)):
+        with pytest.raises(ConfigError, match=f"--weights is {text}, for {count} runs"):
+            _weights(text, count)
+    asked = []
+    monkeypatch.setattr(
+        "lora_rm.workflow.combine_runs", lambda *words: asked.append(words) or Path("combined")
+    )
+    monkeypatch.setattr("lora_rm.workflow.merge_run", lambda path, _, out: asked.append((path, out)))
+    words = ["merge", "a", "--with", "b", "--with", "c", "--out", "x/mine"]
+    assert run(*words, "--weights", "0.5,0.2,0.3")[0] == run(*words)[0] == 0
+    paths, combined = [Path("a"), Path("b"), Path("c")], (Path("combined"), Path("x/mine"))
+    assert asked == [
+        (paths, [0.5, 0.2, 0.3], Path("x/mine-adapter")), combined, (paths, [1 / 3] * 3, Path("x/mine-adapter")), combined,
+    ]  # fmt: skip
 
 
 def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):

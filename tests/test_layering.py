@@ -16,7 +16,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "metrics", "evaluate"},
     {"train", "merge", "verify"},
-    {"export", "score", "plan"},
+    {"export", "score", "score_file", "plan"},
     {"workflow", "doctor"},
     {"cli"},
 ]

@@ -27,9 +27,10 @@ from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
+from lora_rm.score_file import score_lines
 from lora_rm.verify import HELD_OUT, Change, measure_change, verify
 from lora_rm.verify import _fault as fault_of
-from lora_rm.workflow import evaluate_model, export_run, merge_run, score_lines, summarize, train_run
+from lora_rm.workflow import evaluate_model, export_run, merge_run, summarize, train_run
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_notARealTokenButLongEnough"
@@ -233,7 +234,7 @@ def test_every_form_opens_in_one_call_with_the_same_rewards(job, form):
     rewards = scorer.score(prompt, answers)
     expected = load_reward_model(job.adapter, compute_dtype="float32").score(prompt, answers)
     assert rewards == pytest.approx(expected, abs=0.02 * job.read_json("parity.json")["spread"])
-    assert scorer.best_of(prompt, answers) == answers[scorer.rank(prompt, answers)[0]]
+    assert scorer.best_of(prompt, answers) == answers[rewards.index(max(rewards))]
 
 
 def test_lines_are_scored_and_bad_lines_named(job):
@@ -372,11 +373,69 @@ def test_what_is_no_export_is_not_overwritten(job, tmp_path):
     assert job.read_json("parity.json")
 
 
-def test_an_export_is_uploaded_when_told(job, tmp_path, capsys):
+class Hub:
+    """In the place of `huggingface_hub.HfApi`: notes what it is asked."""
+
+    def __init__(self, asked, refuses=()):
+        self.asked = asked
+        self.refuses = refuses
+
+    def __call__(self):
+        return self
+
+    def __getattr__(self, name):
+        def call(*words, **named):
+            self.asked.append((name, words, named))
+            if name in self.refuses:
+                raise OSError("Token is required")
+            return "https://hub/someone/model"
+
+        return call
+
+
+def test_an_export_is_uploaded_when_told(job, tmp_path, capsys, monkeypatch):
+    out, asked = tmp_path / "mine", []
+    words = ["export", str(job.path), "--out", str(out), "--push", "someone/model"]
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(asked, refuses=["whoami"]))
     with pytest.raises(SystemExit, match="1"):
-        main(["export", str(job.path), "--out", str(tmp_path / "mine"), "--push", "someone/model"])
-    assert "someone/model: the hub refused the upload" in capsys.readouterr().err  # the tests are offline
-    assert (tmp_path / "mine" / "README.md").is_file()
+        main(words)
+    assert (
+        "does not tell who you are (Token is required). Log in with `hf auth login`"
+        in capsys.readouterr().err
+    )
+    assert not out.exists()  # told before the work is done
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(asked, refuses=["upload_folder"]))
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    assert "someone/model: the hub refused the upload (Token is required)" in capsys.readouterr().err
+    # it lies there whole: the next call uploads it, and neither writes nor proves it anew
+    before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()}
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(asked))
+    asked.clear()
+    monkeypatch.setattr("lora_rm.export.proof.subprocess.run", lambda *_, **__: pytest.fail("proven anew"))
+    assert main(words) == 0
+    assert "Uploaded to https://hub/someone/model." in capsys.readouterr().out
+    assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()} == before
+    assert asked == [
+        ("whoami", (), {}),
+        ("create_repo", ("someone/model",), {"private": True, "exist_ok": True}),
+        ("upload_folder", (), {"repo_id": "someone/model", "folder_path": out, "ignore_patterns": [".*"]}),
+    ]
+
+
+def test_an_export_of_something_else_is_not_uploaded_in_its_place(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub([]))
+    out = job.exports / "huggingface"
+    with pytest.raises(MergeError, match="exists already"):
+        export_run(job.path, to="vllm", out=out, push_to="someone/model")
+    other = shutil.copytree(job.merged, tmp_path / "merged")
+    parity = json.loads((other / "parity.json").read_text())
+    parity["merge"]["adapter_sha256"] = "of another training"
+    (other / "parity.json").write_text(json.dumps(parity))
+    with pytest.raises(MergeError, match="exists already"):
+        export_run(other, out=out, push_to="someone/model")
+    with pytest.raises(MergeError, match="exists already"):
+        export_run(job.path, out=out)
 
 
 def test_a_lone_adapter_is_merged_beside_itself(job, tmp_path):

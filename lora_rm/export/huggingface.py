@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lora_rm.checkpoint import RunFolder
-from lora_rm.errors import MergeError
+from lora_rm.errors import ConfigError, MergeError, first_line
 from lora_rm.export.proof import (
     NUM_PADDED,
     TOLERANCE,
@@ -126,6 +126,23 @@ for dtype, count in {"float32": None, **request["stored"]}.items():
 print(json.dumps(found))
 """
 """A user's own call, for the texts of `parity.json`."""
+
+
+def check_login() -> None:
+    """Asks the hub who is logged in, before an export is written that could not be uploaded.
+
+    Raises:
+        ConfigError: If nobody is, or the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # of the hub's client, of Python, and of an HTTP library
+        raise ConfigError(
+            f"--push uploads to the hub, which does not tell who you are ({first_line(error)}). Log in with `hf auth login`, "
+            "see to the network, or leave --push out."
+        ) from None
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:

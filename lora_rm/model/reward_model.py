@@ -256,7 +256,7 @@ class RewardModel(nn.Module):
         base = find_base(str(folder))
         if read_json(base.path / "config.json").get("model_type") is None:
             raise ModelError(f"{folder}: config.json names no model_type. Give the folder of a merged model.")
-        chat = ChatTokenizer.load(folder)
+        chat = ChatTokenizer.load(base.path)
         head = stored_head(base)
         if head is None:
             raise ModelError(

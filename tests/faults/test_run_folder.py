@@ -21,9 +21,10 @@ from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.merge import merge
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
+from lora_rm.score_file import score_file, score_lines
 from lora_rm.train import train
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.workflow import merge_run, open_model, score_file, score_lines, train_run
+from lora_rm.workflow import merge_run, open_model, train_run
 
 SMALL_DISK = """\
 import os, subprocess, sys
@@ -535,7 +536,9 @@ def test_scores_of_a_killed_call_are_not_computed_again(trained, tmp_path, monke
     with pytest.raises(ConfigError, match="exists already.*--resume"):
         score_file(str(trained), lines, "lines", cut)
     scored, real = [], Scorer.score_ids
-    monkeypatch.setattr(Scorer, "score_ids", lambda self, rows: scored.append(len(rows)) or real(self, rows))
+    monkeypatch.setattr(
+        Scorer, "score_ids", lambda self, rows, groups: scored.append(len(rows)) or real(self, rows, groups)
+    )
     assert score_file(str(trained), ["", *lines], "lines", cut, resume=True) == 6
     assert (cut.read_bytes(), scored) == (expected, [12])
     # in groups of two lines: the one of the last finished line is scored again, which tells that the model is the same
