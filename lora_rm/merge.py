@@ -368,10 +368,10 @@ def merge(
     except _DoesNotFit as overflow:
         if settings.dtype != "auto":
             raise MergeError(
-                f"{overflow.name}: a value of {overflow.value:.4g} does not fit float16. Use --merge.dtype bfloat16 or float32."
+                f"{overflow.name}: a value of {overflow.value:.4g} does not fit float16. Use --merge.dtype float32."
             ) from None
-        say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing bfloat16 instead.")
-    return _merge(Plan(adapter, replace(settings, dtype="bfloat16"), base), output)
+        say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing float32 instead.")
+    return _merge(Plan(adapter, replace(settings, dtype="float32"), base), output)
 
 
 def check_mergeable(model: RewardModel) -> None:
@@ -405,8 +405,8 @@ def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     if settings.overwrite or not file.is_file() or (output / "parity.json").is_file():
         return False
     plan, made = Plan(adapter, settings), read_json(file)
-    # auto ends with bfloat16 where a value does not fit float16
-    roundings = (plan.rounding, "bfloat16" if settings.dtype == "auto" else plan.rounding)
+    # auto ends with float32 where a value does not fit float16
+    roundings = (plan.rounding, "float32" if settings.dtype == "auto" else plan.rounding)
     is_same = made.get("adapter_sha256") == file_sha256(adapter / "adapter_model.safetensors")
     return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
 
@@ -745,9 +745,8 @@ def _stored(exact: torch.Tensor, rounding: Rounding, seed: str) -> torch.Tensor:
 def _rounding(wanted: str, quantization: Quantization, model_type: str) -> Rounding:
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
-    if quantization.load_dtype == torch.float32:
-        return "float32"
-    return "bfloat16" if model_type in OVERFLOWING else "float16"
+    # bfloat16 would not pass the verification: 1.18 % of the spread on average and 5.08 % at most on the quickstart's run
+    return "float32" if quantization.load_dtype == torch.float32 or model_type in OVERFLOWING else "float16"
 
 
 def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]]:

@@ -122,7 +122,7 @@ def verify(
     """
     from lora_rm.checkpoint import write_atomically
     from lora_rm.data.tokens import ChatTokenizer
-    from lora_rm.merge import RECORD, Plan, check_weights
+    from lora_rm.merge import OVERFLOWING, RECORD, Plan, check_weights
     from lora_rm.model.base import check_shape, read_json
     from lora_rm.model.record import CANARIES, read_record
     from lora_rm.model.record import RECORD as ADAPTER_RECORD
@@ -153,7 +153,13 @@ def verify(
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
     chat = ChatTokenizer.load(adapter)
-    fault = _fault(remembered, changes if plan.is_trained_model else {}, settings, merge_record)
+    fault = _fault(
+        remembered,
+        changes if plan.is_trained_model else {},
+        settings,
+        merge_record,
+        overflows=plan.config.model_type in OVERFLOWING,
+    )
     parity = {
         "passed": not fault,
         "is_trained_model": plan.is_trained_model,
@@ -208,9 +214,14 @@ def verify(
 
 
 def _fault(
-    remembered: Change, changes: dict[str, Change], settings: VerifySettings, merge_record: dict[str, Any]
+    remembered: Change,
+    changes: dict[str, Change],
+    settings: VerifySettings,
+    merge_record: dict[str, Any],
+    *,
+    overflows: bool,
 ) -> str:
-    """What is wrong with the rewards, or nothing."""
+    """What is wrong with the rewards, or nothing; `overflows` says that float16 is no remedy for this family."""
     if remembered.largest > settings.max_change:
         return (
             f"The adapter's canaries moved by {remembered.largest:.2%} of the spread since training "
@@ -222,16 +233,22 @@ def _fault(
             return (
                 f"Merging changed rewards by {change.mean:.2%} of their spread on average and {change.largest:.2%} at "
                 f"most ({way}; base: {merge_record['base_weights']}, stored as {merge_record['dtype']}; allowed: "
-                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). {_remedy(merge_record['dtype'])}"
+                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). {_remedy(merge_record['dtype'], change, settings, overflows)}"
             )
     return ""
 
 
-def _remedy(dtype: str) -> str:
-    if dtype != "float32":
-        finer = "float16 or float32" if dtype.startswith("bfloat16") else "float32"
-        return f"Use --merge.dtype {finer}, or raise verify.max_change."
-    return "Raise verify.max_change if that is little: few answers, or answers alike, make a small spread."
+def _remedy(dtype: str, change: Change, settings: VerifySettings, overflows: bool) -> str:
+    finer = "float16" if dtype.startswith("bfloat16") and not overflows else "float32"
+    again = "" if dtype == "float32" else f"Merge again with --merge.dtype {finer} --merge.overwrite True"
+    if not math.isfinite(change.largest):
+        return f"{again}." if again else "No setting mends that: train again."
+    largest = max(settings.max_change, math.ceil(change.largest * 100) / 100)
+    mean = max(settings.max_mean_change, math.ceil(change.mean * 1000) / 1000)
+    more = f"--verify.max-change {largest:g} --verify.max-mean-change {mean:g} --merge.overwrite True"
+    if again:
+        return f"{again}, or allow more: {more}."
+    return f"If that is little, for few answers, or answers alike, make a small spread, allow more: {more}."
 
 
 def score_in_fresh_process(

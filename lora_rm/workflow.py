@@ -328,7 +328,7 @@ def export_run(
     if more.keys() - inspect.signature(export).parameters.keys():
         raise ConfigError(
             f"--dtype is {dtype!r}, but --to {to} writes weights as the merge stored them. Merge again with "
-            "--merge.dtype."
+            "--merge.dtype TYPE --merge.overwrite True."
         )
     export(merged, out, run=run, overwrite=overwrite, **more)
     say(f"The export lies in {out}.")

@@ -86,7 +86,8 @@ def read_parity(merged: Path) -> dict[str, Any]:
     parity: dict[str, Any] = read_json(file)
     if parity.get("passed") is False:
         raise MergeError(
-            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
+            f"{merged}: its rewards changed by more than was allowed. `lora-rm merge RUN --merge.overwrite True` merges again; if that "
+            "fails its message says what to change."
         )
     check_shape(file, parity, SHAPE)
     return parity

@@ -19,7 +19,7 @@ from lora_rm.console import say
 from lora_rm.errors import MergeError
 from lora_rm.export.proof import export_folder, hub_id, prove, score_in_fresh_process, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
-from lora_rm.merge import merge
+from lora_rm.merge import OVERFLOWING, merge
 from lora_rm.model.base import read_json
 from lora_rm.model.record import RECORD, read_record
 
@@ -126,7 +126,9 @@ def write_base(adapter: Path, folder: Path) -> None:
         save_file(zeroed, silent / WEIGHTS, metadata={"format": "pt"})
         record = {key: value for key, value in read_record(adapter).items() if key != "weights_sha256"}
         (silent / RECORD).write_text(json.dumps(record), encoding="utf-8")
-        merge(silent, folder, MergeSettings(base="auto", dtype="auto"))
+        # without updates bfloat16 holds all that was read in it, where auto would take float32
+        is_exact = record["load_dtype"] == "bfloat16" and record.get("model_type") in OVERFLOWING
+        merge(silent, folder, MergeSettings(base="auto", dtype="bfloat16" if is_exact else "auto"))
 
 
 def _copy_adapter(adapter: Path, folder: Path, base: str) -> None:
