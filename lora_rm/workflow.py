@@ -256,7 +256,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     """Merges a run's adapter, or the adapter in a folder of its own, and verifies the rewards.
 
     Returns:
-        The run folder, or the merged folder of a lone adapter: what `export_run` takes.
+        The run folder, or the merged folder where that is not the run's own: what `export_run` takes.
 
     Raises:
         ConfigError: If there is no such folder.
@@ -280,10 +280,12 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     torch.cuda.empty_cache()  # what training in this process kept for itself
     held_out = run.path / HELD_OUT if run else None
     parity = verify(adapter, out, settings.verify, held_out=held_out, device=settings.model.device)
-    if run:
+    made = out
+    if run and out.resolve() == run.merged.resolve():
         run.write_json("parity.json", {key: value for key, value in parity.items() if key != "answers"})
-    say(f"The merged model lies in {out}. Next: lora-rm export {path if run else out} --to huggingface")
-    return path if run else out
+        made = path
+    say(f"The merged model lies in {out}. Next: lora-rm export {made} --to huggingface")
+    return made
 
 
 def export_run(

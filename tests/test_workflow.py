@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,6 +343,23 @@ def test_a_lone_adapter_is_merged_beside_itself(job, tmp_path):
     (tmp_path / "mine-merged").mkdir()
     with pytest.raises(MergeError, match="/mine-merged: exists already"):
         merge_run(tmp_path / "mine", job.settings())
+
+
+def test_a_merge_into_another_folder_is_not_the_runs(job, tmp_path, monkeypatch, capsys):
+    """What is exported next, and whose numbers lie in the run."""
+    out, before = tmp_path / "other", (job.path / "parity.json").read_bytes()
+    monkeypatch.setattr("lora_rm.workflow.merge", lambda *_: SimpleNamespace(num_updated=1, num_tensors=1, base_weights="", dtype=""))  # fmt: skip
+    monkeypatch.setattr("lora_rm.workflow.verify", lambda *_, **__: {"passed": True, "other": True})
+    assert merge_run(job.path, job.settings(), out=out) == out
+    assert f"Next: lora-rm export {out} --to huggingface" in " ".join(capsys.readouterr().out.split())
+    assert (job.path / "parity.json").read_bytes() == before
+    run = RunFolder(shutil.copytree(job.path, tmp_path / "run"))
+    for own in (None, run.path / ".." / "run" / "merged"):
+        assert merge_run(run.path, job.settings(), out=own) == run.path
+        assert f"Next: lora-rm export {run.path} --to huggingface" in " ".join(
+            capsys.readouterr().out.split()
+        )
+    assert run.read_json("parity.json") == {"passed": True, "other": True}
 
 
 def test_a_merge_killed_in_its_verification_is_verified_and_not_written_again(job, tmp_path):
