@@ -34,10 +34,17 @@ from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError, StorageError, storing
 from lora_rm.model.adapter import lora_layers
-from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
+from lora_rm.model.base import BaseModel, file_sha256, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
-from lora_rm.model.record import HEAD_KEY, check_weights_file, read_head, read_record, recorded_quantization
+from lora_rm.model.record import (
+    HEAD_KEY,
+    check_weights_file,
+    read_head,
+    read_record,
+    recorded_base,
+    recorded_quantization,
+)
 from lora_rm.model.record import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, save_tensors, stored_tensors
@@ -121,8 +128,7 @@ class Plan:
         self.adapter = adapter
         self.record = read_record(adapter)
         self.quantization: Quantization = recorded_quantization(self.record)
-        named = self.record["base"]
-        self.base = base or find_base(named["name"], named["revision"])
+        self.base = base or recorded_base(adapter)
         self.head = read_head(adapter)
         self.config, self.transposed, renamings = _target(self.base)
         self.updates, biases = _updates(adapter, self.transposed)
@@ -470,8 +476,7 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
                     f"{adapter}: its {part} is not that of {adapters[0]}. Only adapters trained on the same base, "
                     "quantised in the same way, with the same tokenizer can be combined."
                 )
-    base = find_base(records[0]["base"]["name"], records[0]["base"]["revision"])
-    modules = _target(base)[1]
+    modules = _target(recorded_base(adapters[0]))[1]
     stacked: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         updates, biases = _updates(adapter, modules)

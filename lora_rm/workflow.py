@@ -29,7 +29,7 @@ from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.record import RECORD, check_weights_file, read_record
+from lora_rm.model.record import RECORD, check_weights_file, move_base, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
@@ -217,13 +217,26 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     run.write_json(HELD_OUT, answers[NUM_CANARIES:])
 
 
-def combine_runs(paths: Sequence[Path], weights: Sequence[float], folder: Path) -> Path:
+def combine_runs(
+    paths: Sequence[Path], weights: Sequence[float], folder: Path, *, base: str | None = None
+) -> Path:
     """Combines the adapters of several runs (or adapter folders) with weights; `merge_run` takes the result.
+
+    Args:
+        paths: Of the runs.
+        weights: One for each.
+        folder: To make.
+        base: Where their base lies now, if not where it lay.
 
     Raises:
         MergeError: If they cannot be combined.
+        ModelError: If `base` is another one than theirs.
     """
-    combine([run_adapter(path) for path in paths], weights, folder)
+    adapters = [run_adapter(path) for path in paths]
+    if base is not None:
+        for adapter in adapters:
+            move_base(adapter, base)
+    combine(adapters, weights, folder)
     model = RewardModel.load_adapter(folder, compute_dtype="float32")
     model.choose_batching()
     record = read_record(folder)
@@ -252,14 +265,21 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
+def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: str | None = None) -> Path:
     """Merges a run's adapter, or the adapter in a folder of its own, and verifies the rewards.
+
+    Args:
+        path: Of the run, or of the adapter.
+        settings: How it is merged and verified.
+        out: Folder to make; None: `RUN/merged`, or beside the adapter.
+        base: Where its base lies now, if not where it lay; the adapter's record will say so from then on.
 
     Returns:
         The run folder, or the merged folder where that is not the run's own: what `export_run` takes.
 
     Raises:
         ConfigError: If there is no such folder.
+        ModelError: If `base` is another one than that of the adapter.
         MergeError: If it cannot be merged, or rewards changed by more than allowed.
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
@@ -267,6 +287,8 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     if run:
         run.lock()
     read_record(adapter)
+    if base is not None:
+        move_base(adapter, base)
     if out is None:
         out = run.merged if run else Path(f"{path.resolve()}-merged")
     if is_unverified(adapter, out, settings.merge):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from pathlib import Path
 
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -30,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_rm.merge as merge_module
 import lora_rm.verify as verify_module
 from lora_rm import unfinished
+from lora_rm.cli import main
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.errors import MergeError, ModelError, StorageError
 from lora_rm.merge import (
@@ -45,6 +47,7 @@ from lora_rm.merge import (
 )
 from lora_rm.model import quantization
 from lora_rm.model.quantization import code_hashes, codes_8bit
+from lora_rm.model.record import move_base
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import TensorWriter, stored_tensors
 from lora_rm.score import Scorer
@@ -887,6 +890,66 @@ def test_a_base_that_changed_since_training_is_found(base, tmp_path):
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ModelError, match="not those it was trained on"):
         RewardModel.load_adapter(adapter)
+
+
+def test_a_base_that_moved_is_named_once(tmp_path, monkeypatch, capsys):
+    old = make_base(tmp_path / "cluster", shards=True)
+    model = shake(make_model(old))
+    adapters = [str(saved(model, tmp_path / name)) for name in ("first", "second")]
+    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2]]
+    expected = Scorer(model.eval()).score_ids(rows)
+    new = old.rename(tmp_path / "here")
+
+    def status(*words):
+        try:
+            return main(["merge", *words])
+        except SystemExit as end:
+            return end.code
+
+    assert status(adapters[0]) == 1
+    error = capsys.readouterr().err
+    assert f"there is no folder {old}" in error
+    assert "`lora-rm merge RUN --model.base FOLDER`" in error
+    for opened in (
+        RewardModel.load_adapter,
+        lambda folder: combine([folder, folder], (0.5, 0.5), tmp_path / "x"),
+    ):
+        with pytest.raises(ModelError, match="there is no folder .*lora-rm merge RUN --model.base FOLDER"):
+            opened(Path(adapters[0]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_rm.workflow.verify", lambda *_, **__: {})
+    assert status(adapters[0], "--model.base", "here") == 0
+    assert json.loads((tmp_path / "first-merged" / RECORD).read_text())["base"] == str(new)
+    opened = RewardModel.load_adapter(
+        Path(adapters[0]), compute_dtype="float32"
+    ).eval()  # with no word of the base
+    assert Scorer(opened).score_ids(rows) == pytest.approx(expected, abs=1e-5)
+    # of several runs all are told, and the first knows already
+    assert status(*adapters[:1], "--with", adapters[1], "--out", "both", "--model.base", "here") == 0
+    assert json.loads((tmp_path / "both" / RECORD).read_text())["base"] == str(new)
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "a shard more"])
+def test_another_base_than_that_of_training_is_not_taken_for_it(tmp_path, damage):
+    base = make_base(tmp_path / "base", shards=True)
+    adapter = saved(make_model(base), tmp_path / "adapter")
+    other = shutil.copytree(base, tmp_path / "other")
+    shards = sorted(other.glob("*.safetensors"))
+    if damage == "a shard more":
+        index = json.loads((other / "model.safetensors.index.json").read_text())
+        index["weight_map"]["more"] = "more.safetensors"
+        (other / "model.safetensors.index.json").write_text(json.dumps(index))
+        shutil.copy(shards[0], other / "more.safetensors")
+    else:
+        changed = shards[1] if damage == "weights" else other / "config.json"
+        changed.write_bytes(changed.read_bytes() + b" ")
+    name = {"weights": shards[1].name, "config": "config.json", "a shard more": "more.safetensors"}[damage]
+    before = (adapter / "lora_rm.json").read_bytes()
+    with pytest.raises(
+        ModelError, match=f"{other} is not the base that {adapter} was trained on: {name} is another"
+    ):
+        move_base(adapter, str(other))
+    assert (adapter / "lora_rm.json").read_bytes() == before
 
 
 def test_an_adapter_without_head_or_with_two_logits_is_refused(base, tmp_path):
