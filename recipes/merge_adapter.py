@@ -3,8 +3,9 @@
     python recipes/merge_adapter.py runs/quickstart --merge.overwrite True
     python recipes/merge_adapter.py path/to/adapter --merge.dtype float32
 
-The base is found by the name that the adapter remembers (`lora-rm merge RUN --model.base NEW` gives it another). The
-merged model lands in RUN/merged, the export in RUN/export/huggingface (or beside the adapter's folder). `--merge.overwrite True` replaces both where they are there.
+The base is found by the name that the adapter remembers; one that moved is named with `lora-rm merge RUN --model.base
+NEW`. The merged model lands in RUN/merged, the export in RUN/export/huggingface (or beside the adapter's folder);
+`--merge.overwrite True` replaces earlier ones.
 """
 
 import sys

@@ -79,23 +79,35 @@ def parity_of(folder):
     return json.loads((folder / "parity.json").read_text())
 
 
-def run_snippet(folder, texts, *blocked, number=0):
-    """Runs a call that an export's README shows, in its folder, where some packages cannot be imported."""
+def run_snippet(folder, *blocked, number=0):
+    """Runs a call that an export's README shows, as it stands, where some packages cannot be imported."""
     snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    lines = snippets[number].splitlines()
-    assert len(lines) <= 6
-    program = [
-        "import json, sys",
-        *(f"sys.modules[{name!r}] = None" for name in blocked),
-        f"texts = {texts!r}",
-        *lines,
-        "print(json.dumps(rewards.tolist()))",
-    ]
+    assert len(snippets[number].splitlines()) <= 7
+    return run_code(snippets[number], folder, *blocked)
+
+
+def run_code(code, folder, *blocked):
+    """What Python code prints in a folder, where some packages cannot be imported."""
+    program = "".join(["import sys\n", *(f"sys.modules[{name!r}] = None\n" for name in blocked), code])
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, cwd=folder, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_own_text(folder):
+    """What a README says of making a text, against the token ids of this library."""
+    (call, note) = re.findall(
+        r"A text of your own: `(transformers.*)`(.*)\.\n", (folder / "README.md").read_text()
+    )[0]
+    assert note == ", less the BOS, which the tokenizer adds"
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    code = f"import json, transformers\nmessages = {messages!r}\nprint(json.dumps({call}))"
+    chat = ChatTokenizer.load(folder)
+    text = run_code(code, folder).removeprefix(chat.tokenizer.bos_token)
+    (ids,) = chat.ids([(tuple(messages), ())])
+    assert chat.tokenizer(text).input_ids == list(ids)
 
 
 def tells_a_path(file):
@@ -147,32 +159,25 @@ def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merge
     (reward,) = session.get_outputs()
     assert (reward.name, reward.shape, reward.type) == ("rewards", ["batch"], "tensor(float)")
     assert not tells_a_path(out / "model.onnx")
-    found = run_snippet(out, [a["text"] for a in expected["answers"][:5]], "torch", "transformers", "lora_rm")
-    assert found == pytest.approx([a["reward"] for a in expected["answers"][:5]], abs=1e-4)
+    found = run_snippet(out, "torch", "transformers", "lora_rm")
+    assert found == pytest.approx([a["reward"] for a in expected["answers"][:8]], abs=1e-4)
+    check_own_text(out)
 
 
 def test_openvino_gives_the_rewards_of_the_onnx_file(merged, tmp_path):
     pytest.importorskip("openvino")
-    out, answers = export_onnx(merged, tmp_path / "onnx"), parity_of(merged)["answers"][:5]
-    texts = [answer["text"] for answer in answers]
-    found = run_snippet(out, texts, "torch", "transformers", "lora_rm", "onnxruntime", number=1)
+    out, answers = export_onnx(merged, tmp_path / "onnx"), parity_of(merged)["answers"][:8]
+    found = run_snippet(out, "torch", "transformers", "lora_rm", "onnxruntime", number=1)
     assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
 
 
 def test_mlx_gives_the_rewards_of_the_export(merged, tmp_path):
     pytest.importorskip("mlx_lm")
-    out, answers = tmp_path / "huggingface", parity_of(merged)["answers"][:5]
+    out, answers = tmp_path / "huggingface", parity_of(merged)["answers"][:8]
     assert main(["export", str(merged), "--to", "huggingface", "--out", str(out)]) == 0
     text = (Path(__file__).parents[1] / "recipes/mlx.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    program = (
-        f"import json\ntexts = {[answer['text'] for answer in answers]!r}\n{code}print(json.dumps(rewards))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=out, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found = run_code(code, out)
     assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
 
 
@@ -228,8 +233,9 @@ def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
     parts = [file for file in (tmp_path / "parts").rglob("*") if file.is_file()]
     assert len(parts) > 5
     assert not [file.name for file in parts if tells_a_path(file)]
-    found = run_snippet(out, [a["text"] for a in expected["answers"][:3]], "transformers", "lora_rm")
-    assert found == pytest.approx([a["reward"] for a in expected["answers"][:3]], abs=1e-4)
+    found = run_snippet(out, "transformers", "lora_rm")
+    assert found == pytest.approx([a["reward"] for a in expected["answers"][:8]], abs=1e-4)
+    check_own_text(out)
     with pytest.raises(MergeError, match="exists already"):
         export_torch_export(merged, out)
 

@@ -19,7 +19,7 @@ from lora_rm.export.proof import (
     need,
     prove,
     score_in_fresh_process,
-    text_note,
+    usage_page,
     write_parity,
 )
 
@@ -66,7 +66,7 @@ def export_onnx(
         unfinished.once(FILE, partial(_write, graph, dtype))
         del graph
         copy_tokenizer(merged, folder)
-        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
+        (folder / "README.md").write_text(usage_page(USAGE, parity), encoding="utf-8")
         answers = parity["answers"]
         kinds = batches([answer["ids"] for answer in answers])
         request = {
@@ -183,22 +183,26 @@ batch and length, padded on either side. Output: the raw rewards, float32. Measu
 `parity.json`.
 
 ```python
-import numpy, onnxruntime, tokenizers
+import json, numpy, onnxruntime, tokenizers
+texts = [answer["text"] for answer in json.load(open("parity.json", "rb"))["answers"][:8]]
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 session = onnxruntime.InferenceSession("model.onnx")
-batch = tokenizer.encode_batch(texts)  # {note}
+batch = tokenizer.encode_batch(texts)
 inputs = {"input_ids": [one.ids for one in batch], "attention_mask": [one.attention_mask for one in batch]}
-rewards = session.run(["rewards"], {name: numpy.array(rows, "int64") for name, rows in inputs.items()})[0]
+print(session.run(["rewards"], {name: numpy.array(rows, "int64") for name, rows in inputs.items()})[0].tolist())
 ```
+
+A text of your own: `transformers.AutoTokenizer.from_pretrained(".").apply_chat_template(messages, tokenize=False)`{bos}.
 
 In OpenVINO (`pip install openvino tokenizers`); without the hint it computes in 16 bits where the processor can:
 
 ```python
-import openvino, tokenizers
+import json, openvino, tokenizers
+texts = [answer["text"] for answer in json.load(open("parity.json", "rb"))["answers"][:8]]
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 model = openvino.Core().compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 batch = tokenizer.encode_batch(texts)
-rewards = model([[one.ids for one in batch], [one.attention_mask for one in batch]])[0]
+print(model([[one.ids for one in batch], [one.attention_mask for one in batch]])[0].tolist())
 ```
 """
 """README of an export."""

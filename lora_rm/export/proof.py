@@ -156,10 +156,11 @@ def copy_tokenizer(merged: Path, folder: Path) -> None:
             copy_public(file, folder / file.name)
 
 
-def text_note(parity: Mapping[str, Any]) -> str:
-    """What texts a plain tokenizer call of an export takes, in a line."""
-    bos = ", less the BOS, which the tokenizer adds" if parity["merge"]["adds_bos"] else ""
-    return f"conversations as chat_template.jinja writes them{bos}; parity.json has some"
+def usage_page(usage: str, parity: Mapping[str, Any]) -> str:
+    """The README of an export: `{bos}` says what a text lacks of what the chat template writes, if anything."""
+    return usage.replace(
+        "{bos}", ", less the BOS, which the tokenizer adds" if parity["merge"]["adds_bos"] else ""
+    )
 
 
 def score_in_fresh_process(what: str, program: str, request: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from lora_rm.export.proof import (
     export_folder,
     prove,
     score_in_fresh_process,
-    text_note,
+    usage_page,
     write_parity,
 )
 
@@ -54,7 +54,7 @@ def export_torch_export(
         unfinished.once(FILE, partial(_write, graph))
         del graph
         copy_tokenizer(merged, folder)
-        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
+        (folder / "README.md").write_text(usage_page(USAGE, parity), encoding="utf-8")
         kinds = batches([answer["ids"] for answer in parity["answers"]])
         request = {"file": str((folder / FILE).resolve()), "batches": kinds}
         found = score_in_fresh_process(f"{out / FILE} in torch", PROGRAM, request)
@@ -104,11 +104,14 @@ USAGE = """\
 either side. Output: the raw rewards, float32. Measured against the trained adapter: `parity.json`.
 
 ```python
-import tokenizers, torch
+import json, tokenizers, torch
+texts = [answer["text"] for answer in json.load(open("parity.json", "rb"))["answers"][:8]]
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 reward = torch.export.load("model.pt2").module()
-batch = tokenizer.encode_batch(texts)  # {note}
-rewards = reward(torch.tensor([one.ids for one in batch]), torch.tensor([one.attention_mask for one in batch]))
+batch = tokenizer.encode_batch(texts)
+print(reward(torch.tensor([one.ids for one in batch]), torch.tensor([one.attention_mask for one in batch])).tolist())
 ```
+
+A text of your own: `transformers.AutoTokenizer.from_pretrained(".").apply_chat_template(messages, tokenize=False)`{bos}.
 """
 """README of an export."""
