@@ -29,6 +29,7 @@ from lora_rm.export.proof import (
     need,
     prove,
     score_in_fresh_process,
+    usage_page,
     write_parity,
 )
 from lora_rm.model.tensor_files import StoredTensor, stored_tensors
@@ -93,7 +94,7 @@ def export_gguf(
         unfinished.once(FILE, lambda file: write(source, file, dtype))
         is_exact = check_tensors(source, folder / FILE, dtype)
         check_tokenizer(source.chat, folder / FILE, parity)
-        (folder / "README.md").write_text(USAGE, encoding="utf-8")
+        (folder / "README.md").write_text(usage_page(USAGE, parity), encoding="utf-8")
         from lora_rm.export.graph import load_graph, noise_floor
 
         noise = noise_floor(load_graph(merged), parity)
@@ -717,8 +718,9 @@ reward = load_reward_model("{FILE}")
 rewards = reward.score("What is 2 + 2?", ["4", "Paris"])
 ```
 
-Other programs on llama.cpp: embed a conversation, written as the chat template writes it, with pooling `last` and
-without normalising (`llama-server --embedding --pooling last`, `"embd_normalize": -1`); the reward is the dot product
-of the embedding with the metadata array `{HEAD}`. Measured against the trained adapter: `parity.json`.
+Other programs on llama.cpp: embed a conversation as the chat template writes it{{bos}}, with pooling `last`
+and without normalising (`llama-server --embedding --pooling last`, `"embd_normalize": -1`); the reward is the dot product
+of the embedding with the metadata array `{HEAD}`. Texts, and rewards measured against the trained adapter:
+`parity.json`.
 """
 """README of an export."""
