@@ -29,7 +29,7 @@ from lora_rm.export.proof import need, prove, read_parity
 from lora_rm.export.torch_export import export_torch_export
 from lora_rm.score import load_reward_model
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.verify import standard_deviation
+from lora_rm.verify import score_in_fresh_process, standard_deviation
 from lora_rm.workflow import export_run
 
 
@@ -181,6 +181,22 @@ def test_mlx_gives_the_rewards_of_the_export(merged, tmp_path):
     assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
 
 
+def test_a_fresh_process_answers_by_file_and_its_failure_is_told():
+    request = {"number": 3}
+    program = """
+import json, sys
+print("progress")
+json.dump(json.load(open(sys.argv[1]))["number"] + 1, open(sys.argv[2], "w"))
+"""
+    assert score_in_fresh_process("x", program, request) == 4
+    with pytest.raises(
+        MergeError, match=r"(?s)^x: cannot be opened and scored in a fresh process: .*KeyError: 'other'"
+    ):
+        score_in_fresh_process("x", program.replace("number", "other"), request)
+    with pytest.raises(MergeError, match="^x: new weights were drawn when it was opened"):
+        score_in_fresh_process("x", program + "print('newly initialized', file=sys.stderr)", request)
+
+
 def phases(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ...")]
 
@@ -215,10 +231,16 @@ def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path,
         export_onnx(merged, tmp_path / "int3", dtype="int3")
 
 
-def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
-    """The first attempt is killed in its verification; the second does not write the program again."""
+def test_torch_export_needs_torch_alone(merged, tmp_path, capsys, monkeypatch):
+    """The first attempt is killed in its verification; the second does not write the program again.
+
+    Python files where the command is called are not run.
+    """
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "torch.py").write_text("open('run', 'w').close()")
     out = tmp_path / "pt2"
     killed_in_verification(EXPORT, merged, "torch-export", out)
+    monkeypatch.chdir(tmp_path / "here")
     finished = notes_of(out)
     assert finished.keys() == {"model.pt2"}
     assert main(["export", str(merged), "--to", "torch-export", "--out", str(out)]) == 0
@@ -226,6 +248,7 @@ def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
     assert written(out / "model.pt2") == finished["model.pt2"]
     parity, expected = parity_of(out), parity_of(merged)
     assert parity["target"] == "torch-export"
+    assert not (tmp_path / "here" / "run").exists()
     assert list(parity["changes"]) == WAYS
     assert all(change["against_merged"] < 1e-4 for change in parity["changes"].values())
     with zipfile.ZipFile(out / "model.pt2") as archive:
@@ -453,11 +476,10 @@ def test_a_killed_export_goes_on_with_the_same_bytes(merged, tmp_path):
 
 
 KILLED_EXPORT = """
-import json, os, signal, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 import torch
 import lora_rm.export.gguf, lora_rm.export.huggingface
-import lora_rm.export.proof as proof
 from lora_rm.unfinished import UnfinishedFolder
 from lora_rm.workflow import export_run
 
@@ -475,7 +497,7 @@ def run(to, name, where=None):
         if where == "file":
             UnfinishedFolder.finish = lambda self, *files: (finish(self, *files), die())
         if where == "verification":
-            proof.subprocess.run = die
+            subprocess.run = die
         export_run(merged, to=to, out=folder / f"{to}-{name}")
         sys.stdout.flush()
         os._exit(0)

@@ -784,11 +784,11 @@ def test_a_combination_that_was_interrupted_is_not_there(base, tmp_path, monkeyp
 
 
 def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, monkeypatch):
-    def scored(folder, rows, kind, device):  # 15 s of imports less
+    def scored(folder, rows, kind, device, base=None):  # 15 s of imports less
         assert device == "auto"
-        return verify_module.score_rows(folder, rows, kind)
+        return verify_module.score_rows(folder, rows, kind, base and str(base))
 
-    monkeypatch.setattr(verify_module, "score_in_fresh_process", scored)
+    monkeypatch.setattr(verify_module, "score_folder", scored)
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     merge(adapter, tmp_path / "merged", MergeSettings(base="requantizable"))
     parity = verify(adapter, tmp_path / "merged")

@@ -370,7 +370,7 @@ import lora_rm.verify as verify
 from lora_rm.checkpoint import RunFolder
 from lora_rm.workflow import merge_run
 
-verify.score_in_fresh_process = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+verify.score_folder = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 merge_run(Path(sys.argv[1]), RunFolder(Path(sys.argv[2])).settings())
 """
     shutil.copytree(job.adapter, tmp_path / "mine")

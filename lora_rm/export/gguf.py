@@ -28,11 +28,11 @@ from lora_rm.export.proof import (
     export_folder,
     need,
     prove,
-    score_in_fresh_process,
     usage_page,
     write_parity,
 )
 from lora_rm.model.tensor_files import StoredTensor, stored_tensors
+from lora_rm.verify import PACKAGE, score_in_fresh_process
 
 FILE = "model.gguf"
 
@@ -458,7 +458,7 @@ def _score(source: Source, file: Path, parity: Mapping[str, Any]) -> dict[str, l
         "file": str(file.resolve()),
         "rows": rows,
         "texts": [answer["text"] for answer in parity["answers"]],
-        "package": str(Path(__file__).parents[2]),
+        "package": PACKAGE,
     }
     found = {}
     if _installed("llama_cpp"):
@@ -512,9 +512,10 @@ model = AutoModelForCausalLM.from_pretrained(
     str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
 ).eval()
 with torch.inference_mode():
-    print(json.dumps([
+    rewards = [
         float(model.model(torch.tensor([ids])).last_hidden_state[0, -1].float() @ head) for ids in request["rows"]
-    ]))
+    ]
+json.dump(rewards, open(sys.argv[2], "w"))
 """
 """Scores token ids with transformers, which reads settings and weights from the GGUF file alone."""
 
@@ -524,8 +525,8 @@ request = json.load(open(sys.argv[1], encoding="utf-8"))
 sys.path.insert(0, request["package"])
 from lora_rm.score import load_reward_model
 scorer = load_reward_model(request["file"], device="cpu")
-rewards = scorer.score_ids(request["rows"])
-print(json.dumps({"rewards": rewards, "ids": [scorer.model.runtime_ids(text) for text in request["texts"]]}))
+found = {"rewards": scorer.score_ids(request["rows"]), "ids": [scorer.model.runtime_ids(text) for text in request["texts"]]}
+json.dump(found, open(sys.argv[2], "w"))
 """
 """Scores token ids with the scorer that users get."""
 

@@ -18,10 +18,10 @@ from lora_rm.export.proof import (
     export_folder,
     need,
     prove,
-    score_in_fresh_process,
     usage_page,
     write_parity,
 )
+from lora_rm.verify import score_in_fresh_process
 
 FILE = "model.onnx"
 
@@ -161,7 +161,7 @@ import numpy, onnxruntime, tokenizers
 request = json.load(open(sys.argv[1], encoding="utf-8"))
 tokenizer = tokenizers.Tokenizer.from_file(request["folder"] + "/tokenizer.json")
 session = onnxruntime.InferenceSession(request["folder"] + "/" + request["file"])
-print(json.dumps({
+json.dump({
     "ids": [tokenizer.encode(text).ids for text in request["texts"]],
     "rewards": {
         way: [
@@ -171,7 +171,7 @@ print(json.dumps({
         ]
         for way, kind in request["batches"].items()
     },
-}))
+}, open(sys.argv[2], "w"))
 """
 """Tokenizes texts and scores batches without torch."""
 

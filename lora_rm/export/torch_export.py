@@ -13,10 +13,10 @@ from lora_rm.export.proof import (
     copy_tokenizer,
     export_folder,
     prove,
-    score_in_fresh_process,
     usage_page,
     write_parity,
 )
+from lora_rm.verify import score_in_fresh_process
 
 FILE = "model.pt2"
 
@@ -86,14 +86,14 @@ import torch
 request = json.load(open(sys.argv[1], encoding="utf-8"))
 rewards = torch.export.load(request["file"]).module()
 with torch.inference_mode():
-    print(json.dumps({
+    json.dump({
         way: [
             reward
             for batch in kind
             for reward in rewards(*(torch.tensor(batch[name]) for name in ("input_ids", "attention_mask"))).tolist()
         ]
         for way, kind in request["batches"].items()
-    }))
+    }, open(sys.argv[2], "w"))
 """
 """Scores batches with nothing but torch."""
 

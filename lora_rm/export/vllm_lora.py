@@ -17,11 +17,12 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import MergeSettings
 from lora_rm.console import say
 from lora_rm.errors import MergeError
-from lora_rm.export.proof import export_folder, hub_id, prove, score_in_fresh_process, write_parity
+from lora_rm.export.proof import export_folder, hub_id, prove, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import OVERFLOWING, merge
 from lora_rm.model.base import read_json
 from lora_rm.model.record import RECORD, read_record
+from lora_rm.verify import score_in_fresh_process
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -147,7 +148,8 @@ request = json.load(open(sys.argv[1], encoding="utf-8"))
 base = AutoModelForSequenceClassification.from_pretrained(request["folder"] + "/base", dtype=torch.float32)
 model = PeftModel.from_pretrained(base, request["folder"] + "/adapter").eval()
 with torch.inference_mode():
-    print(json.dumps([float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in request["rows"]]))
+    rewards = [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in request["rows"]]
+json.dump(rewards, open(sys.argv[2], "w"))
 """
 """Scores token ids with transformers and PEFT alone."""
 
