@@ -2,11 +2,10 @@
 
 import gc
 import importlib.util
-import inspect
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,12 @@ from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import read_template
 from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, first_line, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
-from lora_rm.export import TARGETS
+from lora_rm.export.gguf import export_gguf
+from lora_rm.export.huggingface import export_huggingface, push
+from lora_rm.export.onnx import export_onnx
+from lora_rm.export.torch_export import export_torch_export
+from lora_rm.export.vllm import export_vllm
+from lora_rm.export.vllm_lora import export_vllm_lora
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
 from lora_rm.model.base import cache_folder
 from lora_rm.model.checkpointing import Mode
@@ -310,6 +314,20 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: 
     return made
 
 
+EXPORTS: dict[str, Callable[..., Path]] = {
+    "huggingface": export_huggingface,
+    "vllm": export_vllm,
+    "vllm-lora": export_vllm_lora,
+    "gguf": export_gguf,
+    "onnx": export_onnx,
+    "torch-export": export_torch_export,
+}
+"""What writes each target. Those that write weights anew take their type, all others the run that their pages tell of."""
+
+WITH_DTYPE = {"gguf", "onnx", "torch-export"}
+"""Targets that write weights anew."""
+
+
 def export_run(
     path: Path,
     *,
@@ -323,7 +341,7 @@ def export_run(
 
     Args:
         path: Run folder, or a merged folder.
-        to: One of `lora_rm.export.TARGETS`.
+        to: One of `EXPORTS`.
         out: Folder to make; None: `RUN/export/TARGET`.
         dtype: How weights are stored, where the target lets one choose; None: its default.
         overwrite: Replace an earlier export.
@@ -334,8 +352,8 @@ def export_run(
             missing.
         MergeError: If there is no merged and verified model, or the export gives other rewards.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"--to is {to!r}; allowed: {', '.join(TARGETS)}.")
+    if to not in EXPORTS:
+        raise ConfigError(f"--to is {to!r}; allowed: {', '.join(EXPORTS)}.")
     _check_folder(path)
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     merged = run.merged if run else path
@@ -345,20 +363,15 @@ def export_run(
         raise MergeError(f"{path}: holds no merged model. Run `lora-rm merge {path}` first.")
     if out is None:
         out = run.exports / to if run else Path(f"{path.resolve()}-{to}")
-    name = to.replace("-", "_")
-    # imported here: torch.onnx, gguf and vLLM's checks cost seconds, and none of them need be installed
-    export = getattr(importlib.import_module(f"lora_rm.export.{name}"), f"export_{name}")
-    more = {} if dtype is None else {"dtype": dtype}
-    if more.keys() - inspect.signature(export).parameters.keys():
+    if dtype is not None and to not in WITH_DTYPE:
         raise ConfigError(
             f"--dtype is {dtype!r}, but --to {to} writes weights as the merge stored them. Merge again with "
             "--merge.dtype TYPE --merge.overwrite True."
         )
-    export(merged, out, run=run, overwrite=overwrite, **more)
+    more = {"run": run} if to not in WITH_DTYPE else {} if dtype is None else {"dtype": dtype}
+    EXPORTS[to](merged, out, overwrite=overwrite, **more)
     say(f"The export lies in {out}.")
     if push_to:
-        from lora_rm.export.huggingface import push
-
         say(f"Uploaded to {push(out, push_to)}.")
     return out
 

@@ -1,6 +1,7 @@
 """Exports: each is opened again by what its users open it with, and gives the rewards it promised or is refused."""
 
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -30,7 +31,7 @@ from lora_rm.export.torch_export import export_torch_export
 from lora_rm.score import load_reward_model
 from lora_rm.unfinished import unfinished_folder
 from lora_rm.verify import score_in_fresh_process, standard_deviation
-from lora_rm.workflow import export_run
+from lora_rm.workflow import EXPORTS, WITH_DTYPE, export_run
 
 
 def classifier(base):
@@ -406,7 +407,10 @@ def test_a_missing_extra_is_named_with_its_command(merged, tmp_path, monkeypatch
 
 
 def test_a_target_says_what_it_can_write(merged, tmp_path):
-    assert TARGETS == ("huggingface", "vllm", "vllm-lora", "gguf", "onnx", "torch-export")
+    assert tuple(EXPORTS) == TARGETS == ("huggingface", "vllm", "vllm-lora", "gguf", "onnx", "torch-export")
+    for target, export in EXPORTS.items():
+        takes = inspect.signature(export).parameters.keys() & {"run", "dtype"}
+        assert takes == ({"dtype"} if target in WITH_DTYPE else {"run"}), target
     with pytest.raises(ConfigError, match="--to is 'floppy'; allowed: huggingface, vllm"):
         export_run(merged, to="floppy")
     with pytest.raises(ConfigError, match=r"--dtype is 'float16', but --to huggingface .*--merge.dtype"):

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from lora_rm import processes
-from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ConfigError, MergeError, ModelError
@@ -62,7 +61,6 @@ def export_gguf(
     merged: Path,
     out: Path,
     *,
-    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
     overwrite: bool = False,
     dtype: str = "float16",
 ) -> Path:
@@ -74,7 +72,6 @@ def export_gguf(
     Args:
         merged: Folder with `parity.json`, as `verify` leaves it.
         out: Folder to make: `model.gguf`, `parity.json`, and a README with the call.
-        run: Not used.
         overwrite: Replace an earlier export.
         dtype: One of `DTYPES`. What a type costs is measured; one that loses the adapter is refused.
 

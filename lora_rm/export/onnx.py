@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.errors import ConfigError, MergeError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
@@ -38,7 +37,6 @@ def export_onnx(
     merged: Path,
     out: Path,
     *,
-    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
     overwrite: bool = False,
     dtype: str = "float32",
 ) -> Path:
@@ -47,7 +45,6 @@ def export_onnx(
     Args:
         merged: Folder with `parity.json`, as `verify` leaves it.
         out: Folder to make: `model.onnx`, the tokenizer's files, `parity.json`, and a README with the call.
-        run: Not used.
         overwrite: Replace an earlier export.
         dtype: float32, or int8: the weights of all linear layers in 8 bit, products with 8-bit activations; head,
             norms and embeddings stay float32. What that costs is measured.

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.errors import ConfigError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
@@ -27,7 +26,6 @@ def export_torch_export(
     merged: Path,
     out: Path,
     *,
-    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
     overwrite: bool = False,
     dtype: str = "float32",
 ) -> Path:
@@ -36,7 +34,6 @@ def export_torch_export(
     Args:
         merged: Folder with `parity.json`, as `verify` leaves it.
         out: Folder to make: `model.pt2`, the tokenizer's files, `parity.json`, and a README with the call.
-        run: Not used.
         overwrite: Replace an earlier export.
         dtype: Of weights and products; the head stays float32.
 
