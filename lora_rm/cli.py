@@ -112,9 +112,11 @@ def train(words: Sequence[str]) -> None:
 def merge(words: Sequence[str]) -> None:
     """`lora-rm merge RUN [--out DIR] [--with RUN ... --weights W,W] [--model.base NEW] [settings]`."""
     parser = _parser(
-        "merge", "RUN", "Merges a run's adapter (or an adapter folder) and verifies the rewards."
+        "merge", "RUN", "Merges an adapter that lora_rm trained into its base, and verifies the rewards."
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, or the folder of an adapter")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, or the folder of an adapter that lora_rm trained"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/merged")
     parser.add_argument(
         "--model.base",

@@ -142,7 +142,8 @@ def verify(
     canaries = record.get("canaries")
     if not canaries:
         raise MergeError(
-            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Save the adapter again."
+            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Train it with `lora-rm train`, which saves "
+            "some, or merge it without a proof: lora_rm.merge.merge in Python."
         )
     check_shape(adapter / ADAPTER_RECORD, canaries, CANARIES, "canaries")
     more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []

@@ -965,6 +965,23 @@ def test_an_adapter_without_head_or_with_two_logits_is_refused(base, tmp_path):
         merge(adapter, tmp_path / "merged")
 
 
+def test_an_adapter_that_cannot_be_proven_names_a_way_on(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    record = json.loads((adapter / "lora_rm.json").read_text())
+    del record["canaries"]
+    (adapter / "lora_rm.json").write_text(json.dumps(record))
+    merge(adapter, tmp_path / "merged")
+    with pytest.raises(
+        MergeError, match=r"no canaries.*`lora-rm train`.* without a proof: lora_rm.merge.merge in Python"
+    ):
+        verify(adapter, tmp_path / "merged")
+    (adapter / "lora_rm.json").unlink()  # as PEFT saves it
+    with pytest.raises(
+        ModelError, match="no adapter that lora_rm saved.*`lora-rm train`, or merge it with PEFT"
+    ):
+        merge(adapter, tmp_path / "other")
+
+
 def test_every_tensor_of_the_adapter_must_be_used(base, tmp_path):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"

@@ -36,7 +36,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         ModelError: If it is missing or was written by a newer version.
     """
     if not (folder / RECORD).is_file():
-        raise ModelError(f"{folder}: has no {RECORD}. It is no adapter that lora_rm saved.")
+        raise ModelError(
+            f"{folder}: has no {RECORD}, so it is no adapter that lora_rm saved. Adapters of other tools lack what a proof needs; "
+            "train it with `lora-rm train`, or merge it with PEFT."
+        )
     record: dict[str, Any] = read_json(folder / RECORD)
     if record.get("format") != 1:
         raise ModelError(
