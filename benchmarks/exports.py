@@ -24,8 +24,8 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.console import plain_errors, say, show_table
 from lora_rm.export.huggingface import PIPELINE
 from lora_rm.export.onnx import FILE
-from lora_rm.export.proof import largest_difference, score_in_fresh_process
-from lora_rm.verify import measure_change
+from lora_rm.export.proof import largest_difference
+from lora_rm.verify import measure_change, score_in_fresh_process
 
 EXPORTS = (
     ("huggingface", None),
@@ -53,7 +53,7 @@ import json, sys
 import openvino
 request = json.load(open(sys.argv[1], encoding="utf-8"))
 model = openvino.Core().compile_model(request["file"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-print(json.dumps([float(model([[ids], [[1] * len(ids)]])[0][0]) for ids in request["rows"]]))
+json.dump([float(model([[ids], [[1] * len(ids)]])[0][0]) for ids in request["rows"]], open(sys.argv[2], "w"))
 """
 """Scores token ids by the ONNX file."""
 

@@ -308,7 +308,7 @@ def spoiled(draw: Callable[..., Any], whole: Any) -> bytes:
 
 RECORD = {
     "format": 1,
-    "base": {"name": "org/base", "revision": None},
+    "base": {"name": "org/base", "revision": None, "files": {}},
     "load_dtype": "bfloat16",
     "quantization": {"kind": "nf4", "double": True, "codes": {"model.layers.0.mlp.up_proj": "00"}},
 }

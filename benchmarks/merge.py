@@ -258,7 +258,7 @@ def make_adapter(
     ChatTokenizer.load(find_base(BUILTIN).path).save(folder)
     record = {
         "format": 1,
-        "base": {"name": "random", "revision": None},
+        "base": {"name": "random", "revision": None, "files": {}},
         "load_dtype": "bfloat16",
         "quantization": {"kind": kind, "double": True, "codes": codes},
     }

@@ -111,12 +111,20 @@ def train(words: Sequence[str]) -> None:
 
 
 def merge(words: Sequence[str]) -> None:
-    """`lora-rm merge RUN [--out DIR] [--with RUN ... --weights W,W] [settings]`."""
+    """`lora-rm merge RUN [--out DIR] [--with RUN ... --weights W,W] [--model.base NEW] [settings]`."""
     parser = _parser(
-        "merge", "RUN", "Merges a run's adapter (or an adapter folder) and verifies the rewards."
+        "merge", "RUN", "Merges an adapter that lora_rm trained into its base, and verifies the rewards."
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, or the folder of an adapter")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, or the folder of an adapter that lora_rm trained"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder to make; default RUN/merged")
+    parser.add_argument(
+        "--model.base",
+        metavar="NEW",
+        dest="base",
+        help="where the base lies now, if not where it lay in training; must be the same files, and is kept",
+    )
     parser.add_argument(
         "--with",
         metavar="RUN",
@@ -130,6 +138,7 @@ def merge(words: Sequence[str]) -> None:
     )
     options, flags = _parse(parser, words, only=("merge", "verify"))
     settings = load_settings(_preset(options.run), flags)
+    _refuse_other_model(settings, load_settings(_preset(options.run), []), options.run)
     paths = [Path(options.run), *map(Path, options.others)]
     weights = _weights(options.weights, len(paths))
     out = Path(options.out) if options.out else None
@@ -138,9 +147,10 @@ def merge(words: Sequence[str]) -> None:
     from lora_rm.workflow import combine_runs, merge_run
 
     if len(paths) > 1 and out is not None:
-        merge_run(combine_runs(paths, weights, out.with_name(f"{out.name}-adapter")), settings, out=out)
+        combined = combine_runs(paths, weights, out.with_name(f"{out.name}-adapter"), base=options.base)
+        merge_run(combined, settings, out=out)
     else:
-        merge_run(paths[0], settings, out=out)
+        merge_run(paths[0], settings, out=out, base=options.base)
 
 
 def _weights(text: str | None, count: int) -> list[float]:

@@ -34,10 +34,17 @@ from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError, StorageError, storing
 from lora_rm.model.adapter import lora_layers
-from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
+from lora_rm.model.base import BaseModel, file_sha256, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
-from lora_rm.model.record import HEAD_KEY, check_weights_file, read_head, read_record, recorded_quantization
+from lora_rm.model.record import (
+    HEAD_KEY,
+    check_weights_file,
+    read_head,
+    read_record,
+    recorded_base,
+    recorded_quantization,
+)
 from lora_rm.model.record import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, save_tensors, stored_tensors
@@ -121,8 +128,7 @@ class Plan:
         self.adapter = adapter
         self.record = read_record(adapter)
         self.quantization: Quantization = recorded_quantization(self.record)
-        named = self.record["base"]
-        self.base = base or find_base(named["name"], named["revision"])
+        self.base = base or recorded_base(adapter)
         self.head = read_head(adapter)
         self.config, self.transposed, renamings = _target(self.base)
         self.updates, biases = _updates(adapter, self.transposed)
@@ -368,10 +374,10 @@ def merge(
     except _DoesNotFit as overflow:
         if settings.dtype != "auto":
             raise MergeError(
-                f"{overflow.name}: a value of {overflow.value:.4g} does not fit float16. Use --merge.dtype bfloat16 or float32."
+                f"{overflow.name}: a value of {overflow.value:.4g} does not fit float16. Use --merge.dtype float32."
             ) from None
-        say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing bfloat16 instead.")
-    return _merge(Plan(adapter, replace(settings, dtype="bfloat16"), base), output)
+        say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing float32 instead.")
+    return _merge(Plan(adapter, replace(settings, dtype="float32"), base), output)
 
 
 def check_mergeable(model: RewardModel) -> None:
@@ -405,8 +411,8 @@ def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     if settings.overwrite or not file.is_file() or (output / "parity.json").is_file():
         return False
     plan, made = Plan(adapter, settings), read_json(file)
-    # auto ends with bfloat16 where a value does not fit float16
-    roundings = (plan.rounding, "bfloat16" if settings.dtype == "auto" else plan.rounding)
+    # auto ends with float32 where a value does not fit float16
+    roundings = (plan.rounding, "float32" if settings.dtype == "auto" else plan.rounding)
     is_same = made.get("adapter_sha256") == file_sha256(adapter / "adapter_model.safetensors")
     return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
 
@@ -470,8 +476,7 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
                     f"{adapter}: its {part} is not that of {adapters[0]}. Only adapters trained on the same base, "
                     "quantised in the same way, with the same tokenizer can be combined."
                 )
-    base = find_base(records[0]["base"]["name"], records[0]["base"]["revision"])
-    modules = _target(base)[1]
+    modules = _target(recorded_base(adapters[0]))[1]
     stacked: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         updates, biases = _updates(adapter, modules)
@@ -746,9 +751,8 @@ def _stored(exact: torch.Tensor, rounding: Rounding, seed: str) -> torch.Tensor:
 def _rounding(wanted: str, quantization: Quantization, model_type: str) -> Rounding:
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
-    if quantization.load_dtype == torch.float32:
-        return "float32"
-    return "bfloat16" if model_type in OVERFLOWING else "float16"
+    # bfloat16 would not pass the verification: 1.18 % of the spread on average and 5.08 % at most on the quickstart's run
+    return "float32" if quantization.load_dtype == torch.float32 or model_type in OVERFLOWING else "float16"
 
 
 def _target(base: BaseModel) -> tuple[Any, dict[str, bool], list[WeightRenaming]]:

@@ -17,9 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from lora_rm.checkpoint import write_atomically
 from lora_rm.config import MergeSettings, ModelSettings, VerifySettings
 from lora_rm.console import say, show_table
+from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import MergeError
+from lora_rm.merge import OVERFLOWING, RECORD, Plan, check_weights
+from lora_rm.model.base import BaseModel, check_shape, read_json
+from lora_rm.model.elementwise import give_back_rotary
+from lora_rm.model.record import CANARIES, read_record
+from lora_rm.model.record import RECORD as ADAPTER_RECORD
+from lora_rm.model.reward_model import RewardModel
+from lora_rm.model.tensor_files import stored_tensors
 
 HELD_OUT = "held_out.json"
 """File of a run with the token ids of held-out answers, grouped by prompt."""
@@ -120,13 +132,6 @@ def verify(
         MergeError: If the weights are wrong, the trained adapter no longer gives its canaries' rewards, or the
             merged model's rewards changed by more than allowed.
     """
-    from lora_rm.checkpoint import write_atomically
-    from lora_rm.data.tokens import ChatTokenizer
-    from lora_rm.merge import RECORD, Plan, check_weights
-    from lora_rm.model.base import check_shape, read_json
-    from lora_rm.model.record import CANARIES, read_record
-    from lora_rm.model.record import RECORD as ADAPTER_RECORD
-
     settings = settings or VerifySettings()
     merge_record: dict[str, Any] = read_json(merged / RECORD)
     check_shape(merged / RECORD, merge_record, {"base_weights": str, "dtype": str})
@@ -137,23 +142,29 @@ def verify(
     canaries = record.get("canaries")
     if not canaries:
         raise MergeError(
-            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Save the adapter again."
+            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Train it with `lora-rm train`, which saves "
+            "some, or merge it without a proof: lora_rm.merge.merge in Python."
         )
     check_shape(adapter / ADAPTER_RECORD, canaries, CANARIES, "canaries")
     more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
     answers = [*canaries, *more[: settings.num_answers]]
     rows = [answer["ids"] for answer in answers]
     prompts = [answer["prompt"] for answer in answers]
-    say(f"Scoring {len(rows)} answers with the adapter and with the merged model, in fresh processes ...")
-    scored = score_in_fresh_process(adapter, rows, "adapter", device)
+    scored = score_folder(adapter, rows, "adapter", device, base=plan.base.path)
     before, untrained = scored["library"], scored["without adapter"]
-    after = score_in_fresh_process(merged, rows, "merged", device)
+    after = score_folder(merged, rows, "merged", device)
     if plan.mode == "requantizable":
-        after |= score_in_fresh_process(merged, rows, "requantized", device)
+        after |= score_folder(merged, rows, "requantized", device)
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
     chat = ChatTokenizer.load(adapter)
-    fault = _fault(remembered, changes if plan.is_trained_model else {}, settings, merge_record)
+    fault = _fault(
+        remembered,
+        changes if plan.is_trained_model else {},
+        settings,
+        merge_record,
+        overflows=plan.config.model_type in OVERFLOWING,
+    )
     parity = {
         "passed": not fault,
         "is_trained_model": plan.is_trained_model,
@@ -208,9 +219,14 @@ def verify(
 
 
 def _fault(
-    remembered: Change, changes: dict[str, Change], settings: VerifySettings, merge_record: dict[str, Any]
+    remembered: Change,
+    changes: dict[str, Change],
+    settings: VerifySettings,
+    merge_record: dict[str, Any],
+    *,
+    overflows: bool,
 ) -> str:
-    """What is wrong with the rewards, or nothing."""
+    """What is wrong with the rewards, or nothing; `overflows` says that float16 is no remedy for this family."""
     if remembered.largest > settings.max_change:
         return (
             f"The adapter's canaries moved by {remembered.largest:.2%} of the spread since training "
@@ -222,20 +238,26 @@ def _fault(
             return (
                 f"Merging changed rewards by {change.mean:.2%} of their spread on average and {change.largest:.2%} at "
                 f"most ({way}; base: {merge_record['base_weights']}, stored as {merge_record['dtype']}; allowed: "
-                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). {_remedy(merge_record['dtype'])}"
+                f"{settings.max_mean_change:.2%} and {settings.max_change:.2%}). {_remedy(merge_record['dtype'], change, settings, overflows)}"
             )
     return ""
 
 
-def _remedy(dtype: str) -> str:
-    if dtype != "float32":
-        finer = "float16 or float32" if dtype.startswith("bfloat16") else "float32"
-        return f"Use --merge.dtype {finer}, or raise verify.max_change."
-    return "Raise verify.max_change if that is little: few answers, or answers alike, make a small spread."
+def _remedy(dtype: str, change: Change, settings: VerifySettings, overflows: bool) -> str:
+    finer = "float16" if dtype.startswith("bfloat16") and not overflows else "float32"
+    again = "" if dtype == "float32" else f"Merge again with --merge.dtype {finer} --merge.overwrite True"
+    if not math.isfinite(change.largest):
+        return f"{again}." if again else "No setting mends that: train again."
+    largest = max(settings.max_change, math.ceil(change.largest * 100) / 100)
+    mean = max(settings.max_mean_change, math.ceil(change.mean * 1000) / 1000)
+    more = f"--verify.max-change {largest:g} --verify.max-mean-change {mean:g} --merge.overwrite True"
+    if again:
+        return f"{again}, or allow more: {more}."
+    return f"If that is little, for few answers, or answers alike, make a small spread, allow more: {more}."
 
 
-def score_in_fresh_process(
-    folder: Path, rows: Sequence[Sequence[int]], kind: str, device: str = "auto"
+def score_folder(
+    folder: Path, rows: Sequence[Sequence[int]], kind: str, device: str = "auto", *, base: Path | None = None
 ) -> dict[str, list[float]]:
     """Rewards of token-id lists by a folder's model, opened from the disk by a new interpreter.
 
@@ -245,26 +267,64 @@ def score_in_fresh_process(
         kind: `adapter`, which also scores the trained head on the base without adapter; `merged`, which also
             scores through plain transformers; or `requantized`, which loads a merged model in NF4.
         device: As in `model.device`.
+        base: Folder of the adapter's base.
 
     Raises:
         MergeError: If the process fails; with what it said.
     """
+    request = {
+        "package": PACKAGE,
+        "folder": str(folder.resolve()),
+        "rows": list(rows),
+        "kind": kind,
+        "base": None if base is None else str(base.resolve()),
+    }
+    return score_in_fresh_process(f"{len(rows)} answers by {folder}", PROGRAM, request, device)
+
+
+PACKAGE = str(Path(__file__).parents[1])
+"""Where a fresh process finds this very library, wherever it works."""
+
+PROGRAM = """\
+import json, sys
+request = json.load(open(sys.argv[1], encoding="utf-8"))
+sys.path.insert(0, request.pop("package"))
+from pathlib import Path
+from lora_rm.verify import score_rows
+json.dump(score_rows(Path(request.pop("folder")), **request), open(sys.argv[2], "w"))
+"""
+"""Scores token ids by every way that applies to a folder."""
+
+
+def score_in_fresh_process(what: str, program: str, request: dict[str, Any], device: str = "auto") -> Any:
+    """Runs a program that opens a model from the disk; returns the JSON that it wrote.
+
+    Args:
+        what: Names the model and its runtime, for messages.
+        program: Python; reads the request from the file `sys.argv[1]`, and writes its answer into `sys.argv[2]`.
+        request: To be written as JSON.
+        device: As in `model.device`.
+
+    Raises:
+        MergeError: If it fails, or weights are drawn anew; with what it said.
+    """
+    say(f"Scoring in a fresh process: {what} ...")
     with tempfile.TemporaryDirectory() as scratch:
-        request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        request.write_text(json.dumps({"folder": str(folder.resolve()), "rows": list(rows), "kind": kind}))
+        file, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        file.write_text(json.dumps(request), encoding="utf-8")
         done = subprocess.run(
-            # -P: Python files that lie where the command is called are not run
-            [sys.executable, "-P", "-m", "lora_rm.verify", str(request), str(answer)],
+            [sys.executable, "-c", program, str(file), str(answer)],
             stderr=subprocess.PIPE,  # standard output stays: it shows the progress
             text=True,
             check=False,
-            env={**os.environ, **_only(device)},
+            cwd=scratch,  # Python files that lie where the command is called are not run
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **_only(device)},
         )
         if done.returncode:
-            raise MergeError(
-                f"{folder}: cannot be opened and scored in a fresh process: {done.stderr[-1500:]}"
-            )
-        return json.loads(answer.read_text())
+            raise MergeError(f"{what}: cannot be opened and scored in a fresh process: {done.stderr[-1500:]}")
+        if "newly initialized" in done.stderr:
+            raise MergeError(f"{what}: new weights were drawn when it was opened: {done.stderr[-1500:]}")
+        return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _only(device: str) -> dict[str, str]:
@@ -278,18 +338,15 @@ def _only(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": known.split(",")[int(number)] if known else number}
 
 
-def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list[float]]:
-    """What the fresh process does: every way of scoring that applies, in float32."""
-    from lora_rm.data.tokens import TokenTree
-    from lora_rm.model.base import BaseModel
-    from lora_rm.model.elementwise import give_back_rotary
-    from lora_rm.model.reward_model import RewardModel
-
+def score_rows(
+    folder: Path, rows: list[list[int]], kind: str, base: str | None = None
+) -> dict[str, list[float]]:
+    """Every way of scoring that applies, in float32; arguments as in `score_folder`."""
     if kind == "adapter":
-        model = RewardModel.load_adapter(folder, compute_dtype="float32")
+        model = RewardModel.load_adapter(folder, compute_dtype="float32", base=base)
     elif kind == "requantized":
-        base = BaseModel(name=str(folder), path=folder)
-        model = RewardModel.load(base, settings=ModelSettings(quantization="nf4", compute_dtype="float32"))
+        settings = ModelSettings(quantization="nf4", compute_dtype="float32")
+        model = RewardModel.load(BaseModel(name=str(folder), path=folder), settings=settings)
     else:
         model = RewardModel.load_merged(folder, device=_device_for(folder), compute_dtype="float32")
     model.choose_batching()
@@ -308,10 +365,6 @@ def score_rows(folder: Path, rows: list[list[int]], kind: str) -> dict[str, list
 
 def _device_for(folder: Path) -> str:
     """The GPU if a merged model fits it as it is stored, with a quarter for everything else; else the CPU."""
-    import torch
-
-    from lora_rm.model.tensor_files import stored_tensors
-
     # embeddings, experts and norms are held in float32
     size = sum(
         tensor.num_bytes * (1 if len(tensor.shape) == 2 and "embed" not in tensor.name else 2)
@@ -324,8 +377,6 @@ def _device_for(folder: Path) -> str:
 
 def _score_plainly(folder: Path, rows: list[list[int]]) -> dict[str, list[float]]:
     """By plain transformers, padded and alone."""
-    import torch
-
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as scratch:
         plain = open_plain(folder, scratch)
@@ -370,9 +421,6 @@ def open_plain(folder: Path, scratch: str, max_memory: dict[Any, Any] | None = N
         scratch: For the rest; an 8B model has 32 GB in float32.
         max_memory: Of every device, as accelerate takes it; None: what there is.
     """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
     return AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -390,17 +438,7 @@ def standard_deviation(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
-def _text(chat: Any, ids: list[int]) -> str:
+def _text(chat: ChatTokenizer, ids: list[int]) -> str:
     """The text that gives these ids in a plain tokenizer call, which adds the BOS itself if it adds one."""
     own = ids[1:] if chat.adds_bos else ids
     return chat.tokenizer.decode(own, clean_up_tokenization_spaces=False)
-
-
-def _main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
-    scored = score_rows(Path(request["folder"]), request["rows"], request["kind"])
-    Path(sys.argv[2]).write_text(json.dumps(scored))
-
-
-if __name__ == "__main__":
-    _main()

@@ -2,12 +2,11 @@
 
 import gc
 import importlib.util
-import inspect
 import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,13 @@ from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import TokenTree, read_template
 from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
-from lora_rm.export import TARGETS
-from lora_rm.export.huggingface import check_login, push
+from lora_rm.export.gguf import export_gguf
+from lora_rm.export.huggingface import check_login, export_huggingface, push
+from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import public_record, read_parity
+from lora_rm.export.torch_export import export_torch_export
+from lora_rm.export.vllm import export_vllm
+from lora_rm.export.vllm_lora import export_vllm_lora
 from lora_rm.merge import RECORD as RECORD_OF_MERGE
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
 from lora_rm.model.adapter import WEIGHTS
@@ -40,7 +43,7 @@ from lora_rm.model.base import (
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, longest_conversation, read_config
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.record import RECORD, check_weights_file, read_record
+from lora_rm.model.record import RECORD, check_weights_file, move_base, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
@@ -252,13 +255,26 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     run.write_json(HELD_OUT, answers[NUM_CANARIES:])
 
 
-def combine_runs(paths: Sequence[Path], weights: Sequence[float], folder: Path) -> Path:
+def combine_runs(
+    paths: Sequence[Path], weights: Sequence[float], folder: Path, *, base: str | None = None
+) -> Path:
     """Combines the adapters of several runs (or adapter folders) with weights; `merge_run` takes the result.
+
+    Args:
+        paths: Of the runs.
+        weights: One for each.
+        folder: To make.
+        base: Where their base lies now, if not where it lay.
 
     Raises:
         MergeError: If they cannot be combined.
+        ModelError: If `base` is another one than theirs.
     """
-    combine([run_adapter(path) for path in paths], weights, folder)
+    adapters = [run_adapter(path) for path in paths]
+    if base is not None:
+        for adapter in adapters:
+            move_base(adapter, base)
+    combine(adapters, weights, folder)
     model = RewardModel.load_adapter(folder, compute_dtype="float32")
     model.choose_batching()
     record = read_record(folder)
@@ -287,14 +303,21 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Path:
+def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: str | None = None) -> Path:
     """Merges a run's adapter, or the adapter in a folder of its own, and verifies the rewards.
 
+    Args:
+        path: Of the run, or of the adapter.
+        settings: How it is merged and verified.
+        out: Folder to make; None: `RUN/merged`, or beside the adapter.
+        base: Where its base lies now, if not where it lay; the adapter's record will say so from then on.
+
     Returns:
-        The run folder, or the merged folder of a lone adapter: what `export_run` takes.
+        The run folder, or the merged folder where that is not the run's own: what `export_run` takes.
 
     Raises:
         ConfigError: If there is no such folder.
+        ModelError: If `base` is another one than that of the adapter.
         MergeError: If it cannot be merged, or rewards changed by more than allowed.
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
@@ -302,6 +325,8 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     if run:
         run.lock()
     read_record(adapter)
+    if base is not None:
+        move_base(adapter, base)
     if out is None:
         out = run.merged if run else Path(f"{path.resolve()}-merged")
     if is_unverified(adapter, out, settings.merge):
@@ -315,10 +340,26 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None) -> Pat
     torch.cuda.empty_cache()  # what training in this process kept for itself
     held_out = run.path / HELD_OUT if run else None
     parity = verify(adapter, out, settings.verify, held_out=held_out, device=settings.model.device)
-    if run:
+    made = out
+    if run and out.resolve() == run.merged.resolve():
         run.write_json("parity.json", {key: value for key, value in parity.items() if key != "answers"})
-    say(f"The merged model lies in {out}. Next: lora-rm export {path if run else out} --to huggingface")
-    return path if run else out
+        made = path
+    say(f"The merged model lies in {out}. Next: lora-rm export {made} --to huggingface")
+    return made
+
+
+EXPORTS: dict[str, Callable[..., Path]] = {
+    "huggingface": export_huggingface,
+    "vllm": export_vllm,
+    "vllm-lora": export_vllm_lora,
+    "gguf": export_gguf,
+    "onnx": export_onnx,
+    "torch-export": export_torch_export,
+}
+"""What writes each target. Those that write weights anew take their type, all others the run that their pages tell of."""
+
+WITH_DTYPE = {"gguf", "onnx", "torch-export"}
+"""Targets that write weights anew."""
 
 
 def export_run(
@@ -334,7 +375,7 @@ def export_run(
 
     Args:
         path: Run folder, or a merged folder.
-        to: One of `lora_rm.export.TARGETS`.
+        to: One of `EXPORTS`.
         out: Folder to make; None: `RUN/export/TARGET`.
         dtype: How weights are stored, where the target lets one choose; None: its default.
         overwrite: Replace an earlier export.
@@ -345,8 +386,8 @@ def export_run(
             missing, or `push_to` is given and nobody is logged in to the hub.
         MergeError: If there is no merged and verified model, or the export gives other rewards.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"--to is {to!r}; allowed: {', '.join(TARGETS)}.")
+    if to not in EXPORTS:
+        raise ConfigError(f"--to is {to!r}; allowed: {', '.join(EXPORTS)}.")
     _check_folder(path)
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     merged = run.merged if run else path
@@ -356,19 +397,16 @@ def export_run(
         raise MergeError(f"{path}: holds no merged model. Run `lora-rm merge {path}` first.")
     if out is None:
         out = run.exports / to if run else Path(f"{path.resolve()}-{to}")
-    name = to.replace("-", "_")
-    # imported here: torch.onnx, gguf and vLLM's checks cost seconds, and none of them need be installed
-    export = getattr(importlib.import_module(f"lora_rm.export.{name}"), f"export_{name}")
-    more = {} if dtype is None else {"dtype": dtype}
-    if more.keys() - inspect.signature(export).parameters.keys():
+    if dtype is not None and to not in WITH_DTYPE:
         raise ConfigError(
             f"--dtype is {dtype!r}, but --to {to} writes weights as the merge stored them. Merge again with "
-            "--merge.dtype."
+            "--merge.dtype TYPE --merge.overwrite True."
         )
     if push_to:
         check_login()
     if not (push_to and not overwrite and _is_exported(merged, out, to, dtype)):
-        export(merged, out, run=run, overwrite=overwrite, **more)
+        more = {"run": run} if to not in WITH_DTYPE else {} if dtype is None else {"dtype": dtype}
+        EXPORTS[to](merged, out, overwrite=overwrite, **more)
     say(f"The export lies in {out}.")
     if push_to:
         say(f"Uploaded to {push(out, push_to)}.")

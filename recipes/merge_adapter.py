@@ -1,10 +1,11 @@
-"""Merges an adapter trained earlier, proves the rewards, and exports the result.
+"""Merges an adapter that lora_rm trained, proves the rewards, and exports the result.
 
-    python recipes/merge_adapter.py runs/quickstart
+    python recipes/merge_adapter.py runs/quickstart --merge.overwrite True
     python recipes/merge_adapter.py path/to/adapter --merge.dtype float32
 
-The base is found by the name that the adapter remembers. The merged model lands in RUN/merged, the export in
-RUN/export/huggingface (or beside the adapter's folder).
+The base is found by the name that the adapter remembers; one that moved is named with `lora-rm merge RUN --model.base
+NEW`. The merged model lands in RUN/merged, the export in RUN/export/huggingface (or beside the adapter's folder);
+`--merge.overwrite True` replaces earlier ones.
 """
 
 import sys
@@ -19,7 +20,7 @@ from lora_rm.workflow import export_run, merge_run
 def main(path: Path, settings: Settings) -> None:
     """Merge, verify, export."""
     merged = merge_run(path, settings)
-    export_run(merged)
+    export_run(merged, overwrite=settings.merge.overwrite)
 
 
 if __name__ == "__main__":

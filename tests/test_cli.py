@@ -272,6 +272,16 @@ def test_a_run_folder_is_a_preset_of_every_command_that_takes_one(run, tmp_path,
     assert "runs/absent: cannot be read (No such file or directory)" in run("config", "runs/absent")[2]
 
 
+def test_a_merge_refuses_to_make_the_base_another_one(run, tmp_path):
+    (tmp_path / "config.yaml").write_text("adapter: {rank: 8}\n")
+    for flags in (["--adapter.rank", "4"], ["--model.quantization", "none"], ["--model.load-dtype=float32"]):
+        status, _, errors = run("merge", str(tmp_path), *flags)
+        assert status == 1
+        assert f"{tmp_path} is trained already and keeps its own. Leave the flag out." in errors
+    for same in (["--adapter.rank", "8"], ["--model.base", "elsewhere"], ["--model.base=elsewhere"]):
+        assert "holds no adapter yet" in run("merge", str(tmp_path), *same)[2]
+
+
 def test_resume_goes_on_with_a_run_and_starts_none(run, tmp_path):
     status, _, errors = run("train", "--output-dir", str(tmp_path / "run"), "--resume")
     assert status == 1
@@ -322,7 +332,12 @@ def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):
     (folder / "config.json").write_text("{}")
     (folder / "parity.json").write_text('{"passed": false}')
     quantization = {"kind": "nf4", "double": True, "codes": {}}
-    record = {"format": 1, "base": {"name": "a/b"}, "load_dtype": "bfloat16", "quantization": quantization}
+    record = {
+        "format": 1,
+        "base": {"name": "a/b", "files": {}},
+        "load_dtype": "bfloat16",
+        "quantization": quantization,
+    }
     (folder / "lora_rm.json").write_text(json.dumps(record))
     assert f"MergeError: {out}: exists already" in run("merge", str(folder), "--out", str(out))[2]
     assert f"MergeError: {out}: exists already" in run("export", str(folder), "--out", str(out))[2]

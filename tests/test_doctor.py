@@ -744,6 +744,11 @@ def evaluation(accuracy, low, high, longer=0.5, words=None):
 
 def test_check_evaluation_passes():
     assert is_clean(doctor.run.check_evaluation(evaluation(0.85, 0.8, 0.89)))
+    unfinished = doctor.run.check_evaluation({"before": {}})
+    assert (unfinished.status, "lora-rm train RUN/config.yaml --resume" in unfinished.remedy) == (
+        "unchecked",
+        True,
+    )
     assert doctor.run.check_evaluation(None).status == "unchecked"
     assert doctor.run.check_evaluation(evaluation(None, 0.0, 1.0)).status == "unchecked"
 
@@ -772,8 +777,20 @@ def test_check_merge_passes():
 
 def test_check_merge_finds():
     found = doctor.run.check_merge(parity(passed=False, largest=0.62))
-    assert is_found(found, "62.00%", "--merge.base dequantized")
-    assert is_found(doctor.run.check_merge(parity(flips=2)), "flipped 2 pairs", status="warning")
+    assert is_found(found, "62.00%", "`lora-rm merge RUN --merge.overwrite True`; if that fails its message")
+    found = doctor.run.check_merge(parity(flips=2))
+    assert is_found(found, "flipped 2 pairs", "--merge.dtype float32", status="warning")
+
+
+def test_a_merge_that_failed_after_one_that_passed_is_told(run, tmp_path):
+    """A merge that fails leaves the run's own parity.json as the one before it wrote it."""
+    copy = tmp_path / "run"
+    (copy / "merged").mkdir(parents=True)
+    (copy / "config.yaml").write_text(run.config.read_text())
+    (copy / "parity.json").write_text(json.dumps(parity()))
+    assert examined(copy, RunFolder(copy).settings())["merge"].status == "unchecked"
+    (copy / "merged" / "parity.json").write_text(json.dumps(parity(passed=False, largest=0.62)))
+    assert is_found(examined(copy, RunFolder(copy).settings())["merge"], "62.00%")
 
 
 # What is examined, and the command.

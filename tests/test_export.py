@@ -1,6 +1,7 @@
 """Exports: each is opened again by what its users open it with, and gives the rewards it promised or is refused."""
 
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -29,8 +30,8 @@ from lora_rm.export.proof import need, prove, read_parity
 from lora_rm.export.torch_export import export_torch_export
 from lora_rm.score import load_reward_model
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.verify import standard_deviation
-from lora_rm.workflow import export_run
+from lora_rm.verify import score_in_fresh_process, standard_deviation
+from lora_rm.workflow import EXPORTS, WITH_DTYPE, export_run
 
 
 def classifier(base):
@@ -79,23 +80,35 @@ def parity_of(folder):
     return json.loads((folder / "parity.json").read_text())
 
 
-def run_snippet(folder, texts, *blocked, number=0):
-    """Runs a call that an export's README shows, in its folder, where some packages cannot be imported."""
+def run_snippet(folder, *blocked, number=0):
+    """Runs a call that an export's README shows, as it stands, where some packages cannot be imported."""
     snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    lines = snippets[number].splitlines()
-    assert len(lines) <= 6
-    program = [
-        "import json, sys",
-        *(f"sys.modules[{name!r}] = None" for name in blocked),
-        f"texts = {texts!r}",
-        *lines,
-        "print(json.dumps(rewards.tolist()))",
-    ]
+    assert len(snippets[number].splitlines()) <= 7
+    return run_code(snippets[number], folder, *blocked)
+
+
+def run_code(code, folder, *blocked):
+    """What Python code prints in a folder, where some packages cannot be imported."""
+    program = "".join(["import sys\n", *(f"sys.modules[{name!r}] = None\n" for name in blocked), code])
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, cwd=folder, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_own_text(folder):
+    """What a README says of making a text, against the token ids of this library."""
+    (call, note) = re.findall(
+        r"A text of your own: `(transformers.*)`(.*)\.\n", (folder / "README.md").read_text()
+    )[0]
+    assert note == ", less the BOS, which the tokenizer adds"
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    code = f"import json, transformers\nmessages = {messages!r}\nprint(json.dumps({call}))"
+    chat = ChatTokenizer.load(folder)
+    text = run_code(code, folder).removeprefix(chat.tokenizer.bos_token)
+    (ids,) = chat.ids([(tuple(messages), ())])
+    assert chat.tokenizer(text).input_ids == list(ids)
 
 
 def tells_a_path(file):
@@ -147,33 +160,42 @@ def test_onnx_gives_the_rewards_at_every_shape_and_from_text_without_torch(merge
     (reward,) = session.get_outputs()
     assert (reward.name, reward.shape, reward.type) == ("rewards", ["batch"], "tensor(float)")
     assert not tells_a_path(out / "model.onnx")
-    found = run_snippet(out, [a["text"] for a in expected["answers"][:5]], "torch", "transformers", "lora_rm")
-    assert found == pytest.approx([a["reward"] for a in expected["answers"][:5]], abs=1e-4)
+    found = run_snippet(out, "torch", "transformers", "lora_rm")
+    assert found == pytest.approx([a["reward"] for a in expected["answers"][:8]], abs=1e-4)
+    check_own_text(out)
 
 
 def test_openvino_gives_the_rewards_of_the_onnx_file(merged, tmp_path):
     pytest.importorskip("openvino")
-    out, answers = export_onnx(merged, tmp_path / "onnx"), parity_of(merged)["answers"][:5]
-    texts = [answer["text"] for answer in answers]
-    found = run_snippet(out, texts, "torch", "transformers", "lora_rm", "onnxruntime", number=1)
+    out, answers = export_onnx(merged, tmp_path / "onnx"), parity_of(merged)["answers"][:8]
+    found = run_snippet(out, "torch", "transformers", "lora_rm", "onnxruntime", number=1)
     assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
 
 
 def test_mlx_gives_the_rewards_of_the_export(merged, tmp_path):
     pytest.importorskip("mlx_lm")
-    out, answers = tmp_path / "huggingface", parity_of(merged)["answers"][:5]
+    out, answers = tmp_path / "huggingface", parity_of(merged)["answers"][:8]
     assert main(["export", str(merged), "--to", "huggingface", "--out", str(out)]) == 0
     text = (Path(__file__).parents[1] / "recipes/mlx.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    program = (
-        f"import json\ntexts = {[answer['text'] for answer in answers]!r}\n{code}print(json.dumps(rewards))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=out, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found = run_code(code, out)
     assert found == pytest.approx([answer["reward"] for answer in answers], abs=1e-4)
+
+
+def test_a_fresh_process_answers_by_file_and_its_failure_is_told():
+    request = {"number": 3}
+    program = """
+import json, sys
+print("progress")
+json.dump(json.load(open(sys.argv[1]))["number"] + 1, open(sys.argv[2], "w"))
+"""
+    assert score_in_fresh_process("x", program, request) == 4
+    with pytest.raises(
+        MergeError, match=r"(?s)^x: cannot be opened and scored in a fresh process: .*KeyError: 'other'"
+    ):
+        score_in_fresh_process("x", program.replace("number", "other"), request)
+    with pytest.raises(MergeError, match="^x: new weights were drawn when it was opened"):
+        score_in_fresh_process("x", program + "print('newly initialized', file=sys.stderr)", request)
 
 
 def phases(capsys):
@@ -210,10 +232,16 @@ def test_onnx_int8_costs_what_it_says_and_may_lie_in_two_files(merged, tmp_path,
         export_onnx(merged, tmp_path / "int3", dtype="int3")
 
 
-def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
-    """The first attempt is killed in its verification; the second does not write the program again."""
+def test_torch_export_needs_torch_alone(merged, tmp_path, capsys, monkeypatch):
+    """The first attempt is killed in its verification; the second does not write the program again.
+
+    Python files where the command is called are not run.
+    """
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "torch.py").write_text("open('run', 'w').close()")
     out = tmp_path / "pt2"
     killed_in_verification(EXPORT, merged, "torch-export", out)
+    monkeypatch.chdir(tmp_path / "here")
     finished = notes_of(out)
     assert finished.keys() == {"model.pt2"}
     assert main(["export", str(merged), "--to", "torch-export", "--out", str(out)]) == 0
@@ -221,6 +249,7 @@ def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
     assert written(out / "model.pt2") == finished["model.pt2"]
     parity, expected = parity_of(out), parity_of(merged)
     assert parity["target"] == "torch-export"
+    assert not (tmp_path / "here" / "run").exists()
     assert list(parity["changes"]) == WAYS
     assert all(change["against_merged"] < 1e-4 for change in parity["changes"].values())
     with zipfile.ZipFile(out / "model.pt2") as archive:
@@ -228,8 +257,9 @@ def test_torch_export_needs_torch_alone(merged, tmp_path, capsys):
     parts = [file for file in (tmp_path / "parts").rglob("*") if file.is_file()]
     assert len(parts) > 5
     assert not [file.name for file in parts if tells_a_path(file)]
-    found = run_snippet(out, [a["text"] for a in expected["answers"][:3]], "transformers", "lora_rm")
-    assert found == pytest.approx([a["reward"] for a in expected["answers"][:3]], abs=1e-4)
+    found = run_snippet(out, "transformers", "lora_rm")
+    assert found == pytest.approx([a["reward"] for a in expected["answers"][:8]], abs=1e-4)
+    check_own_text(out)
     with pytest.raises(MergeError, match="exists already"):
         export_torch_export(merged, out)
 
@@ -391,7 +421,10 @@ def test_a_missing_extra_is_named_with_its_command(merged, tmp_path, monkeypatch
 
 
 def test_a_target_says_what_it_can_write(merged, tmp_path):
-    assert TARGETS == ("huggingface", "vllm", "vllm-lora", "gguf", "onnx", "torch-export")
+    assert tuple(EXPORTS) == TARGETS == ("huggingface", "vllm", "vllm-lora", "gguf", "onnx", "torch-export")
+    for target, export in EXPORTS.items():
+        takes = inspect.signature(export).parameters.keys() & {"run", "dtype"}
+        assert takes == ({"dtype"} if target in WITH_DTYPE else {"run"}), target
     with pytest.raises(ConfigError, match="--to is 'floppy'; allowed: huggingface, vllm"):
         export_run(merged, to="floppy")
     with pytest.raises(ConfigError, match=r"--dtype is 'float16', but --to huggingface .*--merge.dtype"):
@@ -461,11 +494,10 @@ def test_a_killed_export_goes_on_with_the_same_bytes(merged, tmp_path):
 
 
 KILLED_EXPORT = """
-import json, os, signal, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 import torch
 import lora_rm.export.gguf, lora_rm.export.huggingface
-import lora_rm.export.proof as proof
 from lora_rm.unfinished import UnfinishedFolder
 from lora_rm.workflow import export_run
 
@@ -483,7 +515,7 @@ def run(to, name, where=None):
         if where == "file":
             UnfinishedFolder.finish = lambda self, *files: (finish(self, *files), die())
         if where == "verification":
-            proof.subprocess.run = die
+            subprocess.run = die
         export_run(merged, to=to, out=folder / f"{to}-{name}")
         sys.stdout.flush()
         os._exit(0)

@@ -96,6 +96,10 @@ def test_an_export_is_proven_in_a_fresh_process(merged, tmp_path, dtype):
     else:
         assert 1e-4 < change["mean"] < 0.1  # a type that rounds nothing was not written
     assert sorted(file.name for file in out.iterdir()) == ["README.md", FILE, "parity.json"]
+    page = (out / "README.md").read_text()
+    assert "as the chat template writes it, less the BOS, which the tokenizer adds, with pooling" in page
+    without = parity | {"merge": parity["merge"] | {"adds_bos": False}}
+    assert "as the chat template writes it, with pooling" in proof.usage_page(module.USAGE, without)
     with pytest.raises(MergeError, match="exists already"):
         export_gguf(merged, out)
 

@@ -7,7 +7,7 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from conftest import killed_in_verification, make_model, notes_of, shake, written
+from conftest import killed_in_verification, make_base, make_model, notes_of, shake, written
 from safetensors.torch import load_file, save_file
 from test_gguf import make_merged
 
@@ -50,7 +50,7 @@ FAULTS = {
     "pad ends": (lambda f: change(f, pad_token_id=2), "pad_token_id is 2"),
     "float16": (
         lambda f: change(f, dtype="float16", model_type="gemma2"),
-        "refuses for gemma2; merge again with --merge.dtype bfloat16",
+        "refuses for gemma2; merge again with --merge.dtype float32 --merge.overwrite True",
     ),
     "quantised": (lambda f: change(f, quantization_config={"load_in_4bit": True}), "quantization_config"),
     "template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
@@ -147,6 +147,17 @@ def test_the_base_is_the_dequantised_one(run, base, tmp_path):
     write_base(tmp_path / "other", tmp_path / "base of other")
     weights = [tmp_path / name / "model.safetensors" for name in ("base", "base of other")]
     assert weights[0].read_bytes() == weights[1].read_bytes()  # one base serves both
+
+
+def test_the_base_of_a_family_that_overflows_is_exact_in_16_bits(tmp_path):
+    model = shake(make_model(make_base(tmp_path / "gemma", "gemma2")))
+    model.save(tmp_path / "adapter", model.describe(code_hashes(model.classifier)) | {"canaries": []})
+    write_base(tmp_path / "adapter", tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    layer = model.backbone.layers[1].mlp.up_proj.base_layer
+    exact = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, exact)
 
 
 def test_a_killed_export_goes_on_with_the_same_bytes(run, proven, exported, tmp_path):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from test_train import changed
 from lora_rm import load_reward_model
 from lora_rm.checkpoint import RunFolder
 from lora_rm.cli import main
-from lora_rm.config import VerifySettings, dump_settings
+from lora_rm.config import VerifySettings, dump_settings, load_settings
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
@@ -445,6 +446,23 @@ def test_a_lone_adapter_is_merged_beside_itself(job, tmp_path):
         merge_run(tmp_path / "mine", job.settings())
 
 
+def test_a_merge_into_another_folder_is_not_the_runs(job, tmp_path, monkeypatch, capsys):
+    """What is exported next, and whose numbers lie in the run."""
+    out, before = tmp_path / "other", (job.path / "parity.json").read_bytes()
+    monkeypatch.setattr("lora_rm.workflow.merge", lambda *_: SimpleNamespace(num_updated=1, num_tensors=1, base_weights="", dtype=""))  # fmt: skip
+    monkeypatch.setattr("lora_rm.workflow.verify", lambda *_, **__: {"passed": True, "other": True})
+    assert merge_run(job.path, job.settings(), out=out) == out
+    assert f"Next: lora-rm export {out} --to huggingface" in " ".join(capsys.readouterr().out.split())
+    assert (job.path / "parity.json").read_bytes() == before
+    run = RunFolder(shutil.copytree(job.path, tmp_path / "run"))
+    for own in (None, run.path / ".." / "run" / "merged"):
+        assert merge_run(run.path, job.settings(), out=own) == run.path
+        assert f"Next: lora-rm export {run.path} --to huggingface" in " ".join(
+            capsys.readouterr().out.split()
+        )
+    assert run.read_json("parity.json") == {"passed": True, "other": True}
+
+
 def test_a_merge_killed_in_its_verification_is_verified_and_not_written_again(job, tmp_path):
     program = """
 import os, signal, sys
@@ -453,7 +471,7 @@ import lora_rm.verify as verify
 from lora_rm.checkpoint import RunFolder
 from lora_rm.workflow import merge_run
 
-verify.score_in_fresh_process = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+verify.score_folder = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 merge_run(Path(sys.argv[1]), RunFolder(Path(sys.argv[2])).settings())
 """
     shutil.copytree(job.adapter, tmp_path / "mine")
@@ -486,9 +504,43 @@ merge_run(Path(sys.argv[1]), RunFolder(Path(sys.argv[2])).settings())
 def test_both_the_mean_and_the_largest_change_are_limited(mean, largest, fault):
     none = measure_change([0.0, 1.0], [0.0, 1.0])
     changes = {"library": none, "one by one": dataclasses.replace(none, mean=mean, largest=largest)}
-    found = fault_of(none, changes, VerifySettings(), {"base_weights": "dequantized", "dtype": "float16"})
+    record = {"base_weights": "dequantized", "dtype": "float16"}
+    found = fault_of(none, changes, VerifySettings(), record, overflows=False)
     assert fault in found
     assert bool(found) == bool(fault)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "overflows", "finer"),
+    [
+        ("bfloat16", False, "float16"),
+        ("bfloat16_nearest", False, "float16"),
+        ("bfloat16", True, "float32"),
+        ("float16", False, "float32"),
+        ("float32", True, None),
+    ],
+)
+def test_a_merge_that_changed_rewards_names_settings_that_help(dtype, overflows, finer):
+    none = measure_change([0.0, 1.0], [0.0, 1.0])
+    record = {"base_weights": "dequantized", "dtype": dtype}
+
+    def fault(settings, **change):
+        return fault_of(
+            none, {"library": dataclasses.replace(none, **change)}, settings, record, overflows=overflows
+        )
+
+    found = fault(VerifySettings(), mean=0.0118, largest=0.0508)
+    again = f"Merge again with --merge.dtype {finer} --merge.overwrite True"
+    assert (again in found) == (finer is not None)
+    assert ("Merge again" in found) == (finer is not None)
+    # the settings that it names let the same merge pass, and replace what lies there
+    (flags,) = re.findall(r"allow more: (--verify.* --merge.overwrite True)\.$", found)
+    settings = load_settings(None, flags.split())
+    assert settings.merge.overwrite
+    assert settings.verify == VerifySettings(max_change=0.06, max_mean_change=0.012)
+    assert fault(settings.verify, mean=0.0118, largest=0.0508) == ""
+    assert "--verify.max-change 0.02 --verify.max-mean-change 0.012 " in fault(VerifySettings(), mean=0.0118)
+    assert "--verify" not in fault(VerifySettings(), mean=math.nan, largest=math.inf)
 
 
 def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path):
@@ -599,8 +651,6 @@ def test_measure_change_by_hand():
 
 
 def test_the_saved_settings_run_again_as_a_preset(job):
-    from lora_rm.config import load_settings
-
     assert dump_settings(load_settings(job.config)) == job.config.read_text()
 
 

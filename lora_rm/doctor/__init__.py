@@ -275,7 +275,7 @@ def examine_run(run: RunFolder, settings: Settings) -> Iterator[Finding]:
     yield from examine_data(settings.data, settings)
     yield attempt("course of training", lambda: check_course(read_metrics(run.metrics)))
     yield attempt("evaluation", lambda: check_evaluation(run.read_json("eval.json")))
-    yield attempt("merge", lambda: check_merge(run.read_json("parity.json")))
+    yield attempt("merge", lambda: check_merge(run.read_json("merged/parity.json")))
     if not (run.adapter / WEIGHTS).is_file():
         yield judge(
             "adapter",

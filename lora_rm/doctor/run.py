@@ -29,7 +29,11 @@ def check_course(lines: Sequence[Mapping[str, Any]]) -> Finding:
 def check_evaluation(evaluation: Mapping[str, Any] | None) -> Finding:
     """Whether the held-out accuracy is above chance and above what length or single words give."""
     if not evaluation or "after" not in evaluation:
-        return unchecked("evaluation", "the run was not evaluated", "`lora-rm eval RUN` does it.")
+        return unchecked(
+            "evaluation",
+            "training did not reach its end",
+            "`lora-rm train RUN/config.yaml --resume` ends with it.",
+        )
     after = evaluation["after"]
     accuracy, (low, high) = after["pairs"]["accuracy"], after["interval"]
     if accuracy is None:
@@ -50,9 +54,13 @@ def check_evaluation(evaluation: Mapping[str, Any] | None) -> Finding:
 def check_merge(parity: Mapping[str, Any] | None) -> Finding:
     """Whether the merged model was proven to give the same rewards."""
     if not parity:
-        return unchecked("merge", "not merged yet", "`lora-rm merge RUN` does it, and measures the rewards.")
+        return unchecked("merge", "not merged and verified yet", "`lora-rm merge RUN` does both.")
     largest = max(change["largest"] for change in parity["changes"].values())
     flips = parity["changes"]["library"]["pair_flips"]
     found = f"the merge changed {parity['num_answers']} rewards by {largest:.2%} of their spread at most and flipped {flips} pairs"
-    remedy = "Merge again with --merge.base dequantized --merge.dtype float16 --merge.overwrite True."
+    remedy = (
+        "Pairs that flip were nearly equal; `lora-rm merge RUN --merge.dtype float32 --merge.overwrite True` comes closest."
+        if parity["passed"]
+        else "`lora-rm merge RUN --merge.overwrite True`; if that fails its message says what to change."
+    )
     return judge("merge", found, remedy, fault=not parity["passed"], warning=flips > 0, value=largest)

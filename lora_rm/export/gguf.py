@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from lora_rm import processes
-from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ConfigError, MergeError, ModelError
@@ -28,10 +27,11 @@ from lora_rm.export.proof import (
     export_folder,
     need,
     prove,
-    score_in_fresh_process,
+    usage_page,
     write_parity,
 )
 from lora_rm.model.tensor_files import StoredTensor, stored_tensors
+from lora_rm.verify import PACKAGE, score_in_fresh_process
 
 FILE = "model.gguf"
 
@@ -64,7 +64,6 @@ def export_gguf(
     merged: Path,
     out: Path,
     *,
-    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
     overwrite: bool = False,
     dtype: str = "float16",
 ) -> Path:
@@ -76,7 +75,6 @@ def export_gguf(
     Args:
         merged: Folder with `parity.json`, as `verify` leaves it.
         out: Folder to make: `model.gguf`, `parity.json`, and a README with the call.
-        run: Not used.
         overwrite: Replace an earlier export.
         dtype: One of `DTYPES`. What a type costs is measured; one that loses the adapter is refused.
 
@@ -96,7 +94,7 @@ def export_gguf(
         unfinished.once(FILE, lambda file: write(source, file, dtype))
         is_exact = check_tensors(source, folder / FILE, dtype)
         check_tokenizer(source.chat, folder / FILE, parity)
-        (folder / "README.md").write_text(USAGE, encoding="utf-8")
+        (folder / "README.md").write_text(usage_page(USAGE, parity), encoding="utf-8")
         from lora_rm.export.graph import load_graph, noise_floor
 
         noise = noise_floor(load_graph(merged), parity)
@@ -461,7 +459,7 @@ def _score(source: Source, file: Path, parity: Mapping[str, Any]) -> dict[str, l
         "file": str(file.resolve()),
         "rows": rows,
         "texts": [answer["text"] for answer in parity["answers"]],
-        "package": str(Path(__file__).parents[2]),
+        "package": PACKAGE,
     }
     found = {}
     if _installed("llama_cpp"):
@@ -515,9 +513,10 @@ model = AutoModelForCausalLM.from_pretrained(
     str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
 ).eval()
 with torch.inference_mode():
-    print(json.dumps([
+    rewards = [
         float(model.model(torch.tensor([ids])).last_hidden_state[0, -1].float() @ head) for ids in request["rows"]
-    ]))
+    ]
+json.dump(rewards, open(sys.argv[2], "w"))
 """
 """Scores token ids with transformers, which reads settings and weights from the GGUF file alone."""
 
@@ -527,8 +526,8 @@ request = json.load(open(sys.argv[1], encoding="utf-8"))
 sys.path.insert(0, request["package"])
 from lora_rm.score import load_reward_model
 scorer = load_reward_model(request["file"], device="cpu")
-rewards = scorer.score_ids(request["rows"])
-print(json.dumps({"rewards": rewards, "ids": [scorer.model.runtime_ids(text) for text in request["texts"]]}))
+found = {"rewards": scorer.score_ids(request["rows"]), "ids": [scorer.model.runtime_ids(text) for text in request["texts"]]}
+json.dump(found, open(sys.argv[2], "w"))
 """
 """Scores token ids with the scorer that users get."""
 
@@ -723,8 +722,9 @@ reward = load_reward_model("{FILE}")
 rewards = reward.score("What is 2 + 2?", ["4", "Paris"])
 ```
 
-Other programs on llama.cpp: embed a conversation, written as the chat template writes it, with pooling `last` and
-without normalising (`llama-server --embedding --pooling last`, `"embd_normalize": -1`); the reward is the dot product
-of the embedding with the metadata array `{HEAD}`. Measured against the trained adapter: `parity.json`.
+Other programs on llama.cpp: embed a conversation as the chat template writes it{{bos}}, with pooling `last`
+and without normalising (`llama-server --embedding --pooling last`, `"embd_normalize": -1`); the reward is the dot product
+of the embedding with the metadata array `{HEAD}`. Texts, and rewards measured against the trained adapter:
+`parity.json`.
 """
 """README of an export."""

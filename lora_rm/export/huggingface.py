@@ -16,9 +16,9 @@ from lora_rm.export.proof import (
     hub_id,
     largest_difference,
     prove,
-    score_in_fresh_process,
     write_parity,
 )
+from lora_rm.verify import score_in_fresh_process
 
 ANOTHER_MODEL = (
     "**This is not the model that was trained**: the adapter was merged into weights that it had not seen in training, "
@@ -123,7 +123,7 @@ for dtype, count in {"float32": None, **request["stored"]}.items():
     found[dtype] = [one["score"] for one in reward(request["texts"][:count])]
     if dtype == "float32":
         found["float32, padded"] = [one["score"] for one in reward(request["texts"], batch_size=8)]
-print(json.dumps(found))
+json.dump(found, open(sys.argv[2], "w"))
 """
 """A user's own call, for the texts of `parity.json`."""
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.errors import ConfigError, MergeError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
@@ -18,10 +17,10 @@ from lora_rm.export.proof import (
     export_folder,
     need,
     prove,
-    score_in_fresh_process,
-    text_note,
+    usage_page,
     write_parity,
 )
+from lora_rm.verify import score_in_fresh_process
 
 FILE = "model.onnx"
 
@@ -38,7 +37,6 @@ def export_onnx(
     merged: Path,
     out: Path,
     *,
-    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
     overwrite: bool = False,
     dtype: str = "float32",
 ) -> Path:
@@ -47,7 +45,6 @@ def export_onnx(
     Args:
         merged: Folder with `parity.json`, as `verify` leaves it.
         out: Folder to make: `model.onnx`, the tokenizer's files, `parity.json`, and a README with the call.
-        run: Not used.
         overwrite: Replace an earlier export.
         dtype: float32, or int8: the weights of all linear layers in 8 bit, products with 8-bit activations; head,
             norms and embeddings stay float32. What that costs is measured.
@@ -66,7 +63,7 @@ def export_onnx(
         unfinished.once(FILE, partial(_write, graph, dtype))
         del graph
         copy_tokenizer(merged, folder)
-        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
+        (folder / "README.md").write_text(usage_page(USAGE, parity), encoding="utf-8")
         answers = parity["answers"]
         kinds = batches([answer["ids"] for answer in answers])
         request = {
@@ -161,7 +158,7 @@ import numpy, onnxruntime, tokenizers
 request = json.load(open(sys.argv[1], encoding="utf-8"))
 tokenizer = tokenizers.Tokenizer.from_file(request["folder"] + "/tokenizer.json")
 session = onnxruntime.InferenceSession(request["folder"] + "/" + request["file"])
-print(json.dumps({
+json.dump({
     "ids": [tokenizer.encode(text).ids for text in request["texts"]],
     "rewards": {
         way: [
@@ -171,7 +168,7 @@ print(json.dumps({
         ]
         for way, kind in request["batches"].items()
     },
-}))
+}, open(sys.argv[2], "w"))
 """
 """Tokenizes texts and scores batches without torch."""
 
@@ -183,22 +180,26 @@ batch and length, padded on either side. Output: the raw rewards, float32. Measu
 `parity.json`.
 
 ```python
-import numpy, onnxruntime, tokenizers
+import json, numpy, onnxruntime, tokenizers
+texts = [answer["text"] for answer in json.load(open("parity.json", "rb"))["answers"][:8]]
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 session = onnxruntime.InferenceSession("model.onnx")
-batch = tokenizer.encode_batch(texts)  # {note}
+batch = tokenizer.encode_batch(texts)
 inputs = {"input_ids": [one.ids for one in batch], "attention_mask": [one.attention_mask for one in batch]}
-rewards = session.run(["rewards"], {name: numpy.array(rows, "int64") for name, rows in inputs.items()})[0]
+print(session.run(["rewards"], {name: numpy.array(rows, "int64") for name, rows in inputs.items()})[0].tolist())
 ```
+
+A text of your own: `transformers.AutoTokenizer.from_pretrained(".").apply_chat_template(messages, tokenize=False)`{bos}.
 
 In OpenVINO (`pip install openvino tokenizers`); without the hint it computes in 16 bits where the processor can:
 
 ```python
-import openvino, tokenizers
+import json, openvino, tokenizers
+texts = [answer["text"] for answer in json.load(open("parity.json", "rb"))["answers"][:8]]
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 model = openvino.Core().compile_model("model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 batch = tokenizer.encode_batch(texts)
-rewards = model([[one.ids for one in batch], [one.attention_mask for one in batch]])[0]
+print(model([[one.ids for one in batch], [one.attention_mask for one in batch]])[0].tolist())
 ```
 """
 """README of an export."""

@@ -9,12 +9,8 @@ until the adapter is lost in it.
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -86,7 +82,8 @@ def read_parity(merged: Path) -> dict[str, Any]:
     parity: dict[str, Any] = read_json(file)
     if parity.get("passed") is False:
         raise MergeError(
-            f"{merged}: its rewards changed by more than was allowed. Merge again with other settings."
+            f"{merged}: its rewards changed by more than was allowed. `lora-rm merge RUN --merge.overwrite True` merges again; if that "
+            "fails its message says what to change."
         )
     check_shape(file, parity, SHAPE)
     return parity
@@ -155,40 +152,11 @@ def copy_tokenizer(merged: Path, folder: Path) -> None:
             copy_public(file, folder / file.name)
 
 
-def text_note(parity: Mapping[str, Any]) -> str:
-    """What texts a plain tokenizer call of an export takes, in a line."""
-    bos = ", less the BOS, which the tokenizer adds" if parity["merge"]["adds_bos"] else ""
-    return f"conversations as chat_template.jinja writes them{bos}; parity.json has some"
-
-
-def score_in_fresh_process(what: str, program: str, request: dict[str, Any]) -> Any:
-    """Runs a program that opens an export from the disk; returns the JSON of its last line.
-
-    Args:
-        what: Names the export and its runtime, for messages.
-        program: Python; reads the request from the file `sys.argv[1]`.
-        request: To be written as JSON.
-
-    Raises:
-        MergeError: If it fails; with what it said.
-    """
-    say(f"Scoring in a fresh process: {what} ...")
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "request.json")
-        file.write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(file)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=scratch,  # nothing of a checkout is found by accident
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-    if done.returncode:
-        raise MergeError(f"{what} cannot be opened and scored in a fresh process: {done.stderr[-1500:]}")
-    if "newly initialized" in done.stderr:
-        raise MergeError(f"{what}: new weights were drawn when it was opened: {done.stderr[-1500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def usage_page(usage: str, parity: Mapping[str, Any]) -> str:
+    """The README of an export: `{bos}` says what a text lacks of what the chat template writes, if anything."""
+    return usage.replace(
+        "{bos}", ", less the BOS, which the tokenizer adds" if parity["merge"]["adds_bos"] else ""
+    )
 
 
 def largest_difference(some: Sequence[float], others: Sequence[float]) -> float:

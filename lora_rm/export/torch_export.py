@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from lora_rm.checkpoint import RunFolder
 from lora_rm.console import say
 from lora_rm.errors import ConfigError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
@@ -13,10 +12,10 @@ from lora_rm.export.proof import (
     copy_tokenizer,
     export_folder,
     prove,
-    score_in_fresh_process,
-    text_note,
+    usage_page,
     write_parity,
 )
+from lora_rm.verify import score_in_fresh_process
 
 FILE = "model.pt2"
 
@@ -27,7 +26,6 @@ def export_torch_export(
     merged: Path,
     out: Path,
     *,
-    run: RunFolder | None = None,  # noqa: ARG001 - every target takes it
     overwrite: bool = False,
     dtype: str = "float32",
 ) -> Path:
@@ -36,7 +34,6 @@ def export_torch_export(
     Args:
         merged: Folder with `parity.json`, as `verify` leaves it.
         out: Folder to make: `model.pt2`, the tokenizer's files, `parity.json`, and a README with the call.
-        run: Not used.
         overwrite: Replace an earlier export.
         dtype: Of weights and products; the head stays float32.
 
@@ -56,7 +53,7 @@ def export_torch_export(
         unfinished.once(FILE, partial(_write, graph))
         del graph
         copy_tokenizer(merged, folder)
-        (folder / "README.md").write_text(USAGE.replace("{note}", text_note(parity)), encoding="utf-8")
+        (folder / "README.md").write_text(usage_page(USAGE, parity), encoding="utf-8")
         kinds = batches([answer["ids"] for answer in parity["answers"]])
         request = {"file": str((folder / FILE).resolve()), "batches": kinds}
         found = score_in_fresh_process(f"{out / FILE} in torch", PROGRAM, request)
@@ -88,14 +85,14 @@ import torch
 request = json.load(open(sys.argv[1], encoding="utf-8"))
 rewards = torch.export.load(request["file"]).module()
 with torch.inference_mode():
-    print(json.dumps({
+    json.dump({
         way: [
             reward
             for batch in kind
             for reward in rewards(*(torch.tensor(batch[name]) for name in ("input_ids", "attention_mask"))).tolist()
         ]
         for way, kind in request["batches"].items()
-    }))
+    }, open(sys.argv[2], "w"))
 """
 """Scores batches with nothing but torch."""
 
@@ -106,11 +103,14 @@ USAGE = """\
 either side. Output: the raw rewards, float32. Measured against the trained adapter: `parity.json`.
 
 ```python
-import tokenizers, torch
+import json, tokenizers, torch
+texts = [answer["text"] for answer in json.load(open("parity.json", "rb"))["answers"][:8]]
 tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json"); tokenizer.enable_padding()
 reward = torch.export.load("model.pt2").module()
-batch = tokenizer.encode_batch(texts)  # {note}
-rewards = reward(torch.tensor([one.ids for one in batch]), torch.tensor([one.attention_mask for one in batch]))
+batch = tokenizer.encode_batch(texts)
+print(reward(torch.tensor([one.ids for one in batch]), torch.tensor([one.attention_mask for one in batch])).tolist())
 ```
+
+A text of your own: `transformers.AutoTokenizer.from_pretrained(".").apply_chat_template(messages, tokenize=False)`{bos}.
 """
 """README of an export."""

@@ -105,7 +105,7 @@ def check_servable(folder: Path, parity: Mapping[str, Any]) -> None:
     if config.get("dtype") == "float16" and config.get("model_type") in NO_FLOAT16:
         faults.append(
             f"it is stored as float16, which vLLM refuses for {config['model_type']}; merge again with --merge.dtype "
-            "bfloat16"
+            "float32 --merge.overwrite True"
         )
     if not _has_template(folder):
         faults.append("its tokenizer has no chat template, which requests with messages need")

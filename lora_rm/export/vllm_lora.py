@@ -17,11 +17,12 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import MergeSettings
 from lora_rm.console import say
 from lora_rm.errors import MergeError
-from lora_rm.export.proof import export_folder, prove, score_in_fresh_process, write_parity
+from lora_rm.export.proof import export_folder, prove, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
-from lora_rm.merge import merge
+from lora_rm.merge import OVERFLOWING, merge
 from lora_rm.model.base import read_json
 from lora_rm.model.record import RECORD, read_record
+from lora_rm.verify import score_in_fresh_process
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -126,7 +127,9 @@ def write_base(adapter: Path, folder: Path) -> None:
         save_file(zeroed, silent / WEIGHTS, metadata={"format": "pt"})
         record = {key: value for key, value in read_record(adapter).items() if key != "weights_sha256"}
         (silent / RECORD).write_text(json.dumps(record), encoding="utf-8")
-        merge(silent, folder, MergeSettings(base="auto", dtype="auto"))
+        # without updates bfloat16 holds all that was read in it, where auto would take float32
+        is_exact = record["load_dtype"] == "bfloat16" and record.get("model_type") in OVERFLOWING
+        merge(silent, folder, MergeSettings(base="auto", dtype="bfloat16" if is_exact else "auto"))
 
 
 def _copy_adapter(adapter: Path, folder: Path) -> None:
@@ -145,7 +148,8 @@ request = json.load(open(sys.argv[1], encoding="utf-8"))
 base = AutoModelForSequenceClassification.from_pretrained(request["folder"] + "/base", dtype=torch.float32)
 model = PeftModel.from_pretrained(base, request["folder"] + "/adapter").eval()
 with torch.inference_mode():
-    print(json.dumps([float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in request["rows"]]))
+    rewards = [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in request["rows"]]
+json.dump(rewards, open(sys.argv[2], "w"))
 """
 """Scores token ids with transformers and PEFT alone."""
 

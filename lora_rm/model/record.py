@@ -1,14 +1,15 @@
 """What lies beside an adapter: its record `lora_rm.json`, and the score head in its file of weights."""
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 
-from lora_rm.errors import ModelError
+from lora_rm.errors import ModelError, storing
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.base import BaseModel, check_shape, file_sha256, read_json
+from lora_rm.model.base import BaseModel, check_shape, file_sha256, find_base, read_json
 from lora_rm.model.quantization import DTYPES, Quantization, Storage, code_hashes
 from lora_rm.model.tensor_files import load_tensors
 
@@ -19,7 +20,7 @@ MERGE_RECORD = "lora_rm_merge.json"
 """File in a merged folder that says how it was made."""
 
 SHAPE = {
-    "base": {"name": str, "revision": str | None},
+    "base": {"name": str, "revision": str | None, "files": dict},
     "load_dtype": str,
     "quantization": {"kind": str, "double": bool, "codes": dict},
 }
@@ -39,7 +40,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         ModelError: If it is missing or was written by a newer version.
     """
     if not (folder / RECORD).is_file():
-        raise ModelError(f"{folder}: has no {RECORD}. It is no adapter that lora_rm saved.")
+        raise ModelError(
+            f"{folder}: has no {RECORD}, so it is no adapter that lora_rm saved. Adapters of other tools lack what a proof needs; "
+            "train it with `lora-rm train`, or merge it with PEFT."
+        )
     record: dict[str, Any] = read_json(folder / RECORD)
     if record.get("format") != 1:
         raise ModelError(
@@ -47,6 +51,53 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     check_shape(folder / RECORD, record, SHAPE)
     return record
+
+
+def recorded_base(folder: Path) -> BaseModel:
+    """The base that an adapter was trained on.
+
+    Raises:
+        ModelError: If it is not where its record says; with the command that tells it another place.
+    """
+    base = read_record(folder)["base"]
+    try:
+        return find_base(base["name"], base["revision"])
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: its base is not found. {error} Where the base lies elsewhere now: `lora-rm merge RUN --model.base FOLDER`."
+        ) from None
+
+
+def move_base(folder: Path, name: str) -> None:
+    """Notes where the base of an adapter lies now.
+
+    Args:
+        folder: Of the adapter.
+        name: As in `find_base`.
+
+    Raises:
+        ModelError: If there is no model, or another one than the adapter was trained on.
+        StorageError: If the record cannot be written.
+    """
+    record = read_record(folder)
+    known = record["base"]
+    base = find_base(name, known["revision"])
+    if base.name == known["name"]:
+        return
+    found = base.file_hashes()
+    differing = sorted(
+        file for file in {**known["files"], **found} if known["files"].get(file) != found.get(file)
+    )
+    if differing:
+        raise ModelError(
+            f"model.base: {base.name} is not the base that {folder} was trained on: {differing[0]} is another file, or in one of "
+            "the two alone (SHA-256). Give an unchanged copy of that base."
+        )
+    record["base"] = {**known, "name": base.name, "revision": base.revision}
+    partial = folder / f".{RECORD}.partial"
+    with storing(folder / RECORD):
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        partial.replace(folder / RECORD)
 
 
 def check_weights_file(folder: Path, record: dict[str, Any]) -> None:

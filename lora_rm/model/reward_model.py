@@ -71,6 +71,7 @@ from lora_rm.model.record import (
     check_weights_file,
     read_head,
     read_record,
+    recorded_base,
     recorded_quantization,
     start_from_saved,
 )
@@ -218,7 +219,7 @@ class RewardModel(nn.Module):
                 quantised codes are not those of training.
         """
         record = read_record(folder)
-        found = find_base(base or record["base"]["name"], record["base"]["revision"])
+        found = find_base(base, record["base"]["revision"]) if base else recorded_base(folder)
         quantization = recorded_quantization(record)
         target = pick_device(device)
         dtype = pick_compute_dtype(compute_dtype, target)
