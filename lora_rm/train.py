@@ -101,7 +101,9 @@ def train(
     optimizer = build_optimizer(model, settings)
     # the first step of a warm-up has the rate 0: a run of one step has none, or it would train nothing
     num_warmup = round(wanted.warmup_share * num_steps) if num_steps > 1 else 0
-    scheduler = get_scheduler(wanted.schedule, optimizer, num_warmup, num_steps)
+    # "constant" of transformers has no warm-up at all
+    course = "constant_with_warmup" if wanted.schedule == "constant" else wanted.schedule
+    scheduler = get_scheduler(course, optimizer, num_warmup, num_steps)
     begun_with = model.changed_base.sha256 if model.changed_base else ""
     progress = Progress(changed_base=begun_with)
     if resume:
@@ -226,11 +228,7 @@ def train(
 
 
 def count_steps(num_preferences: int, settings: Settings) -> int:
-    """Optimizer steps of a run; an epoch's last step may be smaller than the others.
-
-    Raises:
-        ConfigError: If the training would have none.
-    """
+    """Optimizer steps of a run, at least one; an epoch's last step may be smaller than the others."""
     per_epoch = math.ceil(num_preferences / settings.train.preferences_per_step)
     steps = max(1, round(per_epoch * settings.train.num_epochs))
     return min(steps, settings.train.max_steps) if settings.train.max_steps else steps
