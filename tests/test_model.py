@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import forget_hash, make_base, make_model, make_tokenizer, shake
 from safetensors.torch import load_file, save_file
+from test_export import classifier
 from test_merge import saved
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lora_rm.config import AdapterSettings, ModelSettings
+from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BUILTIN, check_shape, find_base
+from lora_rm.model.device import pick_compute_dtype
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
@@ -203,6 +206,23 @@ def test_a_device_that_is_not_there_is_named(base):
         make_model(base, device="toaster")
     with pytest.raises(ModelError, match="CUDA devices here"):
         make_model(base, device="cuda:7")
+
+
+@pytest.mark.parametrize("has_avx", [False, True])
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_the_type_of_products_that_a_cpu_chooses(base, tmp_path, monkeypatch, has_avx, has_amx):
+    """bfloat16 only where it has units for it; never for weights in float16, which that would round."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    fast = torch.bfloat16 if has_avx or has_amx else torch.float32
+    assert pick_compute_dtype("auto", torch.device("cpu")) == fast
+    for stored, expected in ((torch.float16, torch.float32), (torch.bfloat16, fast)):
+        folder = tmp_path / str(stored)
+        classifier(base).to(stored).save_pretrained(folder)
+        ChatTokenizer.load(base).save(folder)
+        model = RewardModel.load_merged(folder, device="cpu")
+        assert model.compute_dtype == expected
+        assert model.layers[0].mlp.up_proj.weight.dtype == stored
 
 
 def test_bfloat16_products_keep_float32_rewards_and_head(base, trees):

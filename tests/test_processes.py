@@ -87,13 +87,16 @@ def test_several_processes_train_what_one_does(settings, tmp_path, monkeypatch, 
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert found["num_preferences"] == expected["num_preferences"] == 8
         assert found["accuracy"] == expected["accuracy"]
+        for name in ("margin", "reward_mean", "reward_spread"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
     # every row of every process has its own copy of what its conversations begin with
     for lines, num_processes in ((one, 1), (other, count)):
         expected = tokens_of_steps(alone, num_processes, monkeypatch)
         assert [line["num_tokens"] for line in lines] == expected
     for expected, found in zip(one_evaluations, other_evaluations, strict=True):
         assert found["eval"]["accuracy"] == expected["eval"]["accuracy"]
-        assert found["eval"]["loss"] == pytest.approx(expected["eval"]["loss"], rel=1e-5)
+        for name in ("loss", "margin"):
+            assert found["eval"][name] == pytest.approx(expected["eval"][name], rel=1e-5, abs=1e-6), name
     weights = [
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("alone", "together")
     ]
