@@ -234,11 +234,7 @@ def train(
 
 
 def count_steps(num_preferences: int, settings: Settings) -> int:
-    """Optimizer steps of a run; an epoch's last step may be smaller than the others.
-
-    Raises:
-        ConfigError: If the training would have none.
-    """
+    """Optimizer steps of a run, at least one; an epoch's last step may be smaller than the others."""
     per_epoch = math.ceil(num_preferences / settings.train.preferences_per_step)
     steps = max(1, round(per_epoch * settings.train.num_epochs))
     return min(steps, settings.train.max_steps) if settings.train.max_steps else steps

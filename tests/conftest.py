@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes test at a time; their threads would spin
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the network
 
 import pytest
 import torch

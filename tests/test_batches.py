@@ -53,6 +53,13 @@ def test_shared_the_worked_example_of_the_docstring():
     assert batch.preferences == tuple(EXAMPLE)
 
 
+def test_the_longest_answer_sees_what_all_conversations_begin_with():
+    """Queries: 5 6 7 8 of the second tree; keys: those and the stem 1."""
+    plan = build_batch([TokenTree([1, 2], ([3],)), TokenTree([1, 5, 6], ([7, 8], [9]))]).plan
+    assert plan.trees[1] == Tree(3, 2, (2, 1), 1)
+    assert plan.longest == (4, 5)
+
+
 def test_packed_each_answer_has_its_own_prompt():
     batch = build_batch(EXAMPLE, "packed")
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 11, 12, 13, 31, 11, 41, 51, 52]]

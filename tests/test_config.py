@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -310,12 +309,6 @@ def test_saved_settings_load_again_to_equal_settings(
     assert file.read_text(encoding="utf-8") == dump_settings(written)
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_every_preset_loads(preset):
-    settings = load_settings(preset)
-    assert settings.model.base
-
-
 def test_settings_of_a_recipe_come_from_its_preset_and_flags(tmp_path, capsys):
     preset = write(tmp_path, "seed: 5\nadapter: {rank: 8}\n")
     settings = settings_from_command_line(["recipes/recipe.py", str(preset), "--adapter.rank", "4"])
@@ -361,22 +354,28 @@ def test_local_data_is_found_from_any_directory(tmp_path, monkeypatch):
 
 # What it costs.
 
+HEAVY = {"torch", "transformers", "peft", "datasets", "numpy", "pyarrow"}
+
 
 @pytest.mark.parametrize("module", ["lora_rm", "lora_rm.config", "lora_rm.cli"])
 def test_importing_settings_or_commands_imports_no_torch(module):
-    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy', 'pyarrow'}"
-    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, {module}; print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_help_takes_less_than_half_a_second_of_processor_time():
-    seconds = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "lora_rm.cli", "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert "lora-rm COMMAND" in done.stdout
-    assert min(seconds) < 0.5, seconds
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["plan", "--help"], ["config"], ["--version"]]
+)
+def test_commands_that_compute_nothing_import_no_torch(words):
+    """So they answer in half a second."""
+    code = f"""\
+import sys
+from lora_rm.cli import main
+try:
+    main({words})
+finally:
+    print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (bool(done.stdout), done.stderr.strip()) == (True, "[]")

@@ -1042,4 +1042,10 @@ def test_the_command_without_path_checks_the_machine(capsys, tmp_path, monkeypat
     page = capsys.readouterr().out
     assert "this machine" in page
     assert "cuda:99" in page
+    # a sound machine, whatever this one is
+    monkeypatch.setattr(doctor, "check_gpu", lambda: doctor.machine.check_gpu(num_usable=0, has_driver=False))
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 64 * GIB)
+    monkeypatch.setattr(
+        doctor.machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 * GIB})
+    )
     assert main(["doctor", "--output-dir", str(tmp_path / "runs")]) == 0

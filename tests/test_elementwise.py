@@ -1,17 +1,18 @@
-"""Norms and rotary positions in fewer passes are those of transformers, forward and backward."""
+"""Norms, gated activations and rotary positions in fewer passes are those of transformers, forward and backward."""
 
 import sys
 
 import pytest
 import torch
 from conftest import FAMILIES, make_base, make_model
+from transformers import LlamaConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
 from lora_rm.model import elementwise
-from lora_rm.model.elementwise import FusedNorm, _is_plain_rotation, fuse_elementwise
+from lora_rm.model.elementwise import FusedNorm, GatedMLP, _is_plain_rotation, fuse_elementwise
 
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Largest difference, as a share of the largest value: both round to bfloat16, at other places."""
@@ -58,6 +59,37 @@ def test_of_a_norm_its_input_and_a_number_a_token_wait_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         norm(torch.randn(7, 64, requires_grad=True))
     assert sorted(kept) == [7, 64, 7 * 64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_a_gated_mlp_and_its_gradients_are_those_of_transformers(act, dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, hidden_act=act)
+    mlp = modeling_llama.LlamaMLP(config).to(dtype)
+    x, seen = torch.randn(2, 5, 16).to(dtype) * 3, torch.randn(2, 5, 16).to(dtype)
+
+    def run():
+        mlp.zero_grad()
+        own = x.clone().requires_grad_()
+        y = mlp(own)
+        (y * seen).float().sum().backward()
+        return [y.detach(), own.grad, *(weight.grad for weight in mlp.parameters())]
+
+    expected = run()
+    fuse_elementwise(torch.nn.Sequential(mlp))
+    assert isinstance(mlp, GatedMLP)
+    assert_alike(run(), expected, dtype)
+
+
+def test_of_a_gated_mlp_gate_and_up_wait_for_the_backward_pass():
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    mlp = modeling_llama.LlamaMLP(config).requires_grad_(False)
+    fuse_elementwise(torch.nn.Sequential(mlp))
+    weights, kept = {weight.data_ptr() for weight in mlp.parameters()}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mlp(torch.randn(7, 16, requires_grad=True))
+    assert [t.numel() for t in kept if t.data_ptr() not in weights] == [7 * 24, 7 * 24]
 
 
 def test_what_is_another_function_is_left_alone():

@@ -1,8 +1,11 @@
 """GGUF: every tensor is read back, and readers that know nothing of this library's writer give the same rewards."""
 
+import ctypes
+import hashlib
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -19,6 +22,8 @@ from lora_rm.export import proof
 from lora_rm.export.gguf import (
     FILE,
     HEAD,
+    SMALL_BATCH,
+    GGUFModel,
     Source,
     check_tensors,
     check_tokenizer,
@@ -316,3 +321,108 @@ def test_files_that_are_no_reward_model(tmp_path, base):
     writer.close()
     with pytest.raises(ModelError, match=r"no lora_rm.score.weight.*--to gguf"):
         module._fields(tmp_path / "y.gguf")
+
+
+class FakeLlama:
+    """What the scorer asks of llama.cpp: a memory of tokens by position, and outputs that tell all tokens before."""
+
+    LLAMA_POOLING_TYPE_NONE = LLAMA_FLASH_ATTN_TYPE_DISABLED = GGML_TYPE_F32 = 0
+    llama_context_default_params = SimpleNamespace
+    llama_free = llama_model_free = llama_batch_free = lambda *_: None
+
+    def __init__(self, *, forgets_parts=True):
+        self.forgets_parts = forgets_parts
+        self.fails = False
+        self.num_decoded = 0
+
+    def llama_init_from_model(self, model, settings):
+        self.room, self.tokens = settings.n_ctx, {}
+        return "context"
+
+    def llama_get_memory(self, context):
+        return "memory"
+
+    def llama_memory_clear(self, memory, and_data):
+        self.tokens = {}
+
+    def llama_memory_seq_rm(self, memory, sequence, start, end):
+        if self.forgets_parts:
+            self.tokens = {position: token for position, token in self.tokens.items() if position < start}
+        return self.forgets_parts
+
+    def llama_set_embeddings(self, context, wanted):
+        self.gives_outputs = wanted
+
+    def llama_batch_init(self, count, *_):
+        lists = {name: [None] * count for name in ("token", "pos", "n_seq_id", "logits")}
+        return SimpleNamespace(**lists, seq_id=[[None] for _ in range(count)])
+
+    def llama_decode(self, context, batch):
+        places = list(range(len(self.tokens), len(self.tokens) + batch.n_tokens))
+        if self.fails or batch.pos != places or places[-1] >= self.room or batch.n_tokens > SMALL_BATCH:
+            self.tokens = {}
+            return -1
+        self.tokens |= zip(batch.pos, batch.token, strict=True)
+        self.num_decoded += batch.n_tokens
+        self.output = list(self.tokens.values()) if batch.logits[-1] and self.gives_outputs else None
+        return 0
+
+    def llama_get_embeddings_ith(self, context, number):
+        digest = hashlib.sha256(str(self.output).encode()).digest()
+        return ctypes.cast((ctypes.c_float * 4)(*digest[:4]), ctypes.POINTER(ctypes.c_float))
+
+
+def scorer_on(api):
+    """A scorer of a file that is not there."""
+    model = object.__new__(GGUFModel)
+    model.file, model.head, model.max_length = "a.gguf", np.array([1.0, -2.0, 3.0, 0.5]), 2000
+    model._api, model._model, model._context, model._length, model._held, model._log = api, 1, None, 0, [], []
+    return model
+
+
+ROW = [int(token) for token in np.random.default_rng(4).integers(3, 300, 700)]
+"""More tokens than llama.cpp gets at once."""
+
+
+def test_rewards_of_a_row_do_not_depend_on_the_rows_before():
+    rows = [
+        ROW[:40],
+        ROW[:40],
+        ROW[:25],  # a start of the one before
+        ROW[:60],
+        [*ROW[:30], 999, *ROW[31:60]],
+        [*ROW[:59], 999],
+        ROW[5:9],
+        ROW[:1],
+        ROW,  # makes a longer context, which holds nothing yet
+        ROW[: SMALL_BATCH + 1],
+        [*ROW[:600], 999],
+        ROW[:40],
+    ]
+    expected = [scorer_on(FakeLlama()).reward(ids) for ids in rows]
+    assert len(set(expected)) == len(rows) - 2
+    for forgets_parts in (True, False):
+        model = scorer_on(FakeLlama(forgets_parts=forgets_parts))
+        assert [model.reward(ids) for ids in rows] == expected
+
+
+def test_what_two_rows_begin_with_is_computed_once():
+    model = scorer_on(FakeLlama())
+    counts = []
+    for ids in (ROW[:40], ROW[:40], ROW[:60], [*ROW[:30], 999, *ROW[31:60]], ROW[:20]):
+        before = model._api.num_decoded
+        model.reward(ids)
+        counts.append(model._api.num_decoded - before)
+    assert counts == [40, 1, 20, 30, 1]  # the last token's output is what is wanted
+
+
+def test_a_row_that_failed_leaves_nothing_to_build_on():
+    model = scorer_on(FakeLlama())
+    expected = model.reward(ROW[:40])
+    model._api.fails = True
+    with pytest.raises(ModelError, match="llama.cpp failed with -1 at token 30"):
+        model.reward([*ROW[:30], 999])
+    model._api.fails = False
+    assert model.reward(ROW[:40]) == expected
+    with pytest.raises(ModelError, match="a conversation has 2001 tokens, the model takes 2000"):
+        model.reward([1] * 2001)

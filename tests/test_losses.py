@@ -122,6 +122,29 @@ def test_label_smoothing_mixes_in_the_other_label(probability, label):
     assert_close(found, [-label * math.log(sigmoid(1.1)) - (1 - label) * math.log(sigmoid(-1.1))])
 
 
+@pytest.mark.parametrize(
+    ("pair", "strength", "difference", "win", "loss", "tie"),
+    [
+        # 4 / (4 + 2), 1 / (1 + 2 * 4), and (2^2 - 1) times their product
+        ("rao_kupper", 1.0, math.log(4), 2 / 3, 1 / 9, 2 / 9),
+        # of 2, 1 / 2 and 3 / 2, which are 4 together
+        ("davidson", 1.5, math.log(4), 1 / 2, 1 / 8, 3 / 8),
+    ],
+)
+@pytest.mark.parametrize(("probability", "label"), [(1.0, 0.9), (0.8, 0.74)])
+def test_label_smoothing_of_models_with_ties_leaves_ties_alone(
+    pair, strength, difference, win, loss, tie, probability, label
+):
+    found = losses(
+        [difference, 0.0] * 2,
+        [tree(probability=probability), tree(probability=0.5)],
+        pair=pair,
+        tie_strength=strength,
+        label_smoothing=0.1,
+    )
+    assert_close(found, [-label * math.log(win) - (1 - label) * math.log(loss), -math.log(tie)])
+
+
 # Rankings and ratings.
 
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import forget_hash, make_base, make_model, make_tokenizer, shake
 from safetensors.torch import load_file, save_file
+from test_export import classifier
 from test_merge import saved
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_rm.config import AdapterSettings, ModelSettings
+from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BUILTIN, check_shape, find_base
+from lora_rm.model.device import pick_compute_dtype
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
@@ -56,13 +59,21 @@ def test_the_head_starts_at_its_standard_deviation_or_at_zero(base):
     assert float(make_model(base, head_init="zero").head.abs().max()) == 0
 
 
-def test_no_gradient_is_computed_below_the_first_adapted_layer(base):
+def test_no_gradient_is_computed_below_the_first_adapted_layer(base, trees):
     model = make_model(base, adapter=AdapterSettings(rank=4, alpha=12.0, layers_to_transform=(2,)))
     adapted = {
         name.split(".layers.")[1].split(".")[0] for name, p in model.named_parameters() if "lora_A" in name
     }
     assert adapted == {"2"}
     assert model.trainable().adapter > 0
+    seen = {}
+    for number, layer in enumerate(model.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda _, x, number=number: seen.update({number: x[0].requires_grad})
+        )
+    model.train()
+    model.rewards(model.batch(trees[:2])).sum().backward()
+    assert seen == {0: False, 1: False, 2: True}
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -222,20 +233,28 @@ def test_a_base_that_is_not_there_is_named(name, message):
         find_base(name)
 
 
-def test_weights_that_may_run_code_are_refused(base, tmp_path):
-    folder = tmp_path / "base"
-    shutil.copytree(base, folder)
-    (folder / "model.safetensors").unlink()
-    torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="may run code"):
-        find_base(str(folder))
-
-
 def test_a_device_that_is_not_there_is_named(base):
     with pytest.raises(ModelError, match="allowed: auto, cpu"):
         make_model(base, device="toaster")
     with pytest.raises(ModelError, match="CUDA devices here"):
         make_model(base, device="cuda:7")
+
+
+@pytest.mark.parametrize("has_avx", [False, True])
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_the_type_of_products_that_a_cpu_chooses(base, tmp_path, monkeypatch, has_avx, has_amx):
+    """bfloat16 only where it has units for it; never for weights in float16, which that would round."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    fast = torch.bfloat16 if has_avx or has_amx else torch.float32
+    assert pick_compute_dtype("auto", torch.device("cpu")) == fast
+    for stored, expected in ((torch.float16, torch.float32), (torch.bfloat16, fast)):
+        folder = tmp_path / str(stored)
+        classifier(base).to(stored).save_pretrained(folder)
+        ChatTokenizer.load(base).save(folder)
+        model = RewardModel.load_merged(folder, device="cpu")
+        assert model.compute_dtype == expected
+        assert model.layers[0].mlp.up_proj.weight.dtype == stored
 
 
 def test_bfloat16_products_keep_float32_rewards_and_head(base, trees):

@@ -163,6 +163,27 @@ def test_the_planned_peak_is_that_of_a_real_step(
         assert expected == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize(("compute", "vocabulary"), [("bfloat16", 400), ("bfloat16", 3000), ("float32", 400)])
+def test_the_planned_peak_of_float32_checks_is_that_of_scoring(tmp_path, compute, vocabulary, show):
+    """Where embeddings become float32, or the largest layer is dequantised, whichever is more."""
+    base = make_base(tmp_path / "llama", "llama", **WIDE, vocab_size=vocabulary)
+    settings = settings_for(base, compute=compute)
+    model = RewardModel.load(
+        BaseModel(name=str(base), path=base), settings=settings.model, adapter=settings.adapter
+    )
+    model.choose_batching("shared")
+    live = LiveBytes()
+    live.hold(model)
+    with live, model.precise():
+        model.score([TokenTree([5, 6], ([7], [8]))])
+    planned = plan(settings, 8 * GIB).checks
+    show(
+        f"checks in float32 after {compute}, {vocabulary} tokens: planned {planned / 2**20:.2f} MiB, "
+        f"real {live.peak / 2**20:.2f} MiB ({planned / live.peak - 1:+.1%})"
+    )
+    assert planned == pytest.approx(live.peak, rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("configs") / "llama", num_hidden_layers=12)
@@ -195,6 +216,10 @@ def test_parts_are_what_they_are_known_to_be(planned):
     adapter = 12 * 8 * ((256 + 256) * 2 + (256 + 128) * 2 + (256 + 704) * 3)
     assert planned.held.trained == 4 * (adapter + 256)
     assert planned.optimizer == 2 * planned.held.trained
+    in_8_bit = dataclasses.replace(planned.settings.train, optimizer="paged_adamw_8bit")
+    settings = dataclasses.replace(planned.settings, train=in_8_bit)
+    # two moments of a byte for each value of four
+    assert dataclasses.replace(planned, settings=settings).optimizer == planned.held.trained / 2
     assert planned.workspace == 2 * 256 * 704
     assert planned.machine == UNMEASURED["cuda"]
 

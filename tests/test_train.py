@@ -6,8 +6,10 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,12 @@ def run_once(settings, trees):
     model = open_model(settings)
     train(model, data_of(trees), settings, run)
     return model, run
+
+
+def give_losses(monkeypatch, *losses):
+    """Lets the evaluations of a run have these losses."""
+    real, left = train_module.evaluate, iter(losses)
+    monkeypatch.setattr(train_module, "evaluate", lambda *a: dataclasses.replace(real(*a), loss=next(left)))
 
 
 def test_a_run_that_goes_on_computes_attention_as_before(settings, trees, capsys):
@@ -155,30 +163,109 @@ def test_a_run_of_one_step_is_not_all_warm_up(settings, trees):
     assert any(weight.any() for name, weight in trained_weights(model).items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_takes_its_course_after_the_warm_up(settings, trees, schedule, shares):
+    own = changed(settings, train={"schedule": schedule, "warmup_share": 1 / 3, "max_steps": 6})
+    _, run = run_once(own, trees)
+    assert [line["learning_rate"] for line in lines(run)] == pytest.approx([1e-3 * share for share in shares])
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "max_steps", "expected"),
+    [(0.5, 0, 3), (1.5, 0, 9), (0.01, 0, 1), (2.0, 5, 5), (0.5, 5, 3)],
+)
+def test_epochs_may_be_a_fraction(settings, num_epochs, max_steps, expected):
+    own = changed(settings, train={"num_epochs": num_epochs, "max_steps": max_steps})
+    assert count_steps(44, own) == expected  # six steps an epoch, the last one of four preferences
+
+
+def test_lines_are_shown_as_often_as_asked_and_for_the_last_step(settings, trees, capsys):
+    run_once(changed(settings, train={"max_steps": 5, "log_every_steps": 2}), trees)
+    assert re.findall(r"step (\d)/5", capsys.readouterr().out) == ["2", "4", "5"]
+
+
 def test_lora_plus_gives_the_b_matrices_a_rate_of_their_own(settings):
     own = changed(settings, adapter={"lora_plus_ratio": 8.0})
     model = open_model(own)
     optimizer = train_module.build_optimizer(model, own)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     for group in optimizer.param_groups:
         fast = {("lora_B" in names[id(p)]) for p in group["params"]}
         assert fast == {group["lr"] == pytest.approx(8e-3)}
+    assert sorted(id(p) for group in optimizer.param_groups for p in group["params"]) == sorted(names)
 
 
-def test_a_non_finite_step_is_skipped_and_counted(settings, trees, monkeypatch, capsys):
+@pytest.mark.parametrize("lora_plus_ratio", [1.0, 8.0])
+def test_the_optimizer_is_adamw_with_the_numbers_that_were_set(settings, lora_plus_ratio):
+    numbers = {"weight_decay": 0.03, "adam_beta1": 0.83, "adam_beta2": 0.97}
+    own = changed(settings, adapter={"lora_plus_ratio": lora_plus_ratio}, train=numbers)
+    optimizer = train_module.build_optimizer(open_model(own), own)
+    assert type(optimizer) is torch.optim.AdamW
+    for group in optimizer.param_groups:
+        assert (group["weight_decay"], group["betas"], group["eps"]) == (0.03, (0.83, 0.97), 1e-8)
+
+
+def test_gradients_are_scaled_down_to_a_norm_that_is_not_0():
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    for highest, expected in ((0.0, [30.0, 0.0, 40.0]), (60.0, [30.0, 0.0, 40.0]), (5.0, [3.0, 0.0, 4.0])):
+        parameters[0].grad, parameters[1].grad = torch.tensor([30.0, 0.0]), torch.tensor([40.0])
+        assert train_module._gradient_norm(parameters, highest) == 50.0
+        assert [*parameters[0].grad.tolist(), *parameters[1].grad.tolist()] == pytest.approx(expected)
+
+
+def poison(monkeypatch, *steps):
+    """Makes the loss of these steps NaN, of a run with one row a step."""
     real, calls = train_module.preference_losses, []
 
     def poisoned(rewards, *rest):
         calls.append(1)
-        return real(rewards, *rest) * (float("nan") if len(calls) == 2 else 1.0)
+        return real(rewards, *rest) * (math.nan if len(calls) in steps else 1.0)
 
     monkeypatch.setattr(train_module, "preference_losses", poisoned)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(settings, trees, monkeypatch, capsys):
+    poison(monkeypatch, 2)
     own = changed(settings, train={"tokens_per_microbatch": 65536, "max_steps": 4})
     model, run = run_once(own, trees)
     assert [line["num_skipped"] for line in lines(run)] == [0, 1, 1, 1]
     assert lines(run)[1]["loss"] is None
     assert "Step 2 is skipped" in capsys.readouterr().out
     assert all(torch.isfinite(weight).all() for weight in trained_weights(model).values())
+
+
+def test_skipped_steps_that_are_not_in_a_row_stop_nothing(settings, trees, monkeypatch):
+    poison(monkeypatch, 2, 4)
+    own = changed(settings, train={"tokens_per_microbatch": 65536, "max_steps": 5, "max_skipped_steps": 2})
+    progress = train(open_model(own), data_of(trees), own, RunFolder.create(own))
+    assert (progress.step, progress.num_skipped, progress.skipped_in_a_row) == (5, 2, 0)
+
+
+@pytest.mark.parametrize("scale", [1024.0, 1.0])
+def test_a_gradient_that_overflows_lowers_the_loss_scale(settings, trees, monkeypatch, capsys, scale):
+    """As of float16 products, whose loss stays finite; a scale of 1 cannot be what is too high."""
+    monkeypatch.setattr(train_module, "_loss_scale", lambda _: torch.amp.GradScaler("cpu", init_scale=scale))
+    own = changed(settings, train={"tokens_per_microbatch": 65536, "max_steps": 2, "max_skipped_steps": 1})
+    model, run, calls = open_model(own), RunFolder.create(own), []
+    model.head.register_hook(
+        lambda gradient: calls.append(1) or gradient * (math.inf if len(calls) == 1 else 1.0)
+    )
+    if scale == 1.0:
+        with pytest.raises(ModelError, match="1 steps in a row"):
+            train(model, data_of(trees), own, run)
+        return
+    progress = train(model, data_of(trees), own, run)
+    assert (progress.step, progress.num_skipped, progress.skipped_in_a_row) == (2, 1, 0)
+    assert progress.scaler["scale"] == 512.0
+    assert "Step 1 is skipped: its gradient overflows with a loss scale of 1024." in capsys.readouterr().out
+    assert [math.isfinite(line["loss"]) for line in lines(run)] == [True, True]
 
 
 def test_too_many_skipped_steps_stop_the_run_with_a_diagnosis(settings, trees):
@@ -200,6 +287,45 @@ def stop_after(monkeypatch, stop_at):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLog, "step", step)
+
+
+def signals_in_step(monkeypatch, stop_at, *signals):
+    """Sends signals one after the other while a step's rewards are turned into a loss."""
+    real, calls = train_module.preference_losses, []
+
+    def interrupted(*rest):
+        calls.append(1)
+        for number in signals if len(calls) == stop_at else ():
+            os.kill(os.getpid(), number)
+        return real(*rest)
+
+    monkeypatch.setattr(train_module, "preference_losses", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("signals", "expected"),
+    [
+        ([], None),
+        ([signal.SIGINT], Interrupted),
+        ([signal.SIGTERM, signal.SIGTERM], Interrupted),
+        ([signal.SIGINT, signal.SIGINT], KeyboardInterrupt),
+        ([signal.SIGTERM, signal.SIGINT], KeyboardInterrupt),
+    ],
+)
+def test_a_second_ctrl_c_stops_at_once_and_handlers_are_put_back(
+    settings, trees, monkeypatch, signals, expected
+):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    own = changed(settings, train={"tokens_per_microbatch": 65536, "max_steps": 3})
+    run, before = RunFolder.create(own), handlers()
+    signals_in_step(monkeypatch, 2, *signals)
+    with pytest.raises(expected) if expected else nullcontext():
+        train(open_model(own), data_of(trees), own, run)
+    assert handlers() == before
+    saved = {None: ["step-000003"], Interrupted: ["step-000002"], KeyboardInterrupt: []}[expected]
+    assert [path.name for path in run.checkpoints.glob("*")] == saved
 
 
 @pytest.mark.parametrize("stop_at", [4, 12])
@@ -321,11 +447,7 @@ def test_a_best_state_that_is_damaged_meanwhile_says_how_to_go_on(settings, tree
             break_weights(run.checkpoints / "best-000002")
 
     monkeypatch.setattr(MetricsLog, "step", step)
-    losses = iter([0.5, 0.6])
-    evaluation = train_module.evaluate
-    monkeypatch.setattr(
-        train_module, "evaluate", lambda *a: dataclasses.replace(evaluation(*a), loss=next(losses))
-    )
+    give_losses(monkeypatch, 0.5, 0.6)
     with pytest.raises(
         ModelError, match="best-000002: the best state cannot be put back, since model.*--resume"
     ):
@@ -400,7 +522,8 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
             load_weights(tmp_path, wider)
 
 
-def test_only_the_newest_checkpoints_and_the_best_are_kept(settings, trees):
+def test_only_the_newest_checkpoints_and_the_best_are_kept(settings, trees, monkeypatch):
+    give_losses(monkeypatch, 0.7, 0.6, 0.5)
     own = changed(
         settings, train={"save_every_steps": 1, "keep_checkpoints": 2, "eval_every_steps": 2, "max_steps": 6}
     )
@@ -445,13 +568,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(settings, trees,
 
 def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monkeypatch, capsys):
     """The evaluation loss is made to rise after the second one; the weights at the end are the second's."""
-    from dataclasses import replace
-
     seen, real = [], train_module.evaluate
 
     def rising(model, *rest):
         seen.append(trained_weights(model))
-        return replace(real(model, *rest), loss=[0.6, 0.5, 0.7, 0.8][len(seen) - 1])
+        return dataclasses.replace(real(model, *rest), loss=[0.6, 0.5, 0.7, 0.8][len(seen) - 1])
 
     monkeypatch.setattr(train_module, "evaluate", rising)
     own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 2, "num_epochs": 3})
@@ -465,12 +586,21 @@ def test_training_stops_early_and_puts_the_best_state_back(settings, trees, monk
     assert not all(torch.equal(weight, seen[3][name]) for name, weight in trained_weights(model).items())
 
 
+def test_a_better_evaluation_starts_the_count_of_early_stopping_anew(settings, trees, monkeypatch):
+    give_losses(monkeypatch, 0.6, 0.7, 0.5, 0.6, 0.6)
+    own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 2, "num_epochs": 3})
+    progress = train(open_model(own), data_of(trees), own, RunFolder.create(own))
+    assert (progress.step, progress.best_step) == (5, 3)
+
+
+def test_the_last_step_is_evaluated_too(settings, trees):
+    _, run = run_once(changed(settings, train={"max_steps": 5, "eval_every_steps": 2}), trees)
+    assert [line["step"] for line in lines(run) if "eval" in line] == [2, 4, 5]
+
+
 def test_a_run_that_has_stopped_early_is_over(settings, trees, monkeypatch):
     """Stopped by hand at the very step at which it would have stopped by itself, it does not train on."""
-    from dataclasses import replace
-
-    real = train_module.evaluate
-    monkeypatch.setattr(train_module, "evaluate", lambda *rest: replace(real(*rest), loss=0.5))
+    give_losses(monkeypatch, 0.5, 0.5)
     own = changed(settings, train={"eval_every_steps": 1, "early_stopping": 1, "num_epochs": 3})
     run, model = RunFolder.create(own), open_model(own)
     show = MetricsLog.step
@@ -570,8 +700,7 @@ def test_float16_products_need_a_gpu(settings):
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best(settings, trees, monkeypatch):
-    real, losses = train_module.evaluate, iter([math.nan, 1.0, 2.0])
-    monkeypatch.setattr(train_module, "evaluate", lambda *a: dataclasses.replace(real(*a), loss=next(losses)))
+    give_losses(monkeypatch, math.nan, 1.0, 2.0)
     own = changed(settings, train={"max_steps": 3, "eval_every_steps": 1})
     model = open_model(own)
     progress = train(model, data_of(trees), own, RunFolder.create(own))
@@ -613,7 +742,17 @@ def test_other_settings_cannot_resume_a_run(settings):
 
 def test_tensorboard_gets_the_metrics(settings, trees):
     pytest.importorskip("tensorboard")
-    _, run = run_once(changed(settings, train={"trackers": ["tensorboard"], "max_steps": 1}), trees)
-    assert list(run.path.rglob("events.out.tfevents.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    own = changed(settings, train={"trackers": ["tensorboard"], "max_steps": 2, "eval_every_steps": 1})
+    _, run = run_once(own, trees)
     (file,) = run.path.rglob("hparams.yml")
     assert "adapter.rank: 4" in file.read_text()
+    file = min(run.path.rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
+    events = EventAccumulator(str(file))
+    events.Reload()
+    for name in ("loss", "accuracy", "grad_norm", "learning_rate"):
+        expected = {line["step"]: line[name] for line in lines(run) if "eval" not in line}
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
+    expected = {line["step"]: line["eval"]["loss"] for line in lines(run) if "eval" in line}
+    assert {event.step: event.value for event in events.Scalars("eval/loss")} == pytest.approx(expected)

@@ -564,8 +564,8 @@ def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(job.adapter, adapter)
     record = json.loads((adapter / "lora_rm.json").read_text())
-    for canary in record["canaries"]:
-        canary["reward"] += 0.3 * torch.rand(()).item()
+    for number, canary in enumerate(record["canaries"]):
+        canary["reward"] += 0.3 * (number % 2)
     (adapter / "lora_rm.json").write_text(json.dumps(record))
     merged = tmp_path / "merged"  # a copy: verify leaves its verdict there
     shutil.copytree(job.merged, merged)

@@ -209,13 +209,6 @@ def test_few_repeated_and_conflicting_rows_are_a_correct_run(tmp_path, rows, kep
     assert kept in {report["train"]["kept"] for report in counts}
 
 
-def test_one_prompt_alone_cannot_be_split(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
-    with pytest.raises(DataError, match="No eval preferences are left.*Give more data"):
-        load_data(DataSettings(train=str(file)), ChatTokenizer(make_tokenizer()))
-
-
 # Settings.
 
 

@@ -377,16 +377,19 @@ def test_settings_that_change_nothing_may_differ_at_resume_if_that_is_allowed(se
 def test_out_of_memory_halves_the_rows_and_changes_nothing_else(settings, trees, monkeypatch, capsys):
     """An allocator's refusal of rows above 200 tokens, at the third step, against rows of 128 from there on.
 
-    The double stands at the model, where the allocator of a device would raise; dropout is on.
+    The double stands at the model, where the allocator of a device would raise, and leaves what a step leaves that
+    fails late: gradients, and random numbers that were drawn. Dropout is on.
     """
     wide = changed(settings, adapter={"dropout": 0.1}, train={"tokens_per_microbatch": 512, "max_steps": 5})
     real, calls = RewardModel.rewards, []
 
     def refusing(self, batch):
         calls.append(batch.input_ids.numel())
+        rewards = real(self, batch)
         if seen() >= 2 and calls[-1] > 200:
+            rewards.sum().backward()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return real(self, batch)
+        return rewards
 
     def seen():
         return len(run.metrics.read_text().splitlines())
@@ -443,6 +446,34 @@ def test_a_preference_that_does_not_fit_alone_stops_the_run(settings, trees, mon
     monkeypatch.setattr(RewardModel, "rewards", refusing)
     with pytest.raises(ModelError, match=r"Step 1 needs more memory.*one preference a row.*lora-rm plan"):
         train(model, data_of(trees[:16]), settings, run)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_met"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+    ],
+)
+def test_only_too_little_memory_halves_the_rows(settings, trees, monkeypatch, error, is_met):
+    """Of a sharded base not even that: the other processes wait for this one's part of the weights."""
+
+    def refusing(self, batch):
+        raise error
+
+    model = open_model(settings)
+    monkeypatch.setattr(RewardModel, "rewards", refusing)
+    arguments = model, [model.batch(trees[:2])], 2, settings, training._loss_scale(model)
+    for is_sharded in (False, True):
+        model.is_sharded = is_sharded
+        if is_met and not is_sharded:
+            assert training._gradients(*arguments) is None
+        else:
+            with pytest.raises(type(error)) as raised:
+                training._gradients(*arguments)
+            assert raised.value is error
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])

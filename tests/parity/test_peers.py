@@ -26,6 +26,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.data.tokens import TokenTree
 from lora_rm.export.huggingface import model_card
 from lora_rm.merge import merge
+from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
@@ -80,6 +81,7 @@ def merged(trained):
 @torch.inference_mode()
 def plain_rewards(model, rows, pad, *, left=False, alone=False):
     """Rewards through a transformers or PEFT classifier, in one padded batch or one by one."""
+    give_back_rotary()
     if alone:
         return [plain_rewards(model, [ids], pad)[0] for ids in rows]
     longest = max(map(len, rows))
@@ -166,6 +168,7 @@ def test_m9_the_pipeline_gives_the_reward_itself(merged, tmp_path, show):
     config = json.loads((bare / "config.json").read_text())
     assert config.pop("problem_type") == "regression"
     (bare / "config.json").write_text(json.dumps(config))
+    give_back_rotary()
     ours, theirs = (
         [found["score"] for found in pipeline("text-classification", str(path), dtype=torch.float32)(texts)]
         for path in (folder, bare)
@@ -188,6 +191,7 @@ def test_m9_the_code_of_the_model_card_gives_the_reward(merged, preferences, sho
     code = ast.parse(card.split("```python\n")[1].split("```")[0])
     (example,) = [part for part in code.body if ast.unparse(part).startswith("messages = ")]
     example.value = ast.parse(repr(messages), mode="eval").body
+    give_back_rotary()
     names = {"print": lambda reward: names.update(printed=reward)}
     exec(compile(code, "card", "exec"), names)
     found = names["printed"]

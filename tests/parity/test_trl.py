@@ -20,6 +20,7 @@ from lora_rm.data.split import Data, Side, load_data
 from lora_rm.data.tokens import ChatTokenizer, tokenize
 from lora_rm.errors import DataError
 from lora_rm.evaluate import evaluate
+from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
 
@@ -148,6 +149,7 @@ def test_losses_of_20_steps_equal_those_of_trl(float_base, preferences, tmp_path
     for position, number in enumerate(first):
         row = trainer.train_dataset[position]
         assert [row["chosen_ids"], row["rejected_ids"]] == trees[number].conversations()
+    give_back_rotary()
     trainer.train()
     expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(expected) == NUM_STEPS
@@ -248,6 +250,7 @@ def test_m2_small_steps_are_not_lost(base, preferences, tmp_path, show):
         peft_config=peft_config(),
     )
     before = {name: p.detach().clone() for name, p in trained(trainer.model).items()}
+    give_back_rotary()
     trainer.train()
     assert trainer.state.global_step == steps
     theirs = unchanged_shares(before, trained(trainer.model))
@@ -281,6 +284,7 @@ def test_m4_accuracy_counts_pairs_and_not_batches(float_base, preferences, tmp_p
         eval_dataset=rows,
         processing_class=model.chat.tokenizer,
     )
+    give_back_rotary()
     theirs = trainer.evaluate()["eval_accuracy"]
     show(
         f"M4 accuracy of 5 pairs at batch 4: truth {truth:.3f}, lora_rm {found.pairs.accuracy:.3f}, TRL {theirs:.3f}"
