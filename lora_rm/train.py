@@ -71,6 +71,17 @@ class Progress:
     """How the attention of shared prompts was computed: another way would round otherwise."""
 
 
+class _Step(NamedTuple):
+    number: int
+    num_preferences: int
+    batches: list[TreeBatch]
+    """This process' share of the rows."""
+    num_idle: int
+    """Rows by which another process has more."""
+    can_be_cut: bool
+    """Whether a row of any process holds more than one preference."""
+
+
 def train(
     model: RewardModel, data: Data, settings: Settings, run: RunFolder, *, resume: bool = False
 ) -> Progress:
@@ -97,7 +108,7 @@ def train(
     """
     wanted = settings.train
     num_steps = count_steps(len(data.train.trees), settings)
-    accelerator = _accelerator(settings, model.device)
+    accelerator = _trackers(settings, model.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(model, settings)
     # the first step of a warm-up has the rate 0: a run of one step has none, or it would train nothing
@@ -148,53 +159,12 @@ def train(
 
     model.train()
     with metrics.display(), _stop_signals() as stop, _sums_in_order(model):
-        for step, num_preferences, batches, num_idle, _ in _steps(model, data, settings, progress, num_steps):
-            started = time.monotonic()
-            if processes.count() > 1:
-                # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
-                torch.manual_seed(_seed(settings.seed, step, processes.rank()))
-            rate = scheduler.get_last_lr()[0]
-            own = _gradients(model, batches, num_preferences, settings, scaler)
-            model.idle(num_idle)
-            parts = [part for part in processes.gather(own) if part is not None]
-            if len(parts) < processes.count():  # a device had too little memory: the step comes again
-                optimizer.zero_grad(set_to_none=True)
+        for own in _steps(model, data, settings, progress, num_steps):
+            found = _take_step(model, own, settings, progress, optimizer, scheduler, scaler)
+            if found is None:
                 continue
-            sums = sum_steps(parts)
-            processes.sum_gradients(parameters)
-            scaler.unscale_(optimizer)
-            norm = _gradient_norm(parameters, wanted.max_grad_norm)
-            if math.isfinite(sums.loss) and math.isfinite(norm):
-                optimizer.step()
-                progress.skipped_in_a_row = 0
-            elif scaler.is_enabled() and math.isfinite(sums.loss) and scaler.get_scale() > 1.0:
-                progress.num_skipped += 1  # how the scale is found: it is halved now
-                say(
-                    f"Step {step} is skipped: its gradient overflows with a loss scale of {scaler.get_scale():.0f}."
-                )
-            else:
-                _count_skipped(progress, step, sums, norm, model, wanted.max_skipped_steps)
-            scaler.update()
-            progress.scaler = scaler.state_dict()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step = step
-            seconds = time.monotonic() - started
-            metrics.step(
-                step,
-                {
-                    **sums.to_json(),
-                    "grad_norm": norm if math.isfinite(norm) else None,
-                    "learning_rate": rate,
-                    "num_preferences": num_preferences,
-                    "num_tokens": sums.num_tokens,
-                    "num_skipped": progress.num_skipped,
-                    "seconds": seconds,
-                    "tokens_per_second": sums.num_tokens / seconds,
-                    "memory_gib": memory_gib(model.device),
-                    "tokens_per_microbatch": progress.row or wanted.row,
-                },
-            )
+            step = progress.step = own.number
+            metrics.step(step, found)
             if wanted.eval_every_steps and (step % wanted.eval_every_steps == 0 or step == num_steps):
                 _evaluate(model, data, settings, metrics, progress)
                 if progress.best_step == step:
@@ -215,22 +185,89 @@ def train(
                 say(f"No better evaluation since step {progress.best_step}: training stops at step {step}.")
                 break
     if progress.best_step:
-        processes.wait()
-        best = run.checkpoints / f"best-{progress.best_step:06d}"
-        if fault := find_fault(best):
-            raise ModelError(
-                f"{best}: the best state cannot be put back, since {fault}. Go on with `lora-rm train {run.config} --resume`, "
-                "which trains again from the newest checkpoint that does not need it."
-            )
-        load_weights(best, model)
-        if progress.best_step < progress.step:
-            say(
-                f"The weights of step {progress.best_step} of {progress.step} are put back: there the evaluation loss was lowest, "
-                f"{progress.best_loss:.4f}."
-            )
+        _put_best_back(model, run, progress)
     for tracker in accelerator.trackers:  # end_training would part the processes too
         tracker.finish()
     return progress
+
+
+def _take_step(
+    model: RewardModel,
+    step: _Step,
+    settings: Settings,
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Any] | None:
+    """An optimizer step of all processes together; its numbers, or None if a device had too little memory.
+
+    Raises:
+        ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient.
+    """
+    wanted, started = settings.train, time.monotonic()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if processes.count() > 1:
+        # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
+        torch.manual_seed(_seed(settings.seed, step.number, processes.rank()))
+    rate = scheduler.get_last_lr()[0]
+    own = _gradients(model, step.batches, step.num_preferences, settings, scaler)
+    model.idle(step.num_idle)
+    parts = [part for part in processes.gather(own) if part is not None]
+    if len(parts) < processes.count():
+        optimizer.zero_grad(set_to_none=True)
+        return None
+    sums = sum_steps(parts)
+    processes.sum_gradients(parameters)
+    scaler.unscale_(optimizer)
+    norm = _gradient_norm(parameters, wanted.max_grad_norm)
+    if math.isfinite(sums.loss) and math.isfinite(norm):
+        optimizer.step()
+        progress.skipped_in_a_row = 0
+    elif scaler.is_enabled() and math.isfinite(sums.loss) and scaler.get_scale() > 1.0:
+        progress.num_skipped += 1  # how the scale is found: it is halved now
+        scale = f"{scaler.get_scale():.0f}"
+        say(f"Step {step.number} is skipped: its gradient overflows with a loss scale of {scale}.")
+    else:
+        _count_skipped(progress, step.number, sums, norm, model, wanted.max_skipped_steps)
+    scaler.update()
+    progress.scaler = scaler.state_dict()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.monotonic() - started
+    return {
+        **sums.to_json(),
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "learning_rate": rate,
+        "num_preferences": step.num_preferences,
+        "num_tokens": sums.num_tokens,
+        "num_skipped": progress.num_skipped,
+        "seconds": seconds,
+        "tokens_per_second": sums.num_tokens / seconds,
+        "memory_gib": memory_gib(model.device),
+        "tokens_per_microbatch": progress.row or wanted.row,
+    }
+
+
+def _put_best_back(model: RewardModel, run: RunFolder, progress: Progress) -> None:
+    """Loads the state of the lowest evaluation loss.
+
+    Raises:
+        ModelError: If it was damaged meanwhile.
+    """
+    processes.wait()
+    best = run.checkpoints / f"best-{progress.best_step:06d}"
+    if fault := find_fault(best):
+        raise ModelError(
+            f"{best}: the best state cannot be put back, since {fault}. Go on with `lora-rm train {run.config} --resume`, "
+            "which trains again from the newest checkpoint that does not need it."
+        )
+    load_weights(best, model)
+    if progress.best_step < progress.step:
+        say(
+            f"The weights of step {progress.best_step} of {progress.step} are put back: there the evaluation loss was lowest, "
+            f"{progress.best_loss:.4f}."
+        )
 
 
 def count_steps(num_preferences: int, settings: Settings) -> int:
@@ -268,17 +305,6 @@ def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optim
     import bitsandbytes as bnb
 
     return bnb.optim.PagedAdamW8bit(groups, **arguments)
-
-
-class _Step(NamedTuple):
-    number: int
-    num_preferences: int
-    batches: list[TreeBatch]
-    """This process' share of the rows."""
-    num_idle: int
-    """Rows by which another process has more."""
-    can_be_cut: bool
-    """Whether a row of any process holds more than one preference."""
 
 
 def _steps(
@@ -467,8 +493,8 @@ def _resume(
     return Progress(**load_checkpoint(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler))
 
 
-def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
-    """Holds the trackers. The model sets its own types and device: what `accelerate config` says of them is not used."""
+def _trackers(settings: Settings, device: torch.device) -> Accelerator:
+    """An accelerator that holds the trackers; what `accelerate config` says of types and devices is not used."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
