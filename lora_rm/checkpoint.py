@@ -49,6 +49,7 @@ HARMLESS = (
     "model.base",
     "data.train",
     "data.eval",
+    "adapter.start_from",
     "merge",
     "verify",
 )

@@ -171,6 +171,8 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     if settings.adapter.start_from is not None:
         inputs["adapter.start_from"] = file_sha256(run_adapter(Path(settings.adapter.start_from)) / WEIGHTS)
     known = run.read_json("inputs.json") or inputs
+    if settings.adapter.start_from is None:  # a run that goes on from a checkpoint does not need it any more
+        known.pop("adapter.start_from", None)
     changed = sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name))
     if changed:
         raise ConfigError(
