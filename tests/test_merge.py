@@ -13,7 +13,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, forget_hash, make_base, make_model, make_tokenizer, shake
+from conftest import FAMILIES, SHAPE, make_base, make_model, make_tokenizer, renew_hash, shake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -282,7 +282,7 @@ def test_trained_biases_replace_those_of_the_base(tmp_path, family):
     }
     assert biases
     save_file(load_file(file) | biases, file, {"format": "pt"})
-    forget_hash(adapter)
+    renew_hash(adapter)
     merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in biases.items():
@@ -980,6 +980,16 @@ def test_an_adapter_that_cannot_be_proven_names_a_way_on(base, tmp_path):
         ModelError, match="no adapter that lora_rm saved.*`lora-rm train`, or merge it with PEFT"
     ):
         merge(adapter, tmp_path / "other")
+
+
+@pytest.mark.parametrize("found", [None, 7])
+def test_an_adapter_whose_weights_have_no_hash_is_refused(base, tmp_path, found):
+    adapter = saved(make_model(base), tmp_path / "adapter")
+    record = json.loads((adapter / "lora_rm.json").read_text()) | {"weights_sha256": found}
+    (adapter / "lora_rm.json").write_text(json.dumps(record))
+    for opened in (RewardModel.load_adapter, lambda folder: merge(folder, tmp_path / "merged")):
+        with pytest.raises(ModelError, match="lora_rm.json: weights_sha256 is (missing|'7')"):
+            opened(adapter)
 
 
 def test_every_tensor_of_the_adapter_must_be_used(base, tmp_path):
