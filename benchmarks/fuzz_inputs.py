@@ -311,6 +311,7 @@ RECORD = {
     "base": {"name": "org/base", "revision": None, "files": {}},
     "load_dtype": "bfloat16",
     "quantization": {"kind": "nf4", "double": True, "codes": {"model.layers.0.mlp.up_proj": "00"}},
+    "weights_sha256": "00",
 }
 PARITY = {
     "passed": True,

@@ -33,7 +33,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import MergeError, StorageError, storing
-from lora_rm.model.adapter import lora_layers
+from lora_rm.model.adapter import WEIGHTS, lora_layers
 from lora_rm.model.base import BaseModel, file_sha256, read_auto_config, read_json
 from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
@@ -160,7 +160,7 @@ class Plan:
             "version": 2,  # of the arithmetic
             "adapter": {
                 file: file_sha256(self.adapter / file)
-                for file in ("adapter_model.safetensors", "adapter_config.json", "lora_rm.json")
+                for file in (WEIGHTS, "adapter_config.json", "lora_rm.json")
             },
             "base": [
                 [file.name, stat.st_size, stat.st_mtime_ns]
@@ -413,7 +413,7 @@ def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     plan, made = Plan(adapter, settings), read_json(file)
     # auto ends with float32 where a value does not fit float16
     roundings = (plan.rounding, "float32" if settings.dtype == "auto" else plan.rounding)
-    is_same = made.get("adapter_sha256") == file_sha256(adapter / "adapter_model.safetensors")
+    is_same = made.get("adapter_sha256") == file_sha256(adapter / WEIGHTS)
     return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
 
 
@@ -530,14 +530,14 @@ def _write_combined(
         target_modules=sorted(ranks),
         inference_mode=True,
     ).save_pretrained(str(folder))
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").chmod(0o644)
+    save_tensors(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)
     record = read_record(adapters[0])
     record |= {
-        "weights_sha256": file_sha256(folder / "adapter_model.safetensors"),
+        "weights_sha256": file_sha256(folder / WEIGHTS),
         "canaries": [{**canary, "reward": None} for canary in record["canaries"]],
         "combined": [
-            {"adapter_sha256": file_sha256(adapter / "adapter_model.safetensors"), "weight": weight}
+            {"adapter_sha256": file_sha256(adapter / WEIGHTS), "weight": weight}
             for adapter, weight in zip(adapters, weights, strict=True)
         ],
     }
@@ -652,7 +652,7 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
         base=plan.base.name,
         base_weights=plan.mode,
         dtype=plan.rounding,
-        adapter_sha256=file_sha256(plan.adapter / "adapter_model.safetensors"),
+        adapter_sha256=file_sha256(plan.adapter / WEIGHTS),
     )
     index: dict[str, str] = {}
     total = 0
@@ -784,7 +784,7 @@ def _updates(adapter: Path, modules: dict[str, bool]) -> tuple[dict[str, Update]
     config = LoraConfig.from_pretrained(str(adapter))
     parts: dict[str, dict[str, StoredTensor]] = {}
     biases: dict[str, StoredTensor] = {}
-    for tensor in stored_tensors(adapter / "adapter_model.safetensors"):
+    for tensor in stored_tensors(adapter / WEIGHTS):
         key = tensor.name
         if key == HEAD_KEY:
             continue

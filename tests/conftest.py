@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from lora_rm.config import AdapterSettings, ModelSettings, check_settings
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import ChatTokenizer, tokenize
-from lora_rm.model.base import BaseModel
+from lora_rm.model.base import BaseModel, file_sha256
 from lora_rm.model.reward_model import RewardModel
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -218,10 +218,10 @@ def _own_cache(tmp_path_factory):
         os.environ["LORA_RM_CACHE"] = str(folder)
 
 
-def forget_hash(adapter):
+def renew_hash(adapter):
     """Lets an adapter be opened whose weights a test has changed on purpose."""
     record = json.loads((adapter / "lora_rm.json").read_text())
-    del record["weights_sha256"]
+    record["weights_sha256"] = file_sha256(adapter / "adapter_model.safetensors")
     (adapter / "lora_rm.json").write_text(json.dumps(record))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import forget_hash, make_model, make_tokenizer, shake
+from conftest import make_model, make_tokenizer, renew_hash, shake
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -855,7 +855,7 @@ def test_a_run_whose_adapter_never_moved_is_found(run, base, tmp_path, monkeypat
     }
     assert start.keys() == load_file(run.adapter / WEIGHTS).keys()
     save_file(start, copy / "adapter" / WEIGHTS)
-    forget_hash(copy / "adapter")
+    renew_hash(copy / "adapter")
     (copy / "config.yaml").write_text(run.config.read_text())
     findings = examined(copy, RunFolder(copy).settings())
     assert is_found(findings["head moves"], "0.000%")

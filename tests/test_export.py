@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from lora_rm.cli import main
 from lora_rm.config import check_settings
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, MergeError, ModelError
-from lora_rm.export import TARGETS, graph, huggingface, onnx
+from lora_rm.export import TARGETS, graph, huggingface, onnx, proof
 from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import need, prove, read_parity
@@ -432,6 +433,35 @@ def test_a_target_says_what_it_can_write(merged, tmp_path):
     with pytest.raises(ConfigError, match="--to torch-export can write float32, float16, bfloat16"):
         export_run(merged, to="torch-export", out=tmp_path / "x", dtype="int8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_of_anything_else_has_another_identity(merged, tmp_path, monkeypatch):
+    """Else the files of an interrupted one would be taken over."""
+    found = []
+
+    @contextmanager
+    def note(out, identity, what):
+        found.append(json.dumps(identity))
+        yield
+
+    monkeypatch.setattr(proof, "unfinished_folder", note)
+    own = shutil.copytree(merged, tmp_path / "merged")
+
+    def export(target, dtype):
+        with proof.export_folder(own, tmp_path / "out", target, overwrite=False, dtype=dtype):
+            pass
+
+    export("gguf", "float16")
+    export("gguf", "float16")
+    assert found.pop() == found[0]
+    export("gguf", "Q8_0")
+    export("onnx", "float16")
+    for file in ("model.safetensors", "tokenizer.json", "parity.json"):
+        (own / file).touch()
+        export("gguf", "float16")
+    (own / "more").write_text("")
+    export("gguf", "float16")
+    assert len(set(found)) == len(found) == 7
 
 
 def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import forget_hash, make_base, make_model, make_tokenizer, shake
+from conftest import make_base, make_model, make_tokenizer, renew_hash, shake
 from safetensors.torch import load_file, save_file
 from test_export import classifier
 from test_merge import saved
@@ -208,7 +208,7 @@ def test_a_head_that_is_not_finite_is_refused(base, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.score.weight"][0, 3] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors")
-    forget_hash(adapter)
+    renew_hash(adapter)
     with pytest.raises(ModelError, match="NaN"):
         RewardModel.load_adapter(adapter)
 

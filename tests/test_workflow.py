@@ -88,7 +88,9 @@ def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, 
             )
         )
     assert not (tmp_path / "third").exists()
-    longer = changed(second, adapter={"start_from": None})  # the first run may be gone when the second goes on
+    longer = changed(
+        second, adapter={"start_from": None}
+    )  # the first run may be gone when the second goes on
     with pytest.raises(ConfigError, match="do not change what is trained: add --resume.allow"):
         train_run(longer, resume=True)
     assert train_run(longer, resume=True, allow=True).path == run.path

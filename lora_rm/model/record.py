@@ -23,6 +23,7 @@ SHAPE = {
     "base": {"name": str, "revision": str | None, "files": dict},
     "load_dtype": str,
     "quantization": {"kind": str, "double": bool, "codes": dict},
+    "weights_sha256": str,
 }
 """What is read of the record."""
 
@@ -106,8 +107,7 @@ def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         ModelError: If they differ; nothing else would tell of a flipped bit in a matrix.
     """
-    expected = record.get("weights_sha256")  # absent where an earlier lora_rm saved it
-    if expected and file_sha256(folder / WEIGHTS) != expected:
+    if file_sha256(folder / WEIGHTS) != record["weights_sha256"]:
         raise ModelError(
             f"{folder / WEIGHTS}: is not the file that was saved (its SHA-256 differs from that in {RECORD}). Copy the folder "
             "again; in a run, `lora-rm train RUN/config.yaml --resume` writes it anew."
@@ -133,7 +133,7 @@ def read_head(folder: Path) -> torch.Tensor:
     """
     file = folder / WEIGHTS
     if not file.is_file():
-        raise ModelError(f"{folder}: has no adapter_model.safetensors.")
+        raise ModelError(f"{folder}: has no {WEIGHTS}. Copy the folder again.")
     tensors = load_tensors(file)
     if HEAD_KEY not in tensors:
         raise ModelError(
