@@ -39,22 +39,20 @@ from lora_rm.model.quantization import PIECE as QUANTIZED_PIECE
 from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4_bit, stored_codes
 from lora_rm.model.record import (
     HEAD_KEY,
+    MERGE_RECORD,
+    RECORD,
     check_weights_file,
     read_head,
     read_record,
     recorded_base,
     recorded_quantization,
 )
-from lora_rm.model.record import RECORD as RECORD_OF_ADAPTER
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, save_tensors, stored_tensors
 from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 """Families whose activations are known to overflow in float16 (vLLM refuses float16 for gemma2, gemma3, glm4)."""
-
-RECORD = "lora_rm_merge.json"
-"""File in the merged folder that says what was merged into what, and how."""
 
 PIECE = 2**18
 """Values of a weight that are merged at once: half the calls, in which threads wait for each other, of a piece that
@@ -407,7 +405,7 @@ _EXPERTS = (
 
 def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     """Whether `output` is this very merge, whose verification was interrupted: it need not be written again."""
-    file = output / RECORD
+    file = output / MERGE_RECORD
     if settings.overwrite or not file.is_file() or (output / "parity.json").is_file():
         return False
     plan, made = Plan(adapter, settings), read_json(file)
@@ -464,7 +462,7 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
             f"There are {len(adapters)} adapters and the weights {list(weights)}. Give one number each, not 0."
         )
     records = [read_record(adapter) for adapter in adapters]
-    is_combined = (folder / RECORD_OF_ADAPTER).is_file() and "combined" in read_record(folder)
+    is_combined = (folder / RECORD).is_file() and "combined" in read_record(folder)
     if folder.exists() and (not is_combined or folder in map(Path.resolve, adapters)):
         raise MergeError(
             f"{folder}: exists, and is no combined adapter or one of those to combine. Move it, or choose another --out."
@@ -518,7 +516,7 @@ def _write_combined(
     others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(adapters[0], folder)
-    (folder / RECORD_OF_ADAPTER).unlink()
+    (folder / RECORD).unlink()
     (folder / "adapter_config.json").unlink()
     LoraConfig(
         task_type="SEQ_CLS",
@@ -541,7 +539,7 @@ def _write_combined(
             for adapter, weight in zip(adapters, weights, strict=True)
         ],
     }
-    (folder / RECORD_OF_ADAPTER).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
@@ -695,7 +693,7 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
     report.adds_bos = chat.adds_bos
     _write_config(plan, chat, folder)
     record = asdict(report) | {"length_policy": plan.record.get("length_policy")}
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / MERGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return report
 
 

@@ -25,11 +25,10 @@ from lora_rm.config import MergeSettings, ModelSettings, VerifySettings
 from lora_rm.console import say, show_table
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import MergeError
-from lora_rm.merge import OVERFLOWING, RECORD, Plan, check_weights
+from lora_rm.merge import OVERFLOWING, Plan, check_weights
 from lora_rm.model.base import BaseModel, check_shape, read_json
 from lora_rm.model.elementwise import give_back_rotary
-from lora_rm.model.record import CANARIES, read_record
-from lora_rm.model.record import RECORD as ADAPTER_RECORD
+from lora_rm.model.record import CANARIES, MERGE_RECORD, RECORD, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import stored_tensors
 
@@ -133,8 +132,8 @@ def verify(
             merged model's rewards changed by more than allowed.
     """
     settings = settings or VerifySettings()
-    merge_record: dict[str, Any] = read_json(merged / RECORD)
-    check_shape(merged / RECORD, merge_record, {"base_weights": str, "dtype": str})
+    merge_record: dict[str, Any] = read_json(merged / MERGE_RECORD)
+    check_shape(merged / MERGE_RECORD, merge_record, {"base_weights": str, "dtype": str})
     plan = Plan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
     rounding = max(check_weights(plan, merged).values(), default=0.0)
     say(f"The weights are those of the merge; storing them took at most {rounding:.2%} of a tensor's update.")
@@ -145,7 +144,7 @@ def verify(
             f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Train it with `lora-rm train`, which saves "
             "some, or merge it without a proof: lora_rm.merge.merge in Python."
         )
-    check_shape(adapter / ADAPTER_RECORD, canaries, CANARIES, "canaries")
+    check_shape(adapter / RECORD, canaries, CANARIES, "canaries")
     more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
     answers = [*canaries, *more[: settings.num_answers]]
     rows = [answer["ids"] for answer in answers]

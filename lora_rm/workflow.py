@@ -28,7 +28,6 @@ from lora_rm.export.proof import public_record, read_parity
 from lora_rm.export.torch_export import export_torch_export
 from lora_rm.export.vllm import export_vllm
 from lora_rm.export.vllm_lora import export_vllm_lora
-from lora_rm.merge import RECORD as RECORD_OF_MERGE
 from lora_rm.merge import check_mergeable, combine, is_unverified, merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import (
@@ -43,7 +42,7 @@ from lora_rm.model.base import (
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, longest_conversation, read_config
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.record import RECORD, check_weights_file, move_base, read_record
+from lora_rm.model.record import MERGE_RECORD, RECORD, check_weights_file, move_base, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
@@ -440,7 +439,7 @@ def trained_length(path: Path) -> dict[str, Any]:
     folder = path.parent if path.is_file() else path  # a .gguf lies beside its record
     if is_hub_id(str(path)):
         folder = find_config(str(path), tokenizer=True).path
-    for file in (folder / RECORD, folder / RECORD_OF_MERGE, folder / "parity.json"):
+    for file in (folder / RECORD, folder / MERGE_RECORD, folder / "parity.json"):
         record: Any = read_json(file) if file.is_file() else {}
         if file.name == "parity.json":  # a .gguf has no other
             record = record.get("merge")

@@ -35,7 +35,6 @@ from lora_rm.cli import main
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.errors import MergeError, ModelError, StorageError
 from lora_rm.merge import (
-    RECORD,
     Plan,
     Update,
     Workers,
@@ -47,7 +46,7 @@ from lora_rm.merge import (
 )
 from lora_rm.model import quantization
 from lora_rm.model.quantization import code_hashes, codes_8bit
-from lora_rm.model.record import move_base
+from lora_rm.model.record import MERGE_RECORD, move_base
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import TensorWriter, stored_tensors
 from lora_rm.score import Scorer
@@ -948,14 +947,14 @@ def test_a_base_that_moved_is_named_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_rm.workflow.verify", lambda *_, **__: {})
     assert status(adapters[0], "--model.base", "here") == 0
-    assert json.loads((tmp_path / "first-merged" / RECORD).read_text())["base"] == str(new)
+    assert json.loads((tmp_path / "first-merged" / MERGE_RECORD).read_text())["base"] == str(new)
     opened = RewardModel.load_adapter(
         Path(adapters[0]), compute_dtype="float32"
     ).eval()  # with no word of the base
     assert Scorer(opened).score_ids(rows) == pytest.approx(expected, abs=1e-5)
     # of several runs all are told, and the first knows already
     assert status(*adapters[:1], "--with", adapters[1], "--out", "both", "--model.base", "here") == 0
-    assert json.loads((tmp_path / "both" / RECORD).read_text())["base"] == str(new)
+    assert json.loads((tmp_path / "both" / MERGE_RECORD).read_text())["base"] == str(new)
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "a shard more"])
@@ -1072,7 +1071,7 @@ def test_damage_to_the_merged_weights_is_found(base, tmp_path, damage):
 def test_the_report_lies_in_the_folder(base, tmp_path):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     merge(adapter, tmp_path / "merged")
-    report = json.loads((tmp_path / "merged" / RECORD).read_text())
+    report = json.loads((tmp_path / "merged" / MERGE_RECORD).read_text())
     assert (report["base_weights"], report["dtype"]) == ("dequantized", "float16")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]

@@ -20,8 +20,8 @@ from typing import Any
 from lora_rm.console import say, show_table
 from lora_rm.data.files import SUFFIXES
 from lora_rm.errors import ConfigError, MergeError
-from lora_rm.merge import RECORD
 from lora_rm.model.base import check_shape, read_json
+from lora_rm.model.record import MERGE_RECORD
 from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
 from lora_rm.verify import measure_change
 
@@ -118,7 +118,7 @@ def export_folder(
 
 def copy_public(file: Path, target: Path) -> None:
     """Copies a file of a merged model; in the record of the merge no folder of this machine is named."""
-    if file.name == RECORD:
+    if file.name == MERGE_RECORD:
         target.write_text(json.dumps(public_record(read_json(file)), indent=1), encoding="utf-8")
     else:
         shutil.copy(file, target)
@@ -146,7 +146,7 @@ def copy_tokenizer(merged: Path, folder: Path) -> None:
         "chat_template*",
         "special_tokens_map.json",
         "*.model",
-        RECORD,
+        MERGE_RECORD,
     ):
         for file in merged.glob(pattern):
             copy_public(file, folder / file.name)

@@ -17,7 +17,7 @@ RECORD = "lora_rm.json"
 """File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
 
 MERGE_RECORD = "lora_rm_merge.json"
-"""File in a merged folder that says how it was made."""
+"""File in a merged folder that says what was merged into what, and how."""
 
 SHAPE = {
     "base": {"name": str, "revision": str | None, "files": dict},
