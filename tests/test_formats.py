@@ -601,7 +601,9 @@ def test_saved_dataset(tmp_path):
     assert preference.source == f"{tmp_path / 'single'} row 1"
     [preference], _ = read_preferences(str(tmp_path / "splits"), split="test")
     assert preference.subset == "test"
-    with pytest.raises(DataError, match=r"has no split 'dev'. It has: train, test"):
+    with pytest.raises(
+        DataError, match=r"has no split 'dev'\. It has: train, test\. Set one with --data\.train-split"
+    ):
         read_preferences(str(tmp_path / "splits"), split="dev")
     (tmp_path / "single" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="is not a folder written by"):

@@ -320,6 +320,8 @@ def test_files_are_looked_for_before_anything_is_read(tmp_path):
         (tmp_path / "sub").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=words):
             check_sources(DataSettings(train=str(tmp_path), eval=str(tmp_path / source)))
+    with pytest.raises(DataError, match="data.columns has 'promt'.*Did you mean prompt"):
+        check_sources(DataSettings(train=str(tmp_path), columns={"promt": "query"}))
 
 
 def test_the_evaluation_data_can_be_read_alone(chat, tmp_path, capsys):

@@ -51,8 +51,12 @@ ALWAYS_ROWS = 100_000
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(:\w[\w.+/-]*)?)?")
 """`org/name`, or `org/name:part` for one of its configurations or folders."""
 
-UNKNOWN_PART = re.compile(r"BuilderConfig '.*' not found|Couldn't find cache for")
-"""How datasets says that there is no such configuration, on the Hub or in its cache."""
+SET_SPLIT = "Set one with --data.train-split or --data.eval-split."
+
+WANTS_PART = re.compile(
+    r"Config name is missing|There are multiple '.*' config|BuilderConfig '.*' not found|Couldn't find cache for"
+)
+"""How datasets says that no configuration was named, or one that is not there; on the Hub and in its cache."""
 
 # A CSV cell is text; the name of its column says what else it can be.
 NUMBER_COLUMNS = {
@@ -148,20 +152,25 @@ def read_rows(
             that is not read.
     """
     columns = columns or {}
-    for name in columns.keys() - COLUMNS:
-        near = difflib.get_close_matches(name, sorted(COLUMNS), n=1)
-        advice = (
-            f"Did you mean {near[0]}?" if near else "Write {name here: name there}, as in {chosen: winner}."
-        )
-        raise DataError(
-            f"data.columns has {shown(name)}, which is the name of no column that is read. {advice}"
-        )
+    check_columns(columns)
     is_empty = True
     for row in _open(source, split, columns):
         is_empty = False
         yield _renamed(row, columns) if columns and isinstance(row, Row) else row
     if is_empty:
         raise DataError(f"{source} holds no rows. A source needs at least one; check how it was written.")
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raises if `data.columns` has a name that is not read.
+
+    Raises:
+        DataError: If so, with the nearest name.
+    """
+    for name in sorted(columns.keys() - COLUMNS):
+        near = difflib.get_close_matches(name, sorted(COLUMNS), n=1)
+        advice = f"Did you mean {near[0]}?" if near else "Write {name here: name there}: {chosen: winner}."
+        raise DataError(f"data.columns has {shown(name)}, and no column of that name is read. {advice}")
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row | BadRow:
@@ -512,7 +521,7 @@ def _saved_rows(source: str, path: Path, split: str) -> Iterator[Row | BadRow]:
         raise DataError(f"{source} {message} ({first_line(error)}).") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
-            raise DataError(f"{source} has no split '{split}'. It has: {', '.join(dataset)}; choose one.")
+            raise DataError(f"{source} has no split '{split}'. It has: {', '.join(dataset)}. {SET_SPLIT}")
         dataset = dataset[split]
     yield from _dataset_rows(dataset.with_format(None), source)
 
@@ -529,12 +538,8 @@ def _hub_rows(source: str, split: str) -> Iterator[Row | BadRow]:
         found = found.rstrip(".") if len(found) <= 800 else found[:800] + " .."
         advice = "Check the name, the split and the network."
         if "Unknown split" in found:
-            advice = "Set one with --data.train-split or --data.eval-split."
-        elif (
-            UNKNOWN_PART.match(found)
-            or "Config name is missing" in found
-            or "configurations in the cache" in found
-        ):
+            advice = SET_SPLIT
+        elif WANTS_PART.match(found):
             advice = f"Write a configuration or a folder of it after a colon, as in --data.train {name}:NAME."
         message = f"{source} is no local file, and the Hub does not give its split '{split}'"
         raise DataError(f"{message}: {found}. {advice}") from error
@@ -548,12 +553,12 @@ def _load_part(name: str, part: str, split: str) -> Any:
     try:
         return datasets.load_dataset(name, name=part, split=split)
     except ValueError as error:
-        if not UNKNOWN_PART.match(str(error)):
+        if not WANTS_PART.match(str(error)):
             raise
         try:
             return datasets.load_dataset(name, data_dir=part, split=split)
         except (FileNotFoundError, ValueError) as other:
-            is_absent = isinstance(other, FileNotFoundError) or UNKNOWN_PART.match(str(other))
+            is_absent = isinstance(other, FileNotFoundError) or WANTS_PART.match(str(other))
             raise (error if is_absent else other) from None
 
 

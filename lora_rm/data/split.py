@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_rm.config import DataSettings
 from lora_rm.console import show_table
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.files import find_files
+from lora_rm.data.files import check_columns, find_files
 from lora_rm.data.formats import read_preferences
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
@@ -61,9 +61,10 @@ def check_sources(settings: DataSettings) -> None:
     """Looks whether the files are there, which costs nothing; whether the Hub has a data set is found when it is read.
 
     Raises:
-        DataError: If `data.train` is not set, or a file is missing.
+        DataError: If `data.train` is not set, a file is missing, or `data.columns` has a name that is not read.
     """
     _check_set(settings.train, "data.train")
+    check_columns(settings.columns)
     for source in (settings.train, settings.eval):
         if source and source != BUILTIN:
             find_files(source)
