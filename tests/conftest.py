@@ -113,6 +113,8 @@ def make_base(
     for parameter in model.parameters():  # the default start is so small that every reward would be alike
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.12)
+        elif parameter.dim() == 1:  # and so plain that a bias or a norm's weight that is lost would not show
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if shards else "1GB")
     tokenizer.save_pretrained(folder)
     return folder

@@ -136,8 +136,9 @@ def test_tied_embeddings_are_written_once_and_the_language_head_not_at_all(tmp_p
     assert Scorer(opened).score_ids(rows) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(base, tmp_path):
-    model = shake(make_model(base, quantization="int8"))
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_merge_after_8_bit_training_adds_to_the_8_bit_values(tmp_path, family):
+    model = shake(make_model(make_base(tmp_path / "base", family), quantization="int8"))
     merge(saved(model, tmp_path / "adapter"), tmp_path / "merged", MergeSettings(dtype="float32"))
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for name, module in model.classifier.named_modules():
