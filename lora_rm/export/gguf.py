@@ -9,9 +9,11 @@ token, without a sigmoid and without normalising. The tokenizer lies there too, 
 """
 
 import ctypes
+import functools
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -571,6 +573,25 @@ def read_chat(fields: Mapping[str, Any]) -> ChatTokenizer:
     return chat
 
 
+@functools.cache
+def _said() -> tuple[deque[str], Any]:
+    """What llama.cpp said last, for error messages, instead of hundreds of printed lines; and what takes it down.
+
+    It is one for all models and stays: llama.cpp calls it whichever model is at work.
+    """
+    import llama_cpp
+
+    lines: deque[str] = deque(maxlen=20)
+
+    def remember(level: int, text: bytes, _: Any) -> None:
+        if level >= 3:  # warnings and errors
+            lines.append(text.decode(errors="replace"))
+
+    callback = llama_cpp.llama_log_callback(remember)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    return lines, callback
+
+
 class GGUFModel:
     """A reward model that llama.cpp computes; `lora_rm.load_reward_model("x.gguf")` opens it.
 
@@ -595,9 +616,7 @@ class GGUFModel:
         arch = fields["general.architecture"].contents()
         self.max_length = int(fields[f"{arch}.context_length"].contents())
         self._api: Any = llama_cpp
-        self._log: list[str] = []
-        self._callback = llama_cpp.llama_log_callback(self._remember)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._log, _ = _said()
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = 0 if device == "cpu" else -1
@@ -690,11 +709,6 @@ class GGUFModel:
         if not self._context:
             self._length = 0
             raise ModelError(f"{self.file}: llama.cpp makes no context: {''.join(self._log)[-800:]}")
-
-    def _remember(self, level: int, text: bytes, _: Any) -> None:
-        """Keeps what llama.cpp says, for error messages, instead of printing hundreds of lines."""
-        if level >= 3:  # warnings and errors
-            self._log = [*self._log[-20:], text.decode(errors="replace")]
 
     def __del__(self) -> None:
         """Frees what llama.cpp holds."""

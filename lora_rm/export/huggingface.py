@@ -213,15 +213,16 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
             "",
         ]
     lines += [
-        f"Rewards of {parity['num_answers']} answers against the trained adapter, as shares of their spread "
+        f"Rewards against the trained adapter, as shares of the spread of {parity['num_answers']} rewards "
         f"({parity['spread']:.3f}); texts and rewards are in `parity.json`:",
         "",
-        "| way | mean change | largest | pairs flipped |",
-        "|---|---|---|---|",
+        "| way | answers | mean change | largest | pairs flipped |",
+        "|---|---|---|---|---|",
     ]
     for way, change in parity["changes"].items():
         flips = f"{change['pair_flips']} of {change['num_pairs']}"
-        lines.append(f"| {way} | {change['mean']:.3%} | {change['largest']:.3%} | {flips} |")
+        count = change.get("num_answers", parity["num_answers"])
+        lines.append(f"| {way} | {count} | {change['mean']:.3%} | {change['largest']:.3%} | {flips} |")
     return "\n".join(lines) + "\n"
 
 
