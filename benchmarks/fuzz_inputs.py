@@ -771,11 +771,15 @@ def run_cases(
     """Runs the kinds from the `skip`-th on; prints one JSON object before and one after each."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with tempfile.TemporaryDirectory() as scratch:
+    keep = None if keep is None else keep.resolve()
+    with tempfile.TemporaryDirectory() as outer:
+        scratch = Path(outer, "scratch")
+        scratch.mkdir()
+        os.chdir(scratch)  # "." and ".." are among the sources
         if planted:
             jobs = {name: _planted(name) for name in PLANTED}
         else:
-            bench = Bench(Path(scratch))
+            bench = Bench(scratch)
             jobs = {name: _drawn(bench, name, count, number) for name in KINDS}
             if not light:
                 jobs["made by hand"] = lambda tell: _made(bench, tell)
@@ -788,7 +792,7 @@ def run_cases(
                 if outcome not in ("run", "refused"):
                     failures.append(f"{outcome}: {str(case)[:300]!r}\n{said}")  # noqa: B023
                     if keep is not None:
-                        for file in Path(scratch).glob("*.*"):
+                        for file in scratch.glob("*.*"):
                             if file.is_file():
                                 shutil.copy(file, keep / f"{len(failures)}-{file.name}")  # noqa: B023
 
