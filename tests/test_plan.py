@@ -431,7 +431,7 @@ def test_a_model_without_config_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="no config.json"):
         plan(settings_for(tmp_path / "empty"))
-    with pytest.raises(ModelError, match="config.json of no/model cannot be fetched"):
+    with pytest.raises(ModelError, match="no/model cannot be fetched from the hub"):
         plan(settings_for("no/model"))
 
 
