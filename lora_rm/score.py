@@ -17,7 +17,7 @@ from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
 
 if TYPE_CHECKING:
-    from lora_rm.export.gguf import GGUFModel
+    from lora_rm.export.gguf_model import GGUFModel
 
 
 def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: str = "auto") -> "Scorer":
@@ -36,7 +36,7 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
     folder = Path(path)
     gguf = folder if folder.suffix == ".gguf" else folder / "model.gguf"
     if gguf.is_file():
-        from lora_rm.export.gguf import GGUFModel
+        from lora_rm.export.gguf_model import GGUFModel
 
         return Scorer(GGUFModel(gguf, device=device))
     if (folder / "config.yaml").is_file():

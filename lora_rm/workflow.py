@@ -15,6 +15,7 @@ import torch
 
 from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
+from lora_rm.combine import combine
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, check_sources, load_data, read_side
@@ -28,7 +29,7 @@ from lora_rm.export.proof import public_record, read_parity
 from lora_rm.export.torch_export import export_torch_export
 from lora_rm.export.vllm import export_vllm
 from lora_rm.export.vllm_lora import export_vllm_lora
-from lora_rm.merge import check_mergeable, combine, is_unverified, merge
+from lora_rm.merge import check_mergeable, is_unverified, merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import (
     BaseModel,

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -29,13 +28,11 @@ from lora_rm.export.gguf import (
     check_tokenizer,
     export_gguf,
     read_chat,
+    read_fields,
     write,
 )
 from lora_rm.score import load_reward_model
 from lora_rm.verify import standard_deviation
-
-has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
-needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp, reason="llama-cpp-python is not installed")
 
 
 def make_merged(folder, base, held_out):
@@ -223,7 +220,7 @@ def test_special_tokens_that_messages_may_write_stay_so(merged, tmp_path):
     found = []
     for source in (merged, folder):
         out = export_gguf(source, tmp_path / f"{source.parent.name}.out")
-        found += read_chat(module._fields(out / FILE)).ids([(said, ())])
+        found += read_chat(read_fields(out / FILE)).ids([(said, ())])
         assert found[-1] == ChatTokenizer.load(source).ids([(said, ())])[0]
     assert found[0] != found[1]
 
@@ -232,7 +229,7 @@ def test_the_tokenizer_comes_back_whole(written, merged, monkeypatch):
     source, file = written
     parity = parity_of(merged)
     check_tokenizer(source.chat, file, parity)
-    own = read_chat(module._fields(file))
+    own = read_chat(read_fields(file))
     talk = [({"role": "user", "content": "12345 äö\n"}, {"role": "assistant", "content": "it's  fine"})]
     assert own.ids([(talk[0], ())]) == source.chat.ids([(talk[0], ())])
     monkeypatch.setattr(own, "adds_bos", False)
@@ -314,13 +311,13 @@ def test_llama_3_positions():
 def test_files_that_are_no_reward_model(tmp_path, base):
     (tmp_path / "x.gguf").write_bytes(b"GGUFnot really")
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
-        module._fields(tmp_path / "x.gguf")
+        read_fields(tmp_path / "x.gguf")
     writer = gguf.GGUFWriter(tmp_path / "y.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ModelError, match=r"no lora_rm.score.weight.*--to gguf"):
-        module._fields(tmp_path / "y.gguf")
+        read_fields(tmp_path / "y.gguf")
 
 
 class FakeLlama:

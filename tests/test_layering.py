@@ -15,7 +15,7 @@ LAYERS = [
     {"losses", "data"},
     {"model"},
     {"checkpoint", "metrics", "evaluate"},
-    {"train", "merge", "verify"},
+    {"train", "merge", "combine", "verify"},
     {"export", "score", "score_file", "plan"},
     {"workflow", "doctor"},
     {"cli"},

@@ -32,6 +32,7 @@ import lora_rm.merge as merge_module
 import lora_rm.verify as verify_module
 from lora_rm import unfinished
 from lora_rm.cli import main
+from lora_rm.combine import combine
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.errors import MergeError, ModelError, StorageError
 from lora_rm.merge import (
@@ -41,7 +42,6 @@ from lora_rm.merge import (
     _write_tensor,
     check_mergeable,
     check_weights,
-    combine,
     merge,
 )
 from lora_rm.model import quantization
