@@ -33,7 +33,7 @@ commands
   config [PRESET|RUN]    the settings as they would be used, as YAML
 
 settings
-  Precedence: default < preset file < flag. `lora-rm COMMAND --help` shows every setting of a command with
+  Precedence: default < preset file < flag. `lora-rm COMMAND --help` shows the settings of a command with
   its unit and default. Several mistakes are reported together; nothing starts before all are mended.
   `lora-rm --version` prints the version.
 
@@ -51,7 +51,7 @@ examples
 
 exit status
   0 done; 1 a mistake that the message explains, a fault that the doctor found, or a plan that does not fit;
-  130 stopped, and resumable.
+  130 stopped; a training goes on with --resume.
 """
 
 

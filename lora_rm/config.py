@@ -313,8 +313,8 @@ class MergeSettings(_Section):
     base: Literal["auto", "dequantized", "original", "requantizable"] = "auto"
     """Weights that the adapter is added to: those it was trained on, out of their 4-bit codes
     (dequantized; auto after 4-bit and 8-bit training), or the original ones, which make another model: original;
-    or requantizable, for loading in 4 bit again, which is measured too. Merged any other way, 4 bit swallows
-    the update. The better way to serve 4 bit is the 4-bit base with the adapter beside it."""
+    or requantizable: the original ones too, for loading in 4 bit again, which is measured then. On dequantized weights 4 bit
+    swallows the update. The better way to serve 4 bit is the 4-bit base with the adapter beside it."""
 
     dtype: Literal["auto", "float16", "bfloat16", "float32", "bfloat16_nearest"] = "auto"
     """Type that is written; auto: float16, or float32, which takes twice the disk, where float16 overflows (Gemma, GLM-4)
@@ -611,7 +611,9 @@ def _flag_value(key: str, annotation: Any, given: list[str]) -> tuple[Any, str]:
             parsed = [part.strip() for word in given for part in word.split(",")]
         return parsed, ""
     if len(given) > 1:
-        return None, f"{key} takes one value, found {len(given)}: {_short(' '.join(given))}. Give one."
+        # the shell has made file names of a pattern
+        way = "Put a pattern of files in quotes" if key in ("data.train", "data.eval") else "Give one"
+        return None, f"{key} takes one value, found {len(given)}: {_short(' '.join(given))}. {way}."
     return given[0], ""
 
 
