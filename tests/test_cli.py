@@ -313,7 +313,7 @@ def test_the_weights_of_adapters_are_their_average_or_one_number_a_run(run, monk
             _weights(text, count)
     asked = []
     monkeypatch.setattr(
-        "lora_rm.workflow.combine_runs", lambda *words: asked.append(words) or Path("combined")
+        "lora_rm.workflow.combine_runs", lambda *words, base: asked.append(words) or Path("combined")
     )
     monkeypatch.setattr("lora_rm.workflow.merge_run", lambda path, _, out: asked.append((path, out)))
     words = ["merge", "a", "--with", "b", "--with", "c", "--out", "x/mine"]

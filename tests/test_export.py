@@ -25,10 +25,11 @@ from lora_rm.config import check_settings
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, MergeError, ModelError
 from lora_rm.export import TARGETS, graph, huggingface, onnx, proof
+from lora_rm.export.graph import load_graph
 from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import need, prove, read_parity
-from lora_rm.export.torch_export import export_torch_export
+from lora_rm.export.torch_export import export_torch_export, store_as
 from lora_rm.score import load_reward_model
 from lora_rm.unfinished import unfinished_folder
 from lora_rm.verify import score_in_fresh_process, standard_deviation
@@ -272,18 +273,17 @@ def test_torch_export_in_bfloat16_says_what_it_costs(merged, tmp_path, capsys):
     assert 1e-4 < parity["changes"]["one by one"]["mean"] < 0.2
 
 
-def test_rotary_frequencies_of_an_export_in_16_bits_stay_whole(merged, tmp_path):
+def test_rotary_frequencies_of_an_export_in_16_bits_stay_whole(merged):
     """Rounded to bfloat16, positions some hundred tokens on would be off by whole turns; the proof's answers are short."""
     long = torch.arange(400)[None] % 300 + 10
-    mask = torch.ones_like(long)
-    rewards = {}
-    for dtype in ("float32", "bfloat16"):
-        export_torch_export(merged, tmp_path / dtype, dtype=dtype)
-        program = torch.export.load(tmp_path / dtype / "model.pt2")
-        frequencies = [value for name, value in program.named_buffers() if "inv_freq" in name]
-        assert [value.dtype for value in frequencies] in ([], [torch.float32] * len(frequencies))
-        rewards[dtype] = program.module()(long, mask).item()
-    assert rewards["bfloat16"] == pytest.approx(rewards["float32"], abs=0.1)
+    made = load_graph(merged)
+    with torch.inference_mode():
+        exact = made(long, torch.ones_like(long)).item()
+        store_as(made, torch.bfloat16)
+        rounded = made(long, torch.ones_like(long)).item()
+    assert {p.dtype for p in made.backbone.parameters()} == {torch.bfloat16}
+    assert [b.dtype for name, b in made.backbone.named_buffers() if "inv_freq" in name] == [torch.float32] * 2
+    assert rounded == pytest.approx(exact, abs=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

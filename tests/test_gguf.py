@@ -20,17 +20,13 @@ from lora_rm.export import gguf as module
 from lora_rm.export import proof
 from lora_rm.export.gguf import (
     FILE,
-    HEAD,
-    SMALL_BATCH,
-    GGUFModel,
     Source,
     check_tensors,
     check_tokenizer,
     export_gguf,
-    read_chat,
-    read_fields,
     write,
 )
+from lora_rm.export.gguf_model import HEAD, SMALL_BATCH, GGUFModel, read_chat, read_fields
 from lora_rm.score import load_reward_model
 from lora_rm.verify import standard_deviation
 
@@ -219,8 +215,8 @@ def test_special_tokens_that_messages_may_write_stay_so(merged, tmp_path):
     said = ({"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "c"})
     found = []
     for source in (merged, folder):
-        out = export_gguf(source, tmp_path / f"{source.parent.name}.out")
-        found += read_chat(read_fields(out / FILE)).ids([(said, ())])
+        write(Source(source), tmp_path / FILE, "float32")
+        found += read_chat(read_fields(tmp_path / FILE)).ids([(said, ())])
         assert found[-1] == ChatTokenizer.load(source).ids([(said, ())])[0]
     assert found[0] != found[1]
 

@@ -517,15 +517,20 @@ def runs(draw):
     )
     ranks = st.sampled_from([2, 4, 6]) if init == "orthogonal" else st.integers(1, 9)
     alphas = st.floats(0.5, 40.0)
-    some = st.sampled_from([*layers, rf".*\.1\..*{layers[0]}"])
-    names = st.lists(st.sampled_from(layers), min_size=1, unique=True).map(tuple)
+    targets = draw(
+        st.just(("all-linear",)) | st.lists(st.sampled_from(layers), min_size=1, unique=True).map(tuple)
+    )
+    adapted = layers if targets == ("all-linear",) else list(targets)
+    chosen = draw(st.sampled_from([(), (1,), (0, 2)]))
+    # a pattern that picks no layer with an adapter is refused
+    some = st.sampled_from([*adapted, *([] if chosen == (0, 2) else [rf".*\.1\..*{adapted[0]}"])])
     adapter = {
         "rank": draw(ranks),
         "alpha": draw(alphas),
         "rank_pattern": draw(st.dictionaries(some, ranks, max_size=2)),
         "alpha_pattern": draw(st.dictionaries(some, alphas, max_size=2)),
-        "target_modules": draw(st.just(("all-linear",)) | names),
-        "layers_to_transform": draw(st.sampled_from([(), (1,), (0, 2)])),
+        "target_modules": targets,
+        "layers_to_transform": chosen,
         "use_rslora": draw(st.booleans()),
         "use_dora": init in ("default", "gaussian", "orthogonal") and draw(st.booleans()),
         "init": init,

@@ -184,6 +184,9 @@ def test_a_merged_model_is_not_quantised_anew_without_a_word(tmp_path, name):
     with pytest.raises(ModelError, match="is a merged model of lora_rm.*adapter.start_from RUN"):
         make_model(folder)
     assert make_model(folder, quantization="none") is not None
+    (folder / name).unlink()
+    (folder / "lora_rm_merge.json").write_text('{"base_weights": "requantizable"}')  # made for it
+    assert make_model(folder) is not None
 
 
 @pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight"])

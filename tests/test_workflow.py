@@ -419,7 +419,7 @@ def test_an_export_is_uploaded_when_told(job, tmp_path, capsys, monkeypatch):
     before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()}
     monkeypatch.setattr("huggingface_hub.HfApi", Hub(asked))
     asked.clear()
-    monkeypatch.setattr("lora_rm.export.proof.subprocess.run", lambda *_, **__: pytest.fail("proven anew"))
+    monkeypatch.setattr("lora_rm.verify.subprocess.run", lambda *_, **__: pytest.fail("proven anew"))
     assert main(words) == 0
     assert "Uploaded to https://hub/someone/model." in capsys.readouterr().out
     assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()} == before

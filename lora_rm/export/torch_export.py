@@ -47,9 +47,7 @@ def export_torch_export(
     with export_folder(merged, out, "torch-export", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
         folder, graph = unfinished.path, load_graph(merged)
         noise = noise_floor(graph, parity)
-        # not the buffers: rotary frequencies of 16 bits are off by whole turns a few thousand tokens on
-        for parameter in graph.backbone.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+        store_as(graph, getattr(torch, dtype))
         unfinished.once(FILE, partial(_write, graph))
         del graph
         copy_tokenizer(merged, folder)
@@ -69,6 +67,15 @@ def export_torch_export(
         )
         write_parity(folder, proved)
     return out
+
+
+def store_as(graph: RewardGraph, dtype: torch.dtype) -> None:
+    """Rounds the weights of the backbone, whose products are in that type then, and no buffer.
+
+    Rotary frequencies of 16 bits would be off by whole turns a few thousand tokens on.
+    """
+    for parameter in graph.backbone.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _write(graph: RewardGraph, file: Path) -> None:

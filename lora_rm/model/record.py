@@ -34,6 +34,14 @@ HEAD_KEY = "base_model.model.score.weight"
 """Name of the head in PEFT's adapter file."""
 
 
+def is_merged(folder: Path) -> bool:
+    """Whether a folder is a merge or an export of lora_rm that loses what was trained when it is quantised again."""
+    record = folder / MERGE_RECORD
+    if record.is_file():
+        return read_json(record).get("base_weights") != "requantizable"
+    return (folder / "parity.json").is_file()
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Reads `lora_rm.json`.
 

@@ -65,10 +65,10 @@ from lora_rm.model.quantization import (
     quantized_layers,
 )
 from lora_rm.model.record import (
-    MERGE_RECORD,
     RECORD,
     check_codes,
     check_weights_file,
+    is_merged,
     read_head,
     read_record,
     recorded_base,
@@ -163,8 +163,7 @@ class RewardModel(nn.Module):
         head = model.score.weight
         earlier = stored_head(found)
         if earlier is not None:
-            is_ours = any((found.path / name).is_file() for name in (MERGE_RECORD, "parity.json"))
-            if is_ours and quantization.kind != "none":
+            if adapter is not None and quantization.kind != "none" and is_merged(found.path):
                 raise ModelError(
                     f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose most of what was "
                     "trained (rewards move by about their whole spread). To train on, give the run's own model.base and "
