@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)' --output-dir "runs/$$(basename '$(DATA)' | cut -d. -f1)",--overwrite True) $(ARGS)
+	$(RUN)/python recipes/qlora_reward_model.py recipes/presets/quickstart.yaml $(if $(DATA),--data.train '$(DATA)' --output-dir "runs/$$(basename '$(DATA)' | cut -d. -f1 | tr -c 'A-Za-z0-9_\n-' '-')",--overwrite True) $(ARGS)
 
 test: setup
 	$(RUN)/python -m pytest

@@ -49,7 +49,6 @@ HARMLESS = (
     "model.base",
     "data.train",
     "data.eval",
-    "adapter.start_from",
     "merge",
     "verify",
 )

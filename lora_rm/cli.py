@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lora_rm import __version__
-from lora_rm.config import Settings, dump_settings, help_text, load_settings, with_whole_paths
+from lora_rm.config import GLOB, Settings, dump_settings, help_text, load_settings, with_whole_paths
 from lora_rm.console import plain_errors
 from lora_rm.data.files import SUFFIXES, BadRow, Row, find_files, read_rows
 from lora_rm.errors import ConfigError
@@ -379,9 +379,10 @@ def _parse(
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        name = word.partition("=")[0]
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")  # in settings they are the same
         if name in known:
-            own.append(word)
+            own.append(name + equals + value)
             if known[name].nargs != 0 and "=" not in word and rest:
                 own.append(rest.pop(0))
         elif word.startswith("--"):
@@ -424,8 +425,9 @@ def _refuse_other_model(settings: Settings, own: Settings, model: str) -> None:
 
 
 def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
-    """The rows of a file of a kind that training reads; of any other the lines, as they come."""
-    if path.lower().endswith(SUFFIXES) and not path.lower().endswith(".jsonl"):
+    """The rows of what training reads; of a file of JSON lines the lines, as they come."""
+    known = path.lower().endswith(SUFFIXES) and not path.lower().endswith(".jsonl")
+    if known or GLOB.search(path) or Path(path).is_dir():
         find_files(path)
         return nullcontext(read_rows(path))
     try:
@@ -433,7 +435,9 @@ def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
         return Path(path).open(encoding="utf-8", errors="surrogateescape")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read ({reason}). Give a file of JSON lines.") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({reason}). Give a file, or a folder or pattern of files."
+        ) from None
 
 
 def _stdin() -> TextIO:

@@ -211,7 +211,7 @@ def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
     share = total.accuracy
     variance = sum((one.num_correct + one.num_ties / 2 - share * one.num_pairs) ** 2 for one in prompts)
     size = float(total.num_pairs)
-    if share in (0.0, 1.0):  # how much prompts vary is not known
+    if share in (0.0, 1.0) or len(prompts) == 1:  # how much prompts vary is not known
         size = len(prompts)
     elif variance:
         size = min(size, share * (1 - share) * size**2 / variance)

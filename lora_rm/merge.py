@@ -38,6 +38,7 @@ from lora_rm.model.quantization import Quantization, StoredCodes, is_stored_in_4
 from lora_rm.model.record import (
     HEAD_KEY,
     MERGE_RECORD,
+    RECORD,
     check_weights_file,
     read_head,
     read_record,
@@ -130,7 +131,7 @@ class Plan:
         self.mode = settings.base
         if self.mode == "auto":
             self.mode = "original" if self.quantization.kind == "none" else "dequantized"
-        self.rounding = _rounding(settings.dtype, self.quantization, self.config.model_type)
+        self.rounding = rounding_of(settings.dtype, self.quantization, self.config.model_type)
         self.shards, self.stored_as = _shards(self.base, set(self.transposed), renamings)
         stored = (tensor for shard in self.shards.values() for tensor in shard.values())
         if self.mode != "dequantized" and any(isinstance(tensor, StoredCodes) for tensor in stored):
@@ -154,8 +155,7 @@ class Plan:
         return {
             "version": 2,  # of the arithmetic
             "adapter": {
-                file: file_sha256(self.adapter / file)
-                for file in (WEIGHTS, "adapter_config.json", "lora_rm.json")
+                file: file_sha256(self.adapter / file) for file in (WEIGHTS, "adapter_config.json", RECORD)
             },
             "base": [
                 [file.name, stat.st_size, stat.st_mtime_ns]
@@ -641,7 +641,8 @@ def _stored(exact: torch.Tensor, rounding: Rounding, seed: str) -> torch.Tensor:
     return bits.bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
-def _rounding(wanted: str, quantization: Quantization, model_type: str) -> Rounding:
+def rounding_of(wanted: str, quantization: Quantization, model_type: str) -> Rounding:
+    """How merged weights are stored: `merge.dtype`, or what auto stands for."""
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     # bfloat16 would not pass the verification: 1.18 % of the spread on average and 5.08 % at most on the quickstart's run

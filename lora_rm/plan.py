@@ -27,10 +27,11 @@ from lora_rm.data.batches import Batching, num_tokens
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, LoraRmError, ModelError, first_line
+from lora_rm.merge import STORED, rounding_of
 from lora_rm.metrics import read_metrics
 from lora_rm.model.base import cache_folder, find_config
 from lora_rm.model.checkpointing import MODES, Mode
-from lora_rm.model.classifier import check_length, read_config
+from lora_rm.model.classifier import check_length, read_config, wanted_quantization
 from lora_rm.model.device import host_memory, pick_compute_dtype, pick_device
 from lora_rm.model.memory import (
     Held,
@@ -129,6 +130,9 @@ class Plan:
 
     num_layers: int
     """Of the decoder."""
+
+    merged_bytes: int = 2
+    """Of a value in the merged model."""
 
     @property
     def mode(self) -> Mode:
@@ -279,6 +283,9 @@ def plan(settings: Settings, memory: float | None = None, *, gpu: bool = False) 
         compute_bytes=compute_dtype.itemsize,
         held_bytes=held_bytes,
         num_layers=num_layers,
+        merged_bytes=STORED[
+            rounding_of(settings.merge.dtype, wanted_quantization(settings.model), config.model_type)
+        ].itemsize,
     )
 
 
@@ -489,13 +496,13 @@ def show_plan(planned: Plan) -> bool:
         "Beside it",
         {
             "training time": _time(planned),
-            "merge": f"{_gib(2 * held.num_weights)} GiB of disk, {_gib(12 * held.largest_linear + IMPORTS)} GiB of memory; its "
+            "merge": f"{_gib(planned.merged_bytes * held.num_weights)} GiB of disk, {_gib(12 * held.largest_linear + IMPORTS)} GiB of memory; its "
             f"proof opens {_gib(4 * held.num_weights)} GiB in float32, shared out over GPU, memory and disk",
             "trained": f"{held.trained / 4:,.0f} of {held.num_weights + held.trained / 4:,.0f} parameters"
             + (", the rest frozen in " + settings.model.quantization if trained else ""),
             "context, allocator": "measured here"
             if planned.machine.is_measured
-            else "assumed; --calibrate measures",
+            else "assumed; on that machine --calibrate measures, and --gpu is left out",
         },
     )
     say(f"It fits: {_fits(planned)}" if fits else "It does not fit. " + _does_not_fit(planned, planned.row))

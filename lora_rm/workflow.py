@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 
 from lora_rm import processes
-from lora_rm.checkpoint import RunFolder
+from lora_rm.checkpoint import RunFolder, newest_checkpoint
 from lora_rm.combine import combine
 from lora_rm.config import Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, check_sources, load_data, read_side
-from lora_rm.data.tokens import TokenTree, read_template
+from lora_rm.data.tokens import read_template
 from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError, storing
 from lora_rm.evaluate import Evaluation, bag_of_words_baseline, evaluate
 from lora_rm.export.gguf import export_gguf
@@ -68,9 +69,11 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     processes.join(settings.model.device)
     if resume:
         RunFolder(Path(settings.output_dir)).settings()  # raises if there is no run
-    check_start(settings)
+    goes_on = resume and newest_checkpoint(RunFolder(Path(settings.output_dir)).checkpoints)[0] is not None
+    check_start(_goes_on(settings) if goes_on else settings)
     settings, planned = fit(settings)
     run = RunFolder.create(settings, resume, allow=allow)
+    settings = _goes_on(settings) if goes_on else settings
     model = open_model(settings, planned)
     data = read_data(settings, model, run)
     if resume and processes.gather(_is_finished(run))[0]:
@@ -83,6 +86,11 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     processes.wait()  # torchrun ends all if one that left early aborts on its way out, while the first one still writes
     say(f"The adapter lies in {run.adapter}. Next: lora-rm merge {run.path}")
     return run
+
+
+def _goes_on(settings: Settings) -> Settings:
+    """Settings of a run that has a checkpoint, which holds what an adapter to start from gave: that may be gone."""
+    return replace(settings, adapter=replace(settings.adapter, start_from=None))
 
 
 def _is_finished(run: RunFolder) -> bool:
@@ -110,7 +118,12 @@ def check_start(settings: Settings) -> None:
         )
     check_sources(settings.data)
     if settings.adapter.start_from is not None:
-        read_record(run_adapter(Path(settings.adapter.start_from)))
+        start = run_adapter(Path(settings.adapter.start_from))
+        read_record(start)
+        if Path(settings.output_dir).resolve() in (start.resolve(), *start.resolve().parents):
+            raise ConfigError(
+                f"adapter.start_from is {start}, which lies in output_dir, and a new run empties that first. Choose another output_dir."
+            )
     if settings.data.chat_template not in ("tokenizer", "plain"):
         read_template(settings.data.chat_template)
 
@@ -162,7 +175,7 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
         ConfigError: If the run was begun with other data or another base.
     """
     data = load_data(settings.data, model.chat, seed=settings.seed, cache=cache_folder())
-    _check_ids([*data.train.trees, *data.eval.trees], model)
+    model.check_ids([*data.train.trees, *data.eval.trees])
     inputs = {
         "data.train": data.train.sha256,
         "data.eval": data.eval.sha256,
@@ -171,7 +184,7 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     if settings.adapter.start_from is not None:
         inputs["adapter.start_from"] = file_sha256(run_adapter(Path(settings.adapter.start_from)) / WEIGHTS)
     known = run.read_json("inputs.json") or inputs
-    if settings.adapter.start_from is None:  # a run that goes on from a checkpoint does not need it any more
+    if settings.adapter.start_from is None:  # `_goes_on`
         known.pop("adapter.start_from", None)
     changed = sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name))
     if changed:
@@ -183,24 +196,6 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     run.write_json("data.json", data.report)
     data.show()
     return data
-
-
-def _check_ids(trees: Sequence[TokenTree], model: RewardModel) -> None:
-    """Raises if a token has no embedding, which a GPU tells by an assertion that ends the process.
-
-    Raises:
-        DataError: Naming the token.
-    """
-    vocabulary = model.classifier.config.get_text_config().vocab_size
-    largest = max(
-        (max(ids) for tree in trees for ids in (tree.prompt_ids, *tree.answer_ids) if ids), default=0
-    )
-    if largest >= vocabulary:
-        raise DataError(
-            f"{model.base.name}: the data has the token {model.chat.tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, "
-            f"but the model has {vocabulary} embeddings: it was added to the tokenizer alone. Call "
-            "model.resize_token_embeddings(len(tokenizer)) and save both, or give another data.chat_template."
-        )
 
 
 def evaluate_before(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> dict[str, Any]:
@@ -360,8 +355,8 @@ EXPORTS: dict[str, Callable[..., Path]] = {
 }
 """What writes each target. Those that write weights anew take their type, all others the run that their pages tell of."""
 
-WITH_DTYPE = {"gguf", "onnx", "torch-export"}
-"""Targets that write weights anew."""
+WITH_DTYPE = {"gguf": "float16", "onnx": "float32", "torch-export": "float32"}
+"""Targets that write weights anew, and the types they write where none is chosen."""
 
 
 def export_run(
@@ -421,7 +416,12 @@ def _is_exported(merged: Path, out: Path, to: str, dtype: str | None) -> bool:
         return False
     made = read_json(out / "parity.json")
     is_same = made.get("passed") is True and made.get("merge") == public_record(read_parity(merged)["merge"])
-    return is_same and made.get("target") == to and dtype in (None, made.get("dtype"))
+    wanted = dtype or WITH_DTYPE.get(to)
+    return (
+        is_same
+        and made.get("target") == to
+        and (wanted or "").lower() == str(made.get("dtype") or "").lower()
+    )
 
 
 def trained_length(path: Path) -> dict[str, Any]:
@@ -445,7 +445,7 @@ def trained_length(path: Path) -> dict[str, Any]:
         if file.name == "parity.json":  # a .gguf has no other
             record = record.get("merge")
         policy = record.get("length_policy") if isinstance(record, dict) else None
-        if policy is not None:  # an earlier lora_rm wrote none
+        if policy is not None:
             check_shape(file, policy, {"max_length": int, "policy": str}, "length_policy")
             return {"max_length": policy["max_length"], "length_policy": policy["policy"]}
     if not (folder / "config.json").is_file():

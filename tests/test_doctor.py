@@ -765,6 +765,7 @@ def test_check_evaluation_finds():
 def parity(passed=True, flips=0, largest=0.003):
     return {
         "passed": passed,
+        "is_trained_model": True,
         "num_answers": 96,
         "changes": {"library": {"largest": largest, "pair_flips": flips}},
     }
@@ -780,6 +781,10 @@ def test_check_merge_finds():
     assert is_found(found, "62.00%", "`lora-rm merge RUN --merge.overwrite True`; if that fails its message")
     found = doctor.run.check_merge(parity(flips=2))
     assert is_found(found, "flipped 2 pairs", "--merge.dtype float32", status="warning")
+    found = doctor.run.check_merge(parity(flips=7) | {"is_trained_model": False})
+    assert is_found(
+        found, "flipped 7 pairs", "not trained on: `lora-rm merge RUN --merge.base auto", status="warning"
+    )
 
 
 def test_a_merge_that_failed_after_one_that_passed_is_told(run, tmp_path):

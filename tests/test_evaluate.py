@@ -146,6 +146,7 @@ def test_pairs_of_one_prompt_are_no_independent_witnesses():
     assert all_right.interval == wilson_interval(8, 8)
     ranking = tree(1, 1, 1, kind="ranking", scores=(3.0, 2.0, 1.0))
     assert summary([ranking], [[3.0, 2.0, 1.0]]).interval == wilson_interval(1, 1)
+    assert summary([ranking], [[2.0, 3.0, 1.0]]).interval == pytest.approx(wilson_interval(2 / 3, 1))
 
 
 def test_calibration_takes_soft_labels_at_their_word():

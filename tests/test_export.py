@@ -625,6 +625,13 @@ def test_the_card_reads_back_as_the_hubs_metadata(merged, tmp_path):
         0.875,
     )
     assert data.model_name == "mine"
+    settings = check_settings({"data": {"train": "org/preferences:part"}})
+    (result,) = ModelCard(model_card(parity, run, "mine")).data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == (
+        "org/preferences",
+        "part",
+        "train",
+    )
     settings = check_settings({"data": {"train": "builtin:checkable", "eval": "/home/me/secret.jsonl"}})
     card = model_card(parity, run, "mine")
     assert "secret" not in card

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import math
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_rm.data import files
+from lora_rm.data.files import find_files
 from lora_rm.data.formats import BadRow, Row, RowError, parse_row, read_preferences, read_rows
 from lora_rm.data.preference import Preference
 from lora_rm.errors import DataError
@@ -1241,3 +1243,17 @@ def test_any_row_is_read_or_refused(start, values):
             assert all(answer and answer[-1]["role"] == "assistant" for answer in preference.answers)
             assert all(map(math.isfinite, (preference.margin, *preference.scores)))
             assert preference.prompt_key
+
+
+def test_a_bad_row_crosses_to_another_process():
+    error = RowError("broken JSON", "line 3: is broken.")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.reason, str(again)) == (error.reason, str(error))
+
+
+def test_a_folder_of_files_may_have_a_description_of_its_own(tmp_path):
+    """As LLaMA-Factory's has; what `save_to_disk` writes has a state.json too."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "dataset_info.json").write_text("[]")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    assert [file.name for file in find_files(str(tmp_path))] == ["pairs.jsonl"]

@@ -809,7 +809,9 @@ def test_combining_replaces_nothing_but_a_combined_adapter(base, tmp_path):
 def test_a_combination_that_was_interrupted_is_not_there(base, tmp_path, monkeypatch):
     lora = saved(shake(make_model(base)), tmp_path / "lora")
     with monkeypatch.context() as patch:
-        patch.setattr(merge_module, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+        patch.setattr(
+            "lora_rm.combine.save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "no space"))
+        )
         with pytest.raises(StorageError, match="combined: cannot be written"):
             combine([lora, lora], (0.5, 0.5), tmp_path / "combined")
     assert not (tmp_path / "combined").exists()

@@ -171,22 +171,36 @@ def test_training_goes_on_from_the_head_of_a_reward_model(tmp_path, capsys):
     assert "reward model already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["lora_rm_merge.json", "parity.json"])
-def test_a_merged_model_is_not_quantised_anew_without_a_word(tmp_path, name):
+def test_a_merged_model_is_not_quantised_anew_without_a_word(tmp_path):
     """Dequantised NF4 with the update, in NF4 again, loses most of what was trained (benchmarks/merge_fidelity.py)."""
-    folder = tmp_path / "base"
-    make_base(folder)
-    (folder / name).write_text("{}")
-    assert make_model(folder) is not None  # without a head it is a base like any other
+    folder = make_base(tmp_path / "base")
     config = AutoConfig.from_pretrained(folder)
     config.num_labels = 1
     AutoModelForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
+    (folder / "lora_rm_merge.json").write_text('{"base_weights": "dequantized"}')
     with pytest.raises(ModelError, match="is a merged model of lora_rm.*adapter.start_from RUN"):
         make_model(folder)
     assert make_model(folder, quantization="none") is not None
-    (folder / name).unlink()
     (folder / "lora_rm_merge.json").write_text('{"base_weights": "requantizable"}')  # made for it
     assert make_model(folder) is not None
+
+
+@pytest.mark.parametrize(
+    ("stored", "on_cpu"), [("float16", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_what_is_stored_finer_is_not_rounded_to_bfloat16_when_it_is_opened(
+    base, tmp_path, monkeypatch, stored, on_cpu
+):
+    folder = tmp_path / "merged"
+    config = AutoConfig.from_pretrained(base)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, config=config, dtype=getattr(torch, stored)
+    )
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr("lora_rm.model.reward_model.pick_compute_dtype", lambda *_: torch.bfloat16)
+    assert RewardModel.load_merged(folder, device="cpu").compute_dtype == getattr(torch, on_cpu)
 
 
 @pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight"])
@@ -229,6 +243,7 @@ def test_a_merged_folder_without_head_is_refused(base):
         ("no/such/folder/here", "there is no folder"),
         ("missing.gguf", "there is no file"),
         ("some-org/some-model", "cannot be fetched from the hub"),
+        ("data/part-*", "there is no folder data/part-"),
     ],
 )
 def test_a_base_that_is_not_there_is_named(name, message):

@@ -187,7 +187,7 @@ def test_score_computes_where_it_is_told_and_else_as_the_run_does(adapter, score
     run = shutil.copytree(adapter, tmp_path / "run")
     (run / "config.yaml").write_text("model: {device: cpu, compute_dtype: float32}\n")
     lines = str(write_rows(tmp_path / "lines.jsonl", ROWS))
-    flags = ["--model.device", "cuda:1", "--model.compute-dtype=bfloat16"]
+    flags = ["--model.device", "cuda:1", "--model.compute_dtype=bfloat16"]
     for model, more in (
         (adapter, []),
         (run, []),

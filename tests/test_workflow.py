@@ -70,10 +70,11 @@ def test_no_file_of_the_run_or_its_export_holds_a_secret_of_the_environment(job)
 def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, capsys):
     settings = job.settings()
     first = job.read_json("eval.json")["after"]
+    shutil.copytree(job.adapter, tmp_path / "first")
     second = changed(
         settings,
         output_dir=str(tmp_path / "second"),
-        adapter={"start_from": str(job.path)},
+        adapter={"start_from": str(tmp_path / "first")},
         train={"max_steps": 2},
     )
     run = train_run(second)
@@ -88,13 +89,16 @@ def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, 
             )
         )
     assert not (tmp_path / "third").exists()
-    longer = changed(
-        second, adapter={"start_from": None}
-    )  # the first run may be gone when the second goes on
-    with pytest.raises(ConfigError, match="do not change what is trained: add --resume.allow"):
-        train_run(longer, resume=True)
-    assert train_run(longer, resume=True, allow=True).path == run.path
+    shutil.rmtree(tmp_path / "first")  # it may be gone when the second goes on, which has a checkpoint
+    (run.adapter / "lora_rm.json").unlink()
+    assert train_run(second, resume=True).path == run.path
     merge_run(run.path, second)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        train_run(second, resume=True)
+    with pytest.raises(ConfigError, match="lies in output_dir, and a new run empties that first"):
+        train_run(changed(second, adapter={"start_from": str(run.path)}, overwrite=True))
+    assert (run.adapter / "lora_rm.json").is_file()
 
 
 def test_a_token_without_embedding_in_the_data_is_named(job, base, tmp_path):
@@ -111,7 +115,7 @@ def test_a_token_without_embedding_in_the_data_is_named(job, base, tmp_path):
         model={"base": str(folder)},
         data={"train": str(file)},
     )
-    with pytest.raises(DataError, match="'rememberthis' with the id 400, but the model has 400 embeddings"):
+    with pytest.raises(ModelError, match="'rememberthis' has the id 400, but the model has 400 embeddings"):
         train_run(own)
 
 

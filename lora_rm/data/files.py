@@ -24,8 +24,11 @@ from lora_rm.data.fields import listed, shown
 from lora_rm.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
-SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
+SAVED = ("state.json", "dataset_dict.json")
 """Files of a folder written by `save_to_disk`."""
+
+DESCRIPTION = "dataset_info.json"
+"""Tells of a folder's files, in LLaMA-Factory's for one, and holds no rows."""
 
 MAX_ROW_BYTES = 32 * 2**20
 """Longest row, as JSON or CSV: ten times a pair of a million tokens; unpacked it takes up to 25 times as much."""
@@ -206,11 +209,12 @@ def find_files(source: str) -> list[Path]:
     if path.is_dir():
         if any((path / name).is_file() for name in SAVED):
             return [path]
-        files = [file for file in found if _suffix(file) and file.name[0] != "." and file.is_file()]
+        named = [file for file in found if file.name[0] != "." and file.name != DESCRIPTION]
+        files = [file for file in named if _suffix(file) and file.is_file()]
         if not files:
-            names = listed(dict.fromkeys(file.name for file in found))
+            there = listed(dict.fromkeys(file.name for file in found))
             raise DataError(
-                f"{source} is a folder without preference files (found: {names}). Allowed: a folder of files that end with "
+                f"{source} is a folder without preference files (found: {there}). Allowed: a folder of files that end with "
                 f"{', '.join(SUFFIXES)}, or one written by `datasets.save_to_disk`; give another."
             )
         return files

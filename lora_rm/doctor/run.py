@@ -63,4 +63,9 @@ def check_merge(parity: Mapping[str, Any] | None) -> Finding:
         if parity["passed"]
         else "`lora-rm merge RUN --merge.overwrite True`; if that fails its message says what to change."
     )
+    if parity["passed"] and not parity["is_trained_model"]:
+        remedy = (
+            "It was merged into weights it was not trained on: `lora-rm merge RUN --merge.base auto --merge.overwrite True` gives the "
+            "trained model."
+        )
     return judge("merge", found, remedy, fault=not parity["passed"], warning=flips > 0, value=largest)

@@ -61,7 +61,7 @@ def training_findings(
         model = RewardModel.load(
             base,
             settings=settings.model,
-            adapter=settings.adapter,
+            adapter=dataclasses.replace(settings.adapter, start_from=None) if adapter else settings.adapter,
             chat_template=settings.data.chat_template,
             seed=settings.seed,
         )
@@ -77,8 +77,10 @@ def training_findings(
         yield attempt("swapped labels", check_swap, model, trees[:NUM_SCORED])
     few = list(trees[:NUM_PAIRS])
     before = trained_values(model)
-    if adapter is not None and settings.adapter.init in ("pissa", "olora", "eva"):
-        yield unchecked("values move", f"adapter.init {settings.adapter.init} has no start to compare with")
+    start = settings.adapter
+    if adapter is not None and (start.init in ("pissa", "olora", "eva") or start.start_from is not None):
+        how = "adapter.start_from" if start.start_from else f"adapter.init {start.init}"
+        yield unchecked("values move", f"{how} has no start to compare with")
     else:
         if adapter is not None:
             after = saved_values(adapter)

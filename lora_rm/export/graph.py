@@ -69,7 +69,7 @@ def trace(graph: RewardGraph) -> Any:
     except Exception as error:  # torch raises many kinds, its own and Python's
         reason = first_line(error)
         raise MergeError(
-            f"{type(graph.backbone).__name__} cannot be written as one graph ({reason[:300]}). "
+            f"{type(graph.backbone).__name__} cannot be written as one graph ({reason}). "
             "Use --to huggingface, vllm or gguf."
         ) from None
     # lines of source code with their paths: they would tell the folders of this machine to whoever gets the file

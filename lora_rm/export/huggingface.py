@@ -265,12 +265,15 @@ def evaluation_results(run: RunFolder, after: dict[str, Any], name: str) -> list
     data = run.settings().data
     source, split = (data.eval, data.eval_split) if data.eval else (data.train, data.train_split)
     # of a file not even the name is told: the path is private
-    known = hub_id(source) or source.startswith("builtin:")
+    is_builtin = source.startswith("builtin:")
+    source, _, part = (source, "", "") if is_builtin else source.partition(":")
+    known = hub_id(source) or is_builtin
     result = EvalResult(
         task_type="text-classification",
         task_name="Reward modelling: the preferred answer of a pair gets the higher reward",
         dataset_type=source if known else "private",
         dataset_name=f"{source if known else 'preferences'}, {'evaluation' if data.eval else 'held-out'} pairs",
+        dataset_config=part if hub_id(source) and part else None,
         dataset_split=split if hub_id(source) else None,
         metric_type="accuracy",
         metric_name=f"Pair accuracy, {after['pairs']['num_pairs']} pairs",

@@ -128,8 +128,9 @@ def write_base(adapter: Path, folder: Path) -> None:
         save_file(zeroed, silent / WEIGHTS, metadata={"format": "pt"})
         record = read_record(adapter) | {"weights_sha256": file_sha256(silent / WEIGHTS)}
         (silent / RECORD).write_text(json.dumps(record), encoding="utf-8")
-        # without updates bfloat16 holds all that was read in it, where auto would take float32
-        is_exact = record["load_dtype"] == "bfloat16" and record.get("model_type") in OVERFLOWING
+        # without updates bfloat16 holds all that was read in it (not what int8 made of it), where auto would take float32
+        is_exact = record["load_dtype"] == "bfloat16" and record["quantization"]["kind"] != "int8"
+        is_exact = is_exact and record.get("model_type") in OVERFLOWING
         merge(silent, folder, MergeSettings(base="auto", dtype="bfloat16" if is_exact else "auto"))
 
 

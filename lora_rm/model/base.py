@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_rm.config import GLOB
 from lora_rm.errors import ModelError, first_line
 
 BUILTIN = "builtin:smollm2-135m"
@@ -123,7 +124,13 @@ def find_config(name: str, revision: str | None = None, *, tokenizer: bool = Fal
 def is_hub_id(name: str) -> bool:
     """Whether a name can only be that of a model on the hub, like org/model."""
     path = _path(name)
-    is_path = path.is_absolute() or path.exists() or name[:1] in (".", "~") or path.suffix == ".gguf"
+    is_path = (
+        GLOB.search(name)
+        or path.is_absolute()
+        or path.exists()
+        or name[:1] in (".", "~")
+        or path.suffix == ".gguf"
+    )
     return not is_path and name.count("/") == 1
 
 

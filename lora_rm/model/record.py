@@ -35,11 +35,9 @@ HEAD_KEY = "base_model.model.score.weight"
 
 
 def is_merged(folder: Path) -> bool:
-    """Whether a folder is a merge or an export of lora_rm that loses what was trained when it is quantised again."""
+    """Whether a folder holds dequantised weights with an update, which is lost when they are quantised again."""
     record = folder / MERGE_RECORD
-    if record.is_file():
-        return read_json(record).get("base_weights") != "requantizable"
-    return (folder / "parity.json").is_file()
+    return record.is_file() and read_json(record).get("base_weights") == "dequantized"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -204,10 +202,20 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
     record = read_record(folder)
     check_weights_file(folder, record)
     read_head(folder)  # raises without one
-    if record["base"].get("files") != base.file_hashes() or recorded_quantization(record) != quantization:
+    known, now = record["base"]["files"], base.file_hashes()
+    if changed := sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name)):
         raise ModelError(
-            f"adapter.start_from: {folder} was trained on {record['base']['name']} as {recorded_quantization(record)}; this run has "
-            f"{base.name} as {quantization}. Its update fits no other weights: give the same model.* settings."
+            f"adapter.start_from: {folder} was trained on {record['base']['name']}, whose {changed[0]} is not that of {base.name}. Its "
+            "update fits no other weights: give the same model.base and model.revision."
+        )
+    if recorded_quantization(record) != quantization:
+        stored, wanted = (
+            f"quantization {q.kind}, double_quantization {q.double}, load_dtype {str(q.load_dtype).removeprefix('torch.')}"
+            for q in (recorded_quantization(record), quantization)
+        )
+        raise ModelError(
+            f"adapter.start_from: {folder} was trained with model.{stored}; this run has {wanted}. Its update fits no other weights: "
+            "give the same."
         )
     own, saved = model.peft_config["default"].to_dict(), read_json(folder / "adapter_config.json")
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")

@@ -165,8 +165,8 @@ class RewardModel(nn.Module):
         if earlier is not None:
             if adapter is not None and quantization.kind != "none" and is_merged(found.path):
                 raise ModelError(
-                    f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose most of what was "
-                    "trained (rewards move by about their whole spread). To train on, give the run's own model.base and "
+                    f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose what was trained (in "
+                    "nf4 rewards moved by 163 % of their spread in one measurement). To train on, give the run's own model.base and "
                     "adapter.start_from RUN; or set model.quantization none."
                 )
             say(f"{found.name} is a reward model already: training goes on from its score head.")
@@ -244,9 +244,9 @@ class RewardModel(nn.Module):
     def load_merged(cls, folder: Path, *, device: str = "auto", compute_dtype: str = "auto") -> "RewardModel":
         """Opens a merged or exported model, with its head in float32.
 
-        For products in float32 or in the type they are stored in, weights stay as they are. Rounded to bfloat16,
-        float16 ones would give other rewards (1.8 % of the spread), so `compute_dtype` auto is float16 for them on a GPU,
-        as in vLLM, and float32 on a CPU.
+        For products in float32 or in the type they are stored in, weights stay as they are. Rounded to bfloat16, others
+        would give other rewards (1.8 % of the spread), so `compute_dtype` auto is then float16 for those stored in it on
+        a GPU, as in vLLM, and else float32.
 
         Raises:
             ModelError: If it has no score head, or one that has not one logit.
@@ -263,8 +263,8 @@ class RewardModel(nn.Module):
                 f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random."
             )
         stored = DTYPES.get(str(read_auto_config(base).dtype).removeprefix("torch."), torch.float32)
-        if compute_dtype == "auto" and stored == torch.float16 and dtype == torch.bfloat16:
-            dtype = stored if target.type == "cuda" else torch.float32
+        if compute_dtype == "auto" and dtype == torch.bfloat16 != stored:
+            dtype = stored if target.type == "cuda" and stored == torch.float16 else torch.float32
         load_dtype = stored if dtype == torch.float32 else dtype
         quantization = Quantization(kind="none", double=False, load_dtype=load_dtype)
         model = load_classifier(base, quantization, target, dtype, chat)
@@ -314,6 +314,7 @@ class RewardModel(nn.Module):
         """
         lengths = (len(tree.prompt_ids) + max(map(len, tree.answer_ids)) for tree in trees)
         check_length(self.classifier.config, max(lengths, default=0), "A conversation")
+        self.check_ids(trees)
         was_training = self.training
         self.eval()
         numbers = {id(tree): number for number, tree in enumerate(trees)}
@@ -334,6 +335,23 @@ class RewardModel(nn.Module):
         if count > 1:
             found = {number: rewards for own in processes.gather(found) for number, rewards in own.items()}
         return [found[numbers[id(tree)]] for tree in trees]
+
+    def check_ids(self, trees: Sequence[TokenTree]) -> None:
+        """Refuses a token without embedding, which a GPU tells by an assertion that ends the process.
+
+        Raises:
+            ModelError: Naming the token.
+        """
+        vocabulary = self.classifier.config.get_text_config().vocab_size
+        largest = max(
+            (max(ids) for tree in trees for ids in (tree.prompt_ids, *tree.answer_ids) if ids), default=0
+        )
+        if largest >= vocabulary:
+            raise ModelError(
+                f"{self.base.name}: the token {self.chat.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the "
+                f"model has {vocabulary} embeddings: it was added to the tokenizer alone. Call "
+                "model.resize_token_embeddings(len(tokenizer)) and save both, or give another data.chat_template."
+            )
 
     def idle(self, passes: int) -> None:
         """Takes part in passes of other processes that have more rows; adds nothing to the gradients.
