@@ -416,12 +416,8 @@ def _is_exported(merged: Path, out: Path, to: str, dtype: str | None) -> bool:
         return False
     made = read_json(out / "parity.json")
     is_same = made.get("passed") is True and made.get("merge") == public_record(read_parity(merged)["merge"])
-    wanted = dtype or WITH_DTYPE.get(to)
-    return (
-        is_same
-        and made.get("target") == to
-        and (wanted or "").lower() == str(made.get("dtype") or "").lower()
-    )
+    is_stored_so = to not in WITH_DTYPE or str(made.get("dtype")).lower() == (dtype or WITH_DTYPE[to]).lower()
+    return is_same and made.get("target") == to and is_stored_so
 
 
 def trained_length(path: Path) -> dict[str, Any]:

@@ -815,7 +815,7 @@ def test_the_doctor_sees_what_a_path_is(base, run, tmp_path):
     (tmp_path / "files" / "a.csv").write_text("a\n")
     for name in (f"{tmp_path}/files", f"{tmp_path}/files/a*", "Anthropic/hh-rlhf:harmless-base"):
         assert doctor.kind_of(name) == "data"
-    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{}")
     assert doctor.kind_of(str(tmp_path)) == "data"
     for name in (str(tmp_path.parent), "absent", "./absent/folder"):
         with pytest.raises(ConfigError, match="is no run, adapter, merged model, base model or data file"):
