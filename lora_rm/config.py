@@ -125,7 +125,7 @@ class AdapterSettings(_Section):
 
     layers_to_transform: tuple[CountOrNone, ...] = ()
     """Decoder layers that get an adapter, counted from 0; none: all. Below the first of them no gradient is
-    computed, so adapting the upper half alone saves about a third of a step."""
+    computed, so adapting the upper half alone saves a quarter of a step's products."""
 
     rank_pattern: dict[str, Count] = dataclasses.field(default_factory=dict)
     """Ranks for some layers: {name or regular expression: rank}."""
