@@ -215,6 +215,12 @@ class Plan:
         return replace(self, settings=replace(self.settings, train=train))
 
     @property
+    def settled(self) -> "Plan":
+        """The same with a number for a `tokens_per_microbatch` of auto, if there is one that fits."""
+        is_open = self.settings.train.tokens_per_microbatch == "auto" and self.is_fitting
+        return self.with_row(self.open_row) if is_open else self
+
+    @property
     def layer_modes(self) -> list[Mode]:
         """What each layer keeps: with `auto` the fastest mix of two ways that fits.
 
@@ -435,8 +441,8 @@ def _time(planned: Plan) -> str:
         return f"{text}; give --data.train for the time of a run"
     try:
         folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
-        chat = ChatTokenizer.load(folder, settings.data.chat_template)
-        chat.allow_special_tokens = settings.data.allow_special_tokens
+        allowed = settings.data.allow_special_tokens
+        chat = ChatTokenizer.load(folder, settings.data.chat_template, allow_special_tokens=allowed)
         data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
     except (LoraRmError, OSError, ValueError) as error:
         return f"{text}; the data cannot be counted ({first_line(error)})"
@@ -453,9 +459,7 @@ def show_plan(planned: Plan) -> bool:
     Returns:
         Whether it fits.
     """
-    fits = planned.is_fitting
-    if planned.settings.train.tokens_per_microbatch == "auto" and fits:
-        planned = planned.with_row(planned.open_row)
+    fits, planned = planned.is_fitting, planned.settled
     held, settings, mode = planned.held, planned.settings, planned.mode
     step = planned.peaks[mode].at(planned.row)
     parts = {

@@ -160,7 +160,7 @@ def train(
     model.train()
     with metrics.display(), _stop_signals() as stop, _sums_in_order(model):
         for own in _steps(model, data, settings, progress, num_steps):
-            found = _take_step(model, own, settings, progress, optimizer, scheduler, scaler)
+            found = _take_step(model, parameters, own, settings, progress, optimizer, scheduler, scaler)
             if found is None:
                 continue
             step = progress.step = own.number
@@ -193,6 +193,7 @@ def train(
 
 def _take_step(
     model: RewardModel,
+    parameters: list[torch.nn.Parameter],
     step: _Step,
     settings: Settings,
     progress: Progress,
@@ -206,7 +207,6 @@ def _take_step(
         ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient.
     """
     wanted, started = settings.train, time.monotonic()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if processes.count() > 1:
         # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
         torch.manual_seed(_seed(settings.seed, step.number, processes.rank()))

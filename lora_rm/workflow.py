@@ -69,7 +69,10 @@ def train_run(settings: Settings, *, resume: bool = False, allow: bool = False) 
     processes.join(settings.model.device)
     if resume:
         RunFolder(Path(settings.output_dir)).settings()  # raises if there is no run
-    goes_on = resume and newest_checkpoint(RunFolder(Path(settings.output_dir)).checkpoints)[0] is not None
+    checkpoints = RunFolder(Path(settings.output_dir)).checkpoints
+    goes_on = (
+        resume and settings.adapter.start_from is not None and newest_checkpoint(checkpoints)[0] is not None
+    )
     check_start(_goes_on(settings) if goes_on else settings)
     settings, planned = fit(settings)
     run = RunFolder.create(settings, resume, allow=allow)

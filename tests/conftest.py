@@ -19,6 +19,7 @@ from lora_rm.config import AdapterSettings, ModelSettings, check_settings
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import ChatTokenizer, tokenize
 from lora_rm.model.base import BaseModel, file_sha256
+from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -177,6 +178,15 @@ def shake(model: RewardModel, seed: int = 11, size: float = 0.02) -> RewardModel
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise.to(parameter.device) * scale)
     return model
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """A saved adapter whose rewards are far from each other."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    model = shake(make_model(base), size=0.1)
+    model.save(folder, model.describe(code_hashes(model.classifier)))
+    return folder
 
 
 @pytest.fixture

@@ -10,29 +10,19 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from conftest import make_base, make_model, shake
+from conftest import make_base
 
 from lora_rm import load_reward_model, reward_function
 from lora_rm.cli import main
 from lora_rm.data.files import SUFFIXES
 from lora_rm.errors import DataError, ModelError
 from lora_rm.merge import merge
-from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score_file import score_lines
 from lora_rm.workflow import trained_length
 
 QUESTIONS = ["Repeat exactly: Anna sold a red bag to Ben", "Which of these comes first: pear or apple?"]
 ANSWERS = ["Anna sold a red bag.", "Apple.", "I don't know.", "Apple."]
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    """A saved adapter whose rewards are far from each other."""
-    folder = tmp_path_factory.mktemp("score") / "adapter"
-    model = shake(make_model(base), size=0.1)
-    model.save(folder, model.describe(code_hashes(model.classifier)))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -116,8 +116,15 @@ class ChatTokenizer:
         tokenizer.padding_side = "right"
 
     @classmethod
-    def load(cls, folder: Path, template: str = "tokenizer") -> "ChatTokenizer":
+    def load(
+        cls, folder: Path, template: str = "tokenizer", *, allow_special_tokens: bool | None = None
+    ) -> "ChatTokenizer":
         """Opens the tokenizer of a model folder.
+
+        Args:
+            folder: Of the model.
+            template: As in `data.chat_template`.
+            allow_special_tokens: As in `data.allow_special_tokens`; None: as it was saved.
 
         Raises:
             ModelError: If the folder has no tokenizer that transformers can open.
@@ -130,7 +137,10 @@ class ChatTokenizer:
             raise ModelError(
                 f"{folder}: its tokenizer cannot be opened ({str(error)[:500]}). Fetch the folder again."
             ) from None
-        return cls(tokenizer, template)
+        chat = cls(tokenizer, template)
+        if allow_special_tokens is not None:
+            chat.allow_special_tokens = allow_special_tokens
+        return chat
 
     @property
     def pad_id(self) -> int:

@@ -197,8 +197,8 @@ def examine_data(wanted: DataSettings, settings: Settings) -> Iterator[Finding]:
         return
     try:
         folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
-        chat = ChatTokenizer.load(folder, wanted.chat_template)
-        chat.allow_special_tokens = wanted.allow_special_tokens
+        allowed = wanted.allow_special_tokens
+        chat = ChatTokenizer.load(folder, wanted.chat_template, allow_special_tokens=allowed)
     except LoraRmError as error:
         yield Finding(
             check="tokenizer", status="fault", found=str(error), remedy="Give another --model.base."
@@ -212,8 +212,8 @@ def examine_base(settings: Settings) -> Iterator[Finding]:
     """Template, memory, and a small training: does everything move, and can sixteen pairs be learnt."""
     try:
         base = find_base(settings.model.base, settings.model.revision)
-        chat = ChatTokenizer.load(base.path, settings.data.chat_template)
-        chat.allow_special_tokens = settings.data.allow_special_tokens
+        allowed = settings.data.allow_special_tokens
+        chat = ChatTokenizer.load(base.path, settings.data.chat_template, allow_special_tokens=allowed)
     except LoraRmError as error:
         remedy = "Do what the message says, then run the doctor again."
         yield Finding(check="base model", status="fault", found=str(error), remedy=remedy)
@@ -292,8 +292,8 @@ def examine_run(run: RunFolder, settings: Settings) -> Iterator[Finding]:
         base = None
     yield from examine_saved(run.adapter, settings, own)
     if base is not None:
-        chat = ChatTokenizer.load(base.path, settings.data.chat_template)
-        chat.allow_special_tokens = settings.data.allow_special_tokens
+        allowed = settings.data.allow_special_tokens
+        chat = ChatTokenizer.load(base.path, settings.data.chat_template, allow_special_tokens=allowed)
         trees = usable_trees(own, chat, settings.data)
         yield from training_findings(settings, base, trees, run.adapter)
 

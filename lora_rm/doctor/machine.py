@@ -218,9 +218,7 @@ def check_fit(settings: Settings, planned: Plan | None = None, free: float | Non
         free: Bytes; None: what is free here.
     """
     planned = planned or plan(settings)
-    fits = planned.is_fitting
-    if planned.settings.train.tokens_per_microbatch == "auto" and fits:
-        planned = planned.with_row(planned.open_row)
+    fits, planned = planned.is_fitting, planned.settled
     free = free_memory(pick_device(settings.model.device)) if free is None else free
     needed = planned.needed(planned.mode, planned.row)
     found = (

@@ -91,11 +91,7 @@ def move_base(folder: Path, name: str) -> None:
     base = find_base(name, known["revision"])
     if base.name == known["name"]:
         return
-    found = base.file_hashes()
-    differing = sorted(
-        file for file in {**known["files"], **found} if known["files"].get(file) != found.get(file)
-    )
-    if differing:
+    if differing := changed_files(record, base):
         raise ModelError(
             f"model.base: {base.name} is not the base that {folder} was trained on: {differing[0]} is another file, or in one of "
             "the two alone (SHA-256). Give an unchanged copy of that base."
@@ -105,6 +101,12 @@ def move_base(folder: Path, name: str) -> None:
     with storing(folder / RECORD):
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.replace(folder / RECORD)
+
+
+def changed_files(record: dict[str, Any], base: BaseModel) -> list[str]:
+    """Files of a base that are not those an adapter was trained on, or are in one of the two alone."""
+    known, now = record["base"]["files"], base.file_hashes()
+    return sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
 
 
 def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
@@ -202,8 +204,7 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
     record = read_record(folder)
     check_weights_file(folder, record)
     read_head(folder)  # raises without one
-    known, now = record["base"]["files"], base.file_hashes()
-    if changed := sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name)):
+    if changed := changed_files(record, base):
         raise ModelError(
             f"adapter.start_from: {folder} was trained on {record['base']['name']}, whose {changed[0]} is not that of {base.name}. Its "
             "update fits no other weights: give the same model.base and model.revision."

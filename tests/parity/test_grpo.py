@@ -3,13 +3,11 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import make_model, shake
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_rm import load_reward_model, reward_function
 from lora_rm.errors import DataError
-from lora_rm.model.quantization import code_hashes
 
 trl = pytest.importorskip("trl")
 
@@ -21,14 +19,6 @@ def _fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward") / "adapter"
-    model = shake(make_model(base), size=0.1)
-    model.save(folder, model.describe(code_hashes(model.classifier)))
-    return folder
 
 
 def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, tmp_path):
