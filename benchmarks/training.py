@@ -4,7 +4,7 @@
     python benchmarks/training.py --growth growth.svg
 
 Both train the same adapter on SmolLM2-135M from the same start, in one process, turn by turn: ours, TRL as it comes
-(gradient checkpointing), and TRL at its best (no checkpointing, the fastest of batches of 1, 2, 4 and 8). Every variant's
+(gradient checkpointing), and TRL at its best (no checkpointing, the fastest of `--batches`). Every variant's
 losses are compared with ours before a ratio is printed. Seconds and tokens are those of whole optimizer steps, the first
 of each turn left out. Peak memory is that of the process' anonymous pages in a turn, above those at its start. Token ids are
 random for the generated shapes, whose lengths are log-normal; `alpaca` and `harmless`
@@ -77,6 +77,13 @@ def main() -> None:
         "--steps", type=int, default=3, help="optimizer steps of a turn; the first is not counted"
     )
     parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=int,
+        default=[1, 2, 4, 8],
+        help="sizes of TRL's batches without checkpointing, of which the fastest counts",
+    )
+    parser.add_argument(
         "--growth",
         type=Path,
         metavar="FILE.svg",
@@ -98,7 +105,7 @@ def main() -> None:
         with Contest(quantization, layers) as contest:
             for name in work:
                 pairs = 28 if name == "lists" else wanted.pairs or (4 if wanted.quick else 8)
-                rows.append(contest.run(name, pairs, wanted.steps))
+                rows.append(contest.run(name, pairs, wanted.steps, wanted.batches))
                 show(rows)
                 if wanted.json:
                     wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -156,10 +163,12 @@ class Contest:
     def __exit__(self, *_: object) -> None:
         self.scratch.cleanup()
 
-    def run(self, name: str, per_step: int, steps: int) -> dict[str, Any]:
-        """One row of the table."""
+    def run(self, name: str, per_step: int, steps: int, sizes: list[int]) -> dict[str, Any]:
+        """One row of the table; `sizes` are those of TRL's batches at its best."""
         trees = make_trees(name, per_step * steps, self.ours.chat)
-        batches = [size for size in (1, 2, 4, 8) if per_step % size == 0]
+        batches = [size for size in sizes if per_step % size == 0]
+        if not batches:
+            raise SystemExit(f"{name}: none of the batches {sizes} divides a step of {per_step} pairs")
         say(f"{name}, {self.quantization}: ours ...")
         with peak_memory() as peak:
             losses, seconds, tokens = self.train_ours(trees, per_step, steps)
