@@ -377,6 +377,31 @@ def test_truncate_prompt_never_cuts_a_single_answer():
             assert tree.conversations() == [[BOS, *row[1 + cut :]]]
 
 
+def test_line_breaks_and_reasoning_marks_are_text_though_they_are_added_tokens():
+    """As in Gemma, whose runs of line breaks are added tokens that are not special; its template trims messages.
+
+    And as in EXAONE 4, whose template writes empty reasoning before earlier answers, and leaves out that of a message.
+    """
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["\n", "\n\n", "<think>", "</think>", "<|turn|>"])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}\n{% if not loop.last %}<think>\n\n</think>{% endif %}"
+        "{{ m.content.split('</think>')[-1] | trim }}</s>\n{% endfor %}"
+    )
+    chat = ChatTokenizer(tokenizer)
+    talk = (
+        user("a\nb\n\nc"),
+        assistant("<think>so it is</think>42\n\n"),
+        user("\n1\n<think>2"),
+        assistant("3"),
+    )
+    text = tokenizer.apply_chat_template(list(talk), tokenize=False)
+    assert "so it is" not in text
+    assert chat.ids([(talk, ())]) == [tokenizer(text, add_special_tokens=False).input_ids]
+    (turn,) = tokenizer("<|turn|>", add_special_tokens=False).input_ids
+    assert chat.ids([((user("<|turn|>"), assistant("3")), ())])[0].count(turn) == 2  # what the template wrote
+
+
 # Cache and workers.
 
 PAIRS = [

@@ -248,13 +248,17 @@ class ChatTokenizer:
     def _control_tokens(self, sample: Messages) -> dict[str, int]:
         """The tokens that only the template may write: special ones, and others that it puts between turns.
 
-        Of the others, what DeepSeek writes before a user's turn is one; `<think>`, which answers may hold, is none.
+        Of the others, what DeepSeek writes before a user's turn is one. `<think>` is none, which answers hold and templates
+        look for, nor are Gemma's tokens of line breaks, which are text.
         """
         added = self.tokenizer.added_tokens_decoder
         try:
-            between = self.text_ids([self.render((*sample, sample[0]))])[0]
+            between = set(self.text_ids([self.render((*sample, sample[0]))])[0])
         except DataError:  # a template of two turns
-            between = []
+            between = set()
+        between = {
+            n for n in between if n in added and added[n].content.strip() not in ("", "<think>", "</think>")
+        }
         return {token.content: n for n, token in added.items() if token.special or n in between}
 
     def _render_as_text(
