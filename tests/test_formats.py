@@ -395,6 +395,8 @@ def test_lists_of_chosen_and_rejected_texts_are_a_ranking():
     preference = parse_row(row, "here")
     assert (preference.kind, preference.scores) == ("ranking", (1.0, 0.0, 0.0))
     assert preference.answers == ((assistant("a"),), (assistant("b"),), (assistant("c"),))
+    pair = parse_row({**row, "rejected": ["b"]}, "here")  # as from plain texts: by how much is not said
+    assert (pair.kind, pair.probability, pair.margin) == ("pair", 1.0, 0.0)
 
 
 # Every type of source.

@@ -319,6 +319,8 @@ def _two_lists(row: Fields) -> dict[str, Any]:
     for name, score in (("chosen", 1.0), ("rejected", 0.0)):
         answers += [read_answer(text, f"{name}[{index}]") for index, text in enumerate(row[name])]
         scores += [score] * len(row[name])
+    if len(answers) == 2:
+        return _pair(row, read_prompt(row, "prompt"), tuple(answers), 1.0, 0.0)  # by how much is not said
     return _scored(row, read_prompt(row, "prompt"), tuple(answers), scores)
 
 
