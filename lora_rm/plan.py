@@ -493,6 +493,15 @@ def show_plan(planned: Plan) -> bool:
                 "yes" if planned.fits(name) else "no",
             )
             for name, peak in planned.peaks.items()
+        ]
+        + [
+            (
+                "auto",
+                "mixed",
+                "what there is",
+                f"{planned.largest(MODES[-1]):,}",
+                "yes" if planned.fits(MODES[-1]) else "no",
+            )
         ],
     )
     trained = settings.model.quantization != "none"
@@ -500,7 +509,7 @@ def show_plan(planned: Plan) -> bool:
         "Beside it",
         {
             "training time": _time(planned),
-            "merge": f"{_gib(planned.merged_bytes * held.num_weights)} GiB of disk, {_gib(12 * held.largest_linear + IMPORTS)} GiB of memory; its "
+            "merge": f"{_gib(planned.merged_bytes * held.num_weights)} GiB of disk, {_gib(6 * held.largest_linear + IMPORTS)} GiB of memory; its "
             f"proof opens {_gib(4 * held.num_weights)} GiB in float32, shared out over GPU, memory and disk",
             "trained": f"{held.trained / 4:,.0f} of {held.num_weights + held.trained / 4:,.0f} parameters"
             + (", the rest frozen in " + settings.model.quantization if trained else ""),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_base
+from test_train import changed
 
+from lora_rm import plan as plan_module
 from lora_rm.cli import main
 from lora_rm.config import ModelSettings, check_settings, save_settings
 from lora_rm.console import console
@@ -38,7 +40,7 @@ from lora_rm.plan import (
     tokens_per_second,
 )
 from lora_rm.train import build_optimizer
-from lora_rm.workflow import train_run
+from lora_rm.workflow import open_model, train_run
 
 WIDE = {
     "hidden_size": 256,
@@ -345,6 +347,33 @@ def test_a_plan_tells_what_training_would_do(planned, capsys, monkeypatch):
     fits, text = shown(planned.needed("full", 1000), tokens_per_microbatch="auto")
     assert not fits
     assert "It does not fit." in text
+
+
+def test_training_keeps_to_the_plan(settings, monkeypatch):
+    """What does not fit is told before a base is loaded; of what fits half, the upper layers keep more."""
+    wanted = changed(settings, train={"checkpointing": "auto"})
+    planned = plan(wanted)
+    assert planned.num_layers > 2
+    between = {}
+    for memory in (planned.needed("full", planned.row) - 1, planned.needed("none", planned.row) + 1):
+        between[memory] = dataclasses.replace(planned, memory=memory)
+    few, plenty = between
+    monkeypatch.setattr(plan_module, "_memory_here", lambda _: few)
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "load", lambda *_, **__: pytest.fail("loads what cannot fit"))
+        with pytest.raises(ConfigError, match="Training .* needs .* GiB with rows of"):
+            train_run(wanted)
+    assert not Path(wanted.output_dir).exists()
+    modes = []
+    monkeypatch.setattr(RewardModel, "set_checkpointing", lambda self, chosen: modes.append([*chosen]))
+    middle = (planned.needed("selective", planned.row) + planned.needed("full", planned.row)) / 2
+    for memory in (plenty, middle):
+        monkeypatch.setattr(plan_module, "_memory_here", lambda _, memory=memory: memory)
+        open_model(*fit(wanted))
+    count = planned.num_layers
+    assert modes[1] == ["none"] * count
+    assert modes[3] == dataclasses.replace(planned, memory=middle).layer_modes
+    assert modes[3][0], modes[3][-1] == ("full", "selective")
 
 
 def test_a_plan_that_does_not_fit_ends_with_exit_status_1(folder, capsys):
