@@ -790,6 +790,11 @@ def _contradictions(settings: Settings) -> list[str]:
             f"adapter.init is {init}, but adapter.start_from gives the matrices to start from. Leave one of them out."
         )
     ranks = [settings.adapter.rank, *settings.adapter.rank_pattern.values()]
+    if init == "eva" and settings.adapter.rank_pattern:
+        mistakes.append(
+            "adapter.rank_pattern cannot be joined with adapter.init eva: PEFT gives layers that see the same inputs one rank. Leave "
+            "one of them out."
+        )
     if init == "orthogonal" and any(rank % 2 for rank in ranks):
         mistakes.append(f"adapter.rank is {ranks[0]}; adapter.init orthogonal needs even ranks everywhere.")
     if settings.model.quantization == "none" and settings.merge.base == "dequantized":

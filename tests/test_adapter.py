@@ -7,7 +7,8 @@ from conftest import make_base, make_model, shake
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.data.split import Data, Side
-from lora_rm.errors import ModelError
+from lora_rm.data.tokens import TokenTree
+from lora_rm.errors import ConfigError, ModelError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import lora_layers
 from lora_rm.model.quantization import code_hashes
@@ -35,6 +36,8 @@ VARIANTS = [
 
 def started(base, trees, init, **more):
     """A model whose adapter has its start."""
+    if init == "eva":
+        more.pop("rank_pattern", None)
     adapter = AdapterSettings(rank=4, alpha=12.0, init=init, **more)
     model = make_model(base, adapter=adapter, **STARTS[init])
     if init == "eva":
@@ -101,6 +104,28 @@ def test_eva_finds_the_main_directions_of_the_inputs(base, trees):
     most = torch.linalg.svdvals(inputs)[:4].square().sum()  # no four directions hold more of the variance
     assert float((inputs @ rows.T).square().sum() / most) > 0.97
     assert not layer.lora_B["default"].weight.any()
+
+
+def test_eva_looks_at_every_token_of_the_last_layer(base, trees, monkeypatch):
+    """PEFT passes over rows with fewer than 16 inputs, and waits for others: there are four ends of answers here."""
+    model = make_model(base, adapter=AdapterSettings(rank=16, alpha=12.0, init="eva"))
+    plain, passes = model.rewards, []
+
+    def counted(batch):
+        passes.append(batch)
+        assert len(passes) < 200
+        return plain(batch)
+
+    monkeypatch.setattr(model, "rewards", counted)
+    model.start_from_data(trees[:2], 4096)
+    assert model._last_layer is not None
+    for _, layer in lora_layers(model.backbone):
+        rows = layer.lora_A["default"].weight.detach()
+        torch.testing.assert_close(rows @ rows.T, torch.eye(16), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ModelError, match="at least 16 tokens, and the longest here has 4"):
+        model.start_from_data([TokenTree([1, 2], ([3], [4]))], 4096)
+    with pytest.raises(ConfigError, match="rank_pattern cannot be joined with adapter.init eva"):
+        check_settings({"adapter": {"init": "eva", "rank_pattern": {"q_proj": 8}}})
 
 
 @pytest.mark.parametrize("init", ["pissa", "eva"])
