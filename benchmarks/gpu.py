@@ -43,6 +43,7 @@ from lora_rm.console import say, show_table
 from lora_rm.data.batches import Batching, TreeBatch, microbatches, num_tokens
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import first_line
+from lora_rm.evaluate import without_nan
 from lora_rm.model.adapted_linear import AdaptedLinear4bit
 from lora_rm.model.checkpointing import MODES, Mode
 from lora_rm.model.memory import empty_model, fill
@@ -122,7 +123,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
-        rows.append({"device": name, **row})
+        rows.append({"device": name, **without_nan(row)})
         say(f"{row['model']}: " + ", ".join(str(value) for key, value in row.items() if key in TOLD))
         if wanted.json:
             wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -4,8 +4,8 @@
     selective   results of the base's matrix products and of the attention; the rest is computed again
     full        each layer's input; the layer is computed again
 
-Selective takes half to two thirds of the memory of `none` and little more time: what it computes again (norms, activations,
-LoRA's second factor) is cheap, and 4-bit weights are not multiplied twice.
+Selective holds about 70 % of what `none` holds (of an 8B model's layer 98,664 of 143,720 bytes a token) and takes little more
+time: what it computes again (norms, activations, LoRA's second factor) is cheap, and 4-bit weights are not multiplied twice.
 
 Where a layer is made of parts that this package knows (RMS norms, a gated MLP, plain LoRA), each input of an adapted layer is
 computed again from what waits anyway (`made_again`). Elsewhere torch's selective checkpointing is asked about every operation,
