@@ -4,7 +4,7 @@
 # make test                  every test, from nothing
 # make setup                 .venv with exact versions; both of the above call it
 # make lint                  ruff and mypy
-# make bench                 the tables of benchmarks/RESULTS.md, on the run that quickstart leaves
+# make bench                 every benchmark that a CPU runs, most in short, on the run that quickstart leaves
 # make clean                 removes .venv; runs stay
 # make PYTHON=python3.12 ... another Python
 
@@ -39,6 +39,7 @@ bench: setup
 	$(RUN)/python benchmarks/training.py --quick
 	$(RUN)/python benchmarks/memory.py --quick
 	$(RUN)/python benchmarks/kill_resume.py --quick
+	$(RUN)/python benchmarks/fuzz_inputs.py --quick
 
 lint: setup
 	$(RUN)/ruff check .

@@ -45,10 +45,14 @@ MEMORY = 2**30
 OUTCOMES = ("run", "refused", "exception", "hang", "memory", "crash", "bare refusal", "wrong")
 
 REMEDY = re.compile(
-    r"\b(allowed|Allowed|Give|give|Check|check|use|Fetch|Mend|Use|Remove|Choose|Write|Save|Set|Convert|convert|correct|Add|add|Did you "
-    r"mean|remove|rename|fill|keep|Keep|see what|Find|Name|choose|save|Text must|swap|Only UTF-8|Install|Each|which no|"
-    r"Flatten|Change|Leave|Read it|split the row|Convert|explain|lists every|expected|Run|read|is one|Merging needs)\b"
+    r"\b(allowed|Allowed|Give|give|Check|check|Fetch|Mend|Use|Remove|Choose|Write|Save|Set|Convert|convert|Correct|Add|add|Did you "
+    r"mean|remove|rename|fill|keep|Keep|Find|Name|choose|save|Text must|swap|Only UTF-8|Install|Copy|"
+    r"Flatten|Change|Leave|split the row|lists every|Run `)"
 )
+"""Words that tell what to do, or what would do."""
+
+PLACE = re.compile(r"\b(line|row) \d+")
+"""Of a row that is refused."""
 
 
 class Hang(BaseException):
@@ -69,6 +73,7 @@ def observe(
     Returns:
         One of `OUTCOMES`, and what was said.
     """
+    from lora_rm.data.fields import RowError
     from lora_rm.errors import LoraRmError
 
     armed = True
@@ -90,6 +95,7 @@ def observe(
     except LoraRmError as error:
         said = str(error)
         is_whole = name in said and REMEDY.search(said) is not None and len(said) < 5000
+        is_whole = is_whole and (not isinstance(error, RowError) or PLACE.search(said) is not None)
         outcome = "refused" if is_whole else "bare refusal"
     except Hang:
         armed = False
@@ -285,6 +291,21 @@ templates = st.sampled_from(
      "{{ messages.append(1) }}", "{% include 'a' %}", "{{ 1/0 }}", "{{ a.b.c }}", "{{ raise_exception('x') }}", "{% for i in range(10**9) %}{% endfor %}",
      "{{ cycler.__init__.__globals__ }}", "{{ eos_token * 3 }}", "{% set x = namespace() %}{{ x.y.z }}", "{{ messages | tojson }}", "{% generation %}a"]
 ).map(str.encode) | texts.map(lambda text: text.encode(errors="surrogatepass")) | st.binary(max_size=40)  # fmt: skip
+gguf = st.builds(
+    lambda version, tensors, pairs, more: b"GGUF" + struct.pack("<IQQ", version, tensors, pairs) + more,
+    st.sampled_from([2, 3, 3, 3, 0, 2**32 - 1]),
+    st.sampled_from([0, 1, 2**63]),
+    st.sampled_from([0, 1, 2, 2**60]),
+    st.binary(max_size=80)
+    | st.builds(  # a key, its type, and a text
+        lambda key, kind, text: (
+            struct.pack("<Q", len(key)) + key + struct.pack("<IQ", kind, len(text)) + text
+        ),
+        st.sampled_from([b"general.architecture", b"llama.block_count", b"tokenizer.ggml.model"]),
+        st.integers(0, 13),
+        st.sampled_from([b"llama", b"x", b""]),
+    ),
+)
 json_file = values.map(dumped) | st.binary(max_size=40)
 
 
@@ -311,8 +332,12 @@ RECORD = {
     "base": {"name": "org/base", "revision": None, "files": {}},
     "load_dtype": "bfloat16",
     "quantization": {"kind": "nf4", "double": True, "codes": {"model.layers.0.mlp.up_proj": "00"}},
-    "weights_sha256": "00",
+    "files": {"adapter_model.safetensors": "00", "adapter_config.json": "00"},
 }
+ADAPTER = {
+    "peft_type": "LORA", "task_type": "SEQ_CLS", "r": 2, "lora_alpha": 4.0, "target_modules": ["q_proj", "v_proj"], "bias": "none",
+    "rank_pattern": {"q_proj": 3}, "alpha_pattern": {}, "modules_to_save": ["score"], "use_dora": False, "layers_to_transform": [0],
+}  # fmt: skip
 PARITY = {
     "passed": True,
     "is_trained_model": True,
@@ -388,6 +413,21 @@ class Bench:
             self.chat.save(folder)
         return folder
 
+    def adapter(self) -> Path:
+        """An adapter on a model of 16 dimensions, made once."""
+        from lora_rm.config import AdapterSettings, ModelSettings
+        from lora_rm.model.reward_model import RewardModel
+
+        folder = self.folder / "whole_adapter"
+        if not folder.exists():
+            model = RewardModel.load(
+                str(self.scorer()),
+                settings=ModelSettings(quantization="none", compute_dtype="float32"),
+                adapter=AdapterSettings(rank=2, alpha=4.0),
+            )
+            model.save(folder, model.describe({}))
+        return folder
+
 
 Kind = tuple[st.SearchStrategy[Any], Callable[[Bench, Any], tuple[Callable[[], str | None], str]]]
 """What is drawn, and how it becomes an action and the name that a refusal must hold."""
@@ -439,7 +479,7 @@ def _preset(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
         bench.file("again.yaml", dump_settings(found).encode())
         return None if load_settings(bench.folder / "again.yaml") == found else "saved settings differ"
 
-    return act, ""
+    return act, "preset.yaml"
 
 
 def _flags(_: Bench, drawn: list[str]) -> tuple[Callable[[], str | None], str]:
@@ -463,7 +503,7 @@ def _template(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str
         finally:
             bench.chat.tokenizer.chat_template = before
 
-    return act, ""
+    return act, "own.jinja"
 
 
 def _tensors(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
@@ -512,6 +552,60 @@ def _record(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
         read_head(folder)
 
     return act, "adapter"
+
+
+def _adapter(bench: Bench, drawn: tuple[str, bytes]) -> tuple[Callable[[], str | None], str]:
+    """Files with the hashes that the record names: of somebody who wants to do harm, or has no care."""
+    from lora_rm.model.record import read_record, write_record
+    from lora_rm.model.reward_model import RewardModel
+
+    whole, folder = bench.adapter(), bench.folder / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    (folder / drawn[0]).write_bytes(drawn[1])
+    write_record(folder, read_record(folder))
+
+    def act() -> None:
+        RewardModel.load_adapter(folder, compute_dtype="float32")
+
+    return act, "adapter"
+
+
+def _gguf(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
+    from lora_rm.model.base import find_base
+
+    path = bench.file("model.gguf", drawn)
+
+    def act() -> None:
+        find_base(str(path))
+
+    return act, "model.gguf"
+
+
+def _held_out(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
+    from lora_rm.checkpoint import RunFolder
+    from lora_rm.workflow import read_held_out
+
+    bench.file("held_out.json", drawn)
+
+    def act() -> None:
+        for answer in read_held_out(RunFolder(bench.folder)):
+            [*answer["ids"], answer["prompt"]]
+
+    return act, "held_out.json"
+
+
+def _columns(bench: Bench, drawn: tuple[bytes, dict[str, str]]) -> tuple[Callable[[], str | None], str]:
+    from lora_rm.config import check_settings
+    from lora_rm.data.split import load_data
+
+    path = bench.file("renamed.jsonl", drawn[0])
+
+    def act() -> None:
+        data = {"train": str(path), "columns": drawn[1]}
+        load_data(check_settings({"data": data}).data, bench.chat)
+
+    return act, ""
 
 
 def _parity(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
@@ -622,6 +716,16 @@ KINDS: dict[str, Kind] = {
         _base,
     ),
     "adapter records": (json_file | spoiled(RECORD), _record),
+    "adapter files": (
+        pair(
+            st.sampled_from(["adapter_config.json", "tokenizer.json", "tokenizer_config.json", "adapter_model.safetensors"]),
+            json_file | spoiled(ADAPTER) | safetensors,
+        ),
+        _adapter,
+    ),
+    "gguf": (damaged(gguf), _gguf),
+    "held-out answers": (json_file | spoiled([{"ids": [1, 2], "prompt": 0}] * 2), _held_out),
+    "renamed columns": (pair(jsonl, st.dictionaries(names, names, max_size=3)), _columns),
     "parity files": (json_file | spoiled(PARITY), _parity),
     "scored lines": (
         st.dictionaries(st.sampled_from(["messages", "prompt", "response", "responses"]), values | messages, max_size=3).map(dumped)
@@ -631,7 +735,8 @@ KINDS: dict[str, Kind] = {
     "memory sizes": (texts | numbers.map(lambda n: f"{n}GiB" if abs(n) < 1e300 else "9" * 400), _memory),
 }  # fmt: skip
 
-SLOW = {"model folders": 0.25, "saved dataset": 0.5, "data sources": 0.5, "model names": 0.25}
+SLOW = {"model folders": 0.25, "saved dataset": 0.5, "data sources": 0.5, "model names": 0.25, "adapter files": 0.25,
+        "gguf": 0.25, "renamed columns": 0.5}  # fmt: skip
 """Share of the cases that a kind gets which takes longer than the others."""
 
 
@@ -951,8 +1056,17 @@ def main() -> None:
         f"{failed} of {total.total()} failed: every other one ended in a run, or in a refusal with its place and remedy."
     )
     if options.json is not None:
-        values = {"seed": options.seed, "total": dict(total), "failed": failed, "kinds": found}
-        options.json.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        rows = [
+            {
+                "kind": name,
+                "seed": options.seed,
+                **counts[name],
+                "seconds": told["seconds"],
+                "failures": told["failures"],
+            }
+            for name, told in found.items()
+        ]
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if failed:
         raise SystemExit(1)
 

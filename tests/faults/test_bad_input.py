@@ -17,6 +17,7 @@ from lora_rm.errors import ConfigError, DataError
 from lora_rm.model.base import BUILTIN, find_base
 
 ROOT = Path(__file__).parents[2]
+OUTCOMES = ("run", "refused", "exception", "hang", "memory", "crash", "bare refusal", "wrong")
 
 
 def user(content):
@@ -31,27 +32,28 @@ def assistant(content):
 
 
 def fuzz(tmp_path, *options):
-    """Exit status and counts of the benchmark."""
+    """What the benchmark left: the process, and the outcomes of each kind."""
     file = tmp_path / "counts.json"
     command = [sys.executable, str(ROOT / "benchmarks/fuzz_inputs.py"), "--json", str(file), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done, json.loads(file.read_text(encoding="utf-8"))
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return done, {row.pop("kind"): {name: row.get(name, 0) for name in OUTCOMES} for row in rows}
 
 
 @pytest.mark.slow
 def test_every_reader_runs_or_refuses(tmp_path):
     done, counts = fuzz(tmp_path, "--count", "450", "--light", "--seed", "1")
-    assert (done.returncode, counts["failed"]) == (0, 0), done.stdout[-6000:] + done.stderr[-2000:]
-    assert counts["total"]["run"] > 60
-    assert counts["total"]["refused"] > 200
+    total = {outcome: sum(found[outcome] for found in counts.values()) for outcome in OUTCOMES}
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert (total.pop("run") > 60, total.pop("refused") > 200) == (True, True)
+    assert set(total.values()) == {0}
 
 
 def test_every_kind_of_failure_is_seen(tmp_path):
     done, counts = fuzz(tmp_path, "--planted")
-    kinds = {name: told["outcomes"] for name, told in counts["kinds"].items()}
-    assert kinds == {name: {name: 1} for name in kinds}
-    assert kinds.keys() == {"exception", "hang", "memory", "crash", "bare refusal", "wrong"}
-    assert (done.returncode, counts["failed"]) == (1, 6)
+    assert counts == {name: {outcome: int(outcome == name) for outcome in OUTCOMES} for name in counts}
+    assert counts.keys() == {*OUTCOMES} - {"run", "refused"}
+    assert done.returncode == 1
 
 
 # Special tokens inside messages.
