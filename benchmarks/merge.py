@@ -34,9 +34,9 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import plain_errors, show_table
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.merge import merge
-from lora_rm.model.base import BUILTIN, BaseModel, file_sha256, find_base
+from lora_rm.model.base import BUILTIN, BaseModel, find_base
 from lora_rm.model.quantization import Quantization
-from lora_rm.model.record import HEAD_KEY, RECORD
+from lora_rm.model.record import HEAD_KEY, write_record
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -261,9 +261,8 @@ def make_adapter(
         "base": {"name": "random", "revision": None, "files": {}},
         "load_dtype": "bfloat16",
         "quantization": {"kind": kind, "double": True, "codes": codes},
-        "weights_sha256": file_sha256(folder / "adapter_model.safetensors"),
     }
-    (folder / RECORD).write_text(json.dumps(record))
+    write_record(folder, record)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lora_rm.merge import merge
 from lora_rm.model.base import BaseModel
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
-from lora_rm.verify import HELD_OUT, measure_change
+from lora_rm.verify import measure_change
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     run = RunFolder.open(options.run)
     record = json.loads((run.adapter / "lora_rm.json").read_text())
-    known = [*record["canaries"], *run.read_json(HELD_OUT)]
+    known = [*record["canaries"], *run.read_json("held_out.json")]
     known = known[:24] if options.quick else known
     answers, prompts = [answer["ids"] for answer in known], [answer["prompt"] for answer in known]
 

@@ -1,6 +1,5 @@
 """Several adapters on one base -> one adapter whose update and head are their weighted sum."""
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,16 @@ from lora_rm.errors import MergeError, storing
 from lora_rm.merge import read_updates, target_of
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import file_sha256
-from lora_rm.model.record import HEAD_KEY, RECORD, read_head, read_record, recorded_base
+from lora_rm.model.record import (
+    HEAD_KEY,
+    RECORD,
+    check_files,
+    read_adapter_config,
+    read_head,
+    read_record,
+    recorded_base,
+    write_record,
+)
 from lora_rm.model.tensor_files import save_tensors
 
 
@@ -46,6 +54,8 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
         raise MergeError(
             f"{folder}: exists, and is no combined adapter or one of those to combine. Move it, or choose another --out."
         )
+    for adapter, record in zip(adapters, records, strict=True):
+        check_files(adapter, record)
     for part in ("base", "load_dtype", "quantization", "tokens"):
         for adapter, record in zip(adapters, records, strict=True):
             if record.get(part) != records[0].get(part):
@@ -99,7 +109,7 @@ def _write_combined(
     (folder / "adapter_config.json").unlink()
     LoraConfig(
         task_type="SEQ_CLS",
-        base_model_name_or_path=LoraConfig.from_pretrained(str(adapters[0])).base_model_name_or_path,
+        base_model_name_or_path=read_adapter_config(adapters[0]).base_model_name_or_path,
         r=rank,
         lora_alpha=rank,  # the scales are in B
         rank_pattern=others,
@@ -111,11 +121,10 @@ def _write_combined(
     (folder / WEIGHTS).chmod(0o644)
     record = read_record(adapters[0])
     record |= {
-        "weights_sha256": file_sha256(folder / WEIGHTS),
         "canaries": [{**canary, "reward": None} for canary in record["canaries"]],
         "combined": [
             {"adapter_sha256": file_sha256(adapter / WEIGHTS), "weight": weight}
             for adapter, weight in zip(adapters, weights, strict=True)
         ],
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_record(folder, record)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 # What stands before the last @ of an address, and what comes after its ?: signatures and tokens.
 _CREDENTIALS = re.compile(r"(?<=://)[^\s'\"]*(?=@)")
 _QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
@@ -70,15 +72,15 @@ def storing(path: Path) -> Iterator[None]:
     """Says in plain words that a file or folder cannot be written.
 
     Raises:
-        StorageError: Instead of the `OSError` of a full, read-only or broken disk.
+        StorageError: Instead of the error of a full, read-only or broken disk, which safetensors tells in its own class.
     """
     try:
         yield
     except StorageError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error}). Free space on its disk or give a folder that can be "
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}). Free space on its disk or give a folder that can be "
             "written. Nothing that was saved before is lost; a training goes on with --resume."
         ) from None
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from transformers import AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -39,7 +38,8 @@ from lora_rm.model.record import (
     HEAD_KEY,
     MERGE_RECORD,
     RECORD,
-    check_weights_file,
+    check_files,
+    read_adapter_config,
     read_head,
     read_record,
     recorded_base,
@@ -123,6 +123,7 @@ class Plan:
     def __init__(self, adapter: Path, settings: MergeSettings, base: BaseModel | None = None) -> None:
         self.adapter = adapter
         self.record = read_record(adapter)
+        check_files(adapter, self.record)
         self.quantization: Quantization = recorded_quantization(self.record)
         self.base = base or recorded_base(adapter)
         self.head = read_head(adapter)
@@ -142,7 +143,6 @@ class Plan:
         self._check_base(biases)
         for shard in self.shards.values():
             shard |= {name: bias for name, bias in biases.items() if name in shard}
-        check_weights_file(adapter, self.record)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -677,7 +677,7 @@ def read_updates(
 
     PEFT writes biases with `bias` all or lora_only; settings here do not reach it.
     """
-    config = LoraConfig.from_pretrained(str(adapter))
+    config = read_adapter_config(adapter)
     parts: dict[str, dict[str, StoredTensor]] = {}
     biases: dict[str, StoredTensor] = {}
     for tensor in stored_tensors(adapter / WEIGHTS):

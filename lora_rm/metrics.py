@@ -165,6 +165,11 @@ class MetricsLog:
         """Writes the numbers of an evaluation; its line has `eval` instead of training numbers."""
         self._write({"step": step, "eval": without_nan(values)})
 
+    def flush(self) -> None:
+        """Waits until all lines are on the disk: a checkpoint that outlives them could not bring them back."""
+        with storing(self.file):
+            os.fsync(self.stream.fileno())
+
     def _write(self, values: dict[str, Any]) -> None:
         key = (values["step"], "eval" in values)
         if key in self.written:

@@ -145,6 +145,7 @@ def train(
     def save(name: str) -> None:
         if not processes.IS_FIRST:
             return
+        metrics.flush()
         save_checkpoint(
             run.checkpoints / name,
             model=model,

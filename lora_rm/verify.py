@@ -32,9 +32,6 @@ from lora_rm.model.record import CANARIES, MERGE_RECORD, RECORD, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import stored_tensors
 
-HELD_OUT = "held_out.json"
-"""File of a run with the token ids of held-out answers, grouped by prompt."""
-
 REQUANTIZED = "loaded in NF4 again"
 """A way of scoring a merged model."""
 
@@ -109,7 +106,7 @@ def verify(
     merged: Path,
     settings: VerifySettings | None = None,
     *,
-    held_out: Path | None = None,
+    held_out: Sequence[dict[str, Any]] = (),
     device: str = "auto",
 ) -> dict[str, Any]:
     """Checks weights, then rewards; writes `parity.json` into the merged folder.
@@ -121,7 +118,7 @@ def verify(
         adapter: Folder of the trained adapter.
         merged: Folder that `merge` wrote.
         settings: How much rewards may change.
-        held_out: A run's file of held-out answers, to be compared beside the canaries.
+        held_out: A run's held-out answers, to be compared beside the canaries: ids, and the number of the prompt.
         device: As in `model.device`.
 
     Returns:
@@ -145,8 +142,7 @@ def verify(
             "some, or merge it without a proof: lora_rm.merge.merge in Python."
         )
     check_shape(adapter / RECORD, canaries, CANARIES, "canaries")
-    more = json.loads(held_out.read_text(encoding="utf-8")) if held_out and held_out.is_file() else []
-    answers = [*canaries, *more[: settings.num_answers]]
+    answers = [*canaries, *held_out[: settings.num_answers]]
     rows = [answer["ids"] for answer in answers]
     prompts = [answer["prompt"] for answer in answers]
     scored = score_folder(adapter, rows, "adapter", device, base=plan.base.path)

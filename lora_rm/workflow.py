@@ -44,12 +44,12 @@ from lora_rm.model.base import (
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, longest_conversation, read_config
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.record import MERGE_RECORD, RECORD, check_weights_file, move_base, read_record
+from lora_rm.model.record import HELD_OUT, MERGE_RECORD, RECORD, check_files, move_base, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
-from lora_rm.verify import HELD_OUT, verify
+from lora_rm.verify import verify
 
 NUM_CANARIES = 32
 """Held-out answers kept with the adapter, with their rewards: what every later form of the model is held to."""
@@ -99,8 +99,8 @@ def _goes_on(settings: Settings) -> Settings:
 def _is_finished(run: RunFolder) -> bool:
     """Whether all that training leaves is there, whole."""
     try:
-        check_weights_file(run.adapter, read_record(run.adapter))
-        return "after" in (run.read_json("eval.json") or {}) and run.read_json(HELD_OUT) is not None
+        check_files(run.adapter, read_record(run.adapter))
+        return "after" in (run.read_json("eval.json") or {}) and run.read_json("held_out.json") is not None
     except (LoraRmError, OSError):  # to be written anew
         return False
 
@@ -252,7 +252,7 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
     if processes.IS_FIRST:
         with storing(run.adapter):
             model.save(run.adapter, record)
-    run.write_json(HELD_OUT, answers[NUM_CANARIES:])
+    run.write_json("held_out.json", answers[NUM_CANARIES:])
 
 
 def combine_runs(
@@ -303,6 +303,18 @@ def _check_folder(path: Path) -> None:
         )
 
 
+def read_held_out(run: RunFolder) -> list[dict[str, Any]]:
+    """Held-out answers of a run, as token ids with the number of their prompt; none if there is no such file.
+
+    Raises:
+        LoraRmError: If the file is damaged.
+    """
+    answers: list[dict[str, Any]] = run.read_json("held_out.json") or []
+    if answers:
+        check_shape(run.path / "held_out.json", answers, HELD_OUT)
+    return answers
+
+
 def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: str | None = None) -> Path:
     """Merges a run's adapter, or the adapter in a folder of its own, and verifies the rewards.
 
@@ -325,6 +337,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: 
     if run:
         run.lock()
     read_record(adapter)
+    held_out = read_held_out(run) if run else []
     if base is not None:
         move_base(adapter, base)
     if out is None:
@@ -338,7 +351,6 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: 
         )
     gc.collect()
     torch.cuda.empty_cache()  # what training in this process kept for itself
-    held_out = run.path / HELD_OUT if run else None
     parity = verify(adapter, out, settings.verify, held_out=held_out, device=settings.model.device)
     made = out
     if run and out.resolve() == run.merged.resolve():

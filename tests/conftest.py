@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from lora_rm.config import AdapterSettings, ModelSettings, check_settings
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import ChatTokenizer, tokenize
-from lora_rm.model.base import BaseModel, file_sha256
+from lora_rm.model.base import BaseModel
 from lora_rm.model.quantization import code_hashes
+from lora_rm.model.record import write_record
 from lora_rm.model.reward_model import RewardModel
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -231,10 +232,8 @@ def _own_cache(tmp_path_factory):
 
 
 def renew_hash(adapter):
-    """Lets an adapter be opened whose weights a test has changed on purpose."""
-    record = json.loads((adapter / "lora_rm.json").read_text())
-    record["weights_sha256"] = file_sha256(adapter / "adapter_model.safetensors")
-    (adapter / "lora_rm.json").write_text(json.dumps(record))
+    """Lets an adapter be opened whose files a test has changed on purpose."""
+    write_record(adapter, json.loads((adapter / "lora_rm.json").read_text()))
 
 
 def killed_in_verification(program: str, *words) -> None:

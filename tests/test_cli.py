@@ -337,7 +337,7 @@ def test_merge_and_export_write_to_out_and_replace_when_told(run, tmp_path):
         "base": {"name": "a/b", "files": {}},
         "load_dtype": "bfloat16",
         "quantization": quantization,
-        "weights_sha256": "00",
+        "files": {"adapter_model.safetensors": "00", "adapter_config.json": "00"},
     }
     (folder / "lora_rm.json").write_text(json.dumps(record))
     assert f"MergeError: {out}: exists already" in run("merge", str(folder), "--out", str(out))[2]

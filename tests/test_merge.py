@@ -915,16 +915,31 @@ def test_gemma_in_bfloat16_is_scored_as_transformers_does(tmp_path):
     assert len({round(reward, 3) for reward in found["library"]}) == 3
 
 
-def test_a_base_that_changed_since_training_is_found(base, tmp_path):
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_a_base_that_changed_since_training_is_found(tmp_path, kind, name):
     changed = make_base(tmp_path / "base")
-    adapter = saved(shake(make_model(changed)), tmp_path / "adapter")
+    adapter = saved(shake(make_model(changed, quantization=kind)), tmp_path / "adapter")
+    RewardModel.load_adapter(adapter)
     tensors = load_file(changed / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1.0
+    tensors[name].view(-1)[3] += 1.0
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MergeError, match="up_proj.*codes are not those"):
-        merge(adapter, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-    with pytest.raises(ModelError, match="not those it was trained on"):
+    with pytest.raises(ModelError, match=f"was trained on {changed}, whose model.safetensors is not that"):
+        RewardModel.load_adapter(adapter)
+    if kind == "nf4" and "up_proj" in name:
+        with pytest.raises(MergeError, match="up_proj.*codes are not those"):
+            merge(adapter, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_a_machine_that_quantises_otherwise_is_found(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    record = json.loads((adapter / "lora_rm.json").read_text())
+    record["quantization"]["codes"]["model.layers.1.mlp.up_proj"] = "00"
+    (adapter / "lora_rm.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=r"1 of \d+ quantised layers.*not those it was.*up_proj"):
         RewardModel.load_adapter(adapter)
 
 
@@ -982,7 +997,7 @@ def test_another_base_than_that_of_training_is_not_taken_for_it(tmp_path, damage
     name = {"weights": shards[1].name, "config": "config.json", "a shard more": "more.safetensors"}[damage]
     before = (adapter / "lora_rm.json").read_bytes()
     with pytest.raises(
-        ModelError, match=f"{other} is not the base that {adapter} was trained on: {name} is another"
+        ModelError, match=f"{adapter}: was trained on .*, whose {name} is not that of {other}"
     ):
         move_base(adapter, str(other))
     assert (adapter / "lora_rm.json").read_bytes() == before
@@ -1021,10 +1036,14 @@ def test_an_adapter_that_cannot_be_proven_names_a_way_on(base, tmp_path):
 @pytest.mark.parametrize("found", [None, 7])
 def test_an_adapter_whose_weights_have_no_hash_is_refused(base, tmp_path, found):
     adapter = saved(make_model(base), tmp_path / "adapter")
-    record = json.loads((adapter / "lora_rm.json").read_text()) | {"weights_sha256": found}
+    record = json.loads((adapter / "lora_rm.json").read_text()) | {
+        "files": {"adapter_model.safetensors": found}
+    }
     (adapter / "lora_rm.json").write_text(json.dumps(record))
     for opened in (RewardModel.load_adapter, lambda folder: merge(folder, tmp_path / "merged")):
-        with pytest.raises(ModelError, match="lora_rm.json: weights_sha256 is (missing|'7')"):
+        with pytest.raises(
+            ModelError, match="lora_rm.json: files.adapter_model.safetensors is (missing|'7')"
+        ):
             opened(adapter)
 
 

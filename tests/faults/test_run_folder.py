@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from conftest import make_base
 
 from lora_rm import train as training
 from lora_rm.checkpoint import RunFolder
+from lora_rm.combine import combine
 from lora_rm.config import check_settings, dump_settings
 from lora_rm.data import tokens
 from lora_rm.data.split import Data, Side
 from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.merge import merge
+from lora_rm.model.base import _builtin_gguf, find_base
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.score_file import score_file, score_lines
@@ -86,6 +89,31 @@ print(newest_checkpoint(folder)[0].name, sorted(p.name for p in folder.iterdir()
     assert "No space left on device" in first
     assert "--resume" in first
     assert last == "step-000001 ['step-000001']"
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_and_the_metrics_are_on_the_disk(
+    settings, trees, monkeypatch
+):
+    """What a power cut leaves; each flush and each rename, in order."""
+    done, flush, rename = [], os.fsync, Path.rename
+
+    def noting_flush(descriptor):
+        flush(descriptor)
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    def noting_rename(path, target):
+        done.append(f"{path.name} -> {Path(target).name}")
+        return rename(path, target)
+
+    own = changed(settings, train={"max_steps": 1, "save_every_steps": 1})
+    model, run = open_model(own), RunFolder.create(own)
+    monkeypatch.setattr(os, "fsync", noting_flush)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    train(model, data_of(trees[:8]), own, run)
+    named = done.index(".step-000001.partial -> step-000001")
+    written = {file.name for file in (run.checkpoints / "step-000001").iterdir()}
+    assert {"metrics.jsonl", ".step-000001.partial", *written} <= {*done[:named]}
+    assert "checkpoints" in done[named:]
 
 
 def test_a_full_disk_under_metrics_says_so_and_the_lines_before_stay(tmp_path):
@@ -485,6 +513,19 @@ def test_a_broken_file_of_a_base_is_named(base, tmp_path, name, fault):
         RewardModel.load(str(own))
 
 
+@pytest.mark.parametrize("fault", ["truncated", "random", "missing"])
+def test_a_broken_gguf_is_named_and_leaves_nothing(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    if fault == "truncated":
+        file.write_bytes(_builtin_gguf().read_bytes()[:100_000])
+    elif fault == "random":
+        file.write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    with pytest.raises(ModelError, match=f"{file}.*(Fetch it again|Give the path)"):
+        find_base(str(file))
+    assert [*(tmp_path / "cache").rglob("*.*")] == []
+
+
 def break_file(file, fault):
     good = file.read_bytes()
     if fault == "truncated":
@@ -498,14 +539,25 @@ def break_file(file, fault):
 
 
 def test_a_flipped_bit_of_an_adapter_is_found(trained, tmp_path):
+    """One in each file, also where what it holds can still be read: an alpha of 13 for 12."""
     adapter = shutil.copytree(trained, tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
-    good = file.read_bytes()
-    file.write_bytes(good[:-1000] + bytes([good[-1000] ^ 1]) + good[-999:])
-    for opened in (RewardModel.load_adapter, lambda folder: merge(folder, tmp_path / "merged")):
-        with pytest.raises(ModelError, match=r"adapter_model.safetensors: is not the file that was saved"):
-            opened(adapter)
-    file.write_bytes(good)
+    names = sorted(file.name for file in adapter.iterdir() if file.name != "lora_rm.json")
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+        *names
+    }
+    for name in names:
+        file = adapter / name
+        good = file.read_bytes()
+        at = good.index(b'"lora_alpha": 12') + 15 if name == "adapter_config.json" else len(good) // 2
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        for opened in (
+            RewardModel.load_adapter,
+            lambda folder: merge(folder, tmp_path / "merged"),
+            lambda folder: combine([folder, folder], (0.5, 0.5), tmp_path / "both"),
+        ):
+            with pytest.raises(ModelError, match=f"{name}: is not the file that was saved"):
+                opened(adapter)
+        file.write_bytes(good)
     RewardModel.load_adapter(adapter)
 
 
@@ -517,13 +569,16 @@ def test_a_run_that_did_not_reach_its_end_says_how_to_go_on(settings):
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "lora_rm.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "lora_rm.json", "tokenizer.json"]
+)
 def test_a_broken_file_of_an_adapter_is_named(settings, tmp_path_factory, trained, tmp_path, name, fault):
     adapter = tmp_path / "adapter"
     shutil.copytree(trained, adapter)
     break_file(adapter / name, fault)
-    with pytest.raises(ModelError, match=str(adapter)):
-        RewardModel.load_adapter(adapter)
+    for opened in (RewardModel.load_adapter, lambda folder: merge(folder, tmp_path / "merged")):
+        with pytest.raises(ModelError, match=str(adapter)):
+            opened(adapter)
 
 
 def test_a_hub_that_does_not_answer_is_named_with_a_way_out():
