@@ -239,3 +239,17 @@ def test_the_order_keeps_groups_together_and_loses_nothing():
     changes = sum(one != other for one, other in pairwise(names))
     assert changes == 5 + 3 - 1
     assert list(training_order(23, 6, 4, 0)) == list(training_order(23, 6, 4, 0, [""] * 23))
+
+
+def test_padded_rows_can_be_pinned():
+    """Rows that share memory, as `expand` makes them, cannot: on a GPU no padded batch would train."""
+    batch = build_batch([TokenTree([1, 2], ([3], [4, 5]))], "padded")
+    for tensor in (batch.input_ids, batch.position_ids, batch.attention_mask, batch.score_index):
+        assert torch._debug_has_internal_overlap(tensor) == 0
+
+
+def test_masks_go_with_the_row_that_needed_them():
+    batch = build_batch([TokenTree([1, 2], ([3], [4, 5]))])
+    moved = batch.to(torch.device("cpu")).plan
+    moved.mask(2, 4, None, torch.zeros(1))
+    assert (len(moved.masks), batch.plan.masks) == (1, {})

@@ -1,5 +1,6 @@
 """Merging against a dense merge in float64, for everything an adapter can hold."""
 
+import contextlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import bitsandbytes
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
@@ -45,7 +47,7 @@ from lora_rm.merge import (
     merge,
 )
 from lora_rm.model import quantization
-from lora_rm.model.quantization import code_hashes, codes_8bit
+from lora_rm.model.quantization import Quantization, code_hashes, codes_8bit
 from lora_rm.model.record import MERGE_RECORD, move_base
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import TensorWriter, stored_tensors
@@ -412,14 +414,75 @@ def check_codes(values):
     assert torch.equal(constants, state.absmax)
 
 
-def test_another_bitsandbytes_is_used_itself(monkeypatch):
-    values = torch.randn(640, generator=torch.Generator().manual_seed(1)).bfloat16()
-    expected = quantization.quantize_4bit(values)
-    quantization._computes_as_bitsandbytes.cache_clear()
-    monkeypatch.setattr(quantization, "NF4_BOUNDS", [bound + 0.01 for bound in quantization.NF4_BOUNDS])
-    assert not quantization._computes_as_bitsandbytes()
-    assert torch.equal(quantization.quantize_4bit(values)[0], expected[0])
-    quantization._computes_as_bitsandbytes.cache_clear()
+def test_a_gpu_finds_the_codes_that_a_cpu_finds():
+    """Its binary search, run here: also where a value is a bound, or lies on either side of one by a bit, and in blocks of zeros."""
+    bounds = torch.from_numpy(quantization.NF4_BOUNDS[:, 0])
+    near = torch.cat(
+        [
+            bounds,
+            *(torch.nextafter(bounds, bounds + sign) for sign in (1, -1)),
+            torch.tensor([1.0, -1.0, 0.0]),
+        ]
+    )
+    random = torch.randn(64 * 20, generator=torch.Generator().manual_seed(1))
+    values = torch.cat([near.repeat(4), torch.zeros(64 * 2), random])
+    values = values[: len(values) // 64 * 64]
+    packed, constants = quantization._count_bounds(values)
+    scaled = (values.view(-1, 64) * constants.clamp(min=1e-38).reciprocal()[:, None]).view(-1)
+    assert int((constants == 0).sum()) >= 1
+    assert torch.equal(quantization._search_bounds(scaled), packed)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_codes_do_not_depend_on_the_number_of_threads(kind):
+    """A sum of 32,768 constants in float32 does."""
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight += torch.linspace(0, 3, 1024)  # constants whose sum is rounded
+    before, hashes = torch.get_num_threads(), set()
+    try:
+        for count in (1, 3, 4):
+            torch.set_num_threads(count)
+            hashes.add(Quantization(kind=kind, double=True, load_dtype=torch.bfloat16).round_trip(weight)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (70, 64), (3, 5)])
+def test_a_base_is_loaded_with_the_codes_of_bitsandbytes(shape):
+    """On a CPU; `quantized_alike` is what makes a GPU's the same. Nothing of it stays."""
+    theirs = bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for double in (True, False):
+        made = []
+        for loading in (contextlib.nullcontext, quantization.quantized_alike):
+            with loading():
+                made.append(
+                    bitsandbytes.nn.Params4bit(weight, quant_type="nf4", compress_statistics=double).to("cpu")
+                )
+        one, other = made
+        assert torch.equal(one.data, other.data)
+        assert quantization._hash_4bit(one.data, one.quant_state) == quantization._hash_4bit(
+            other.data, other.quant_state
+        )
+        assert one.quant_state.as_dict().keys() == other.quant_state.as_dict().keys()
+        assert torch.equal(*(bnb_functional.dequantize_4bit(each.data, each.quant_state) for each in made))
+    with quantization.quantized_alike():
+        codes, scales, _ = bnb_functional.int8_vectorwise_quant(weight.half())
+    expected = theirs[1](weight.half())
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scales, expected[1])
+    assert (bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant) == theirs
+
+
+def test_where_bitsandbytes_rounds_otherwise_it_does_so_itself(monkeypatch):
+    quantization._rounds_as_bitsandbytes.cache_clear()
+    assert quantization._rounds_as_bitsandbytes()
+    quantization._rounds_as_bitsandbytes.cache_clear()
+    real = bnb_functional.dequantize_4bit
+    monkeypatch.setattr(bnb_functional, "dequantize_4bit", lambda codes, state: real(codes, state) * 1.01)
+    assert not quantization._rounds_as_bitsandbytes()
+    quantization._rounds_as_bitsandbytes.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "cut"), [(torch.bfloat16, 16), (torch.float16, 13)])
@@ -1009,9 +1072,11 @@ def test_an_adapter_without_head_or_with_two_logits_is_refused(base, tmp_path):
     tensors = load_file(file)
     head = tensors.pop("base_model.model.score.weight")
     save_file(tensors, file)
+    renew_hash(adapter)
     with pytest.raises(ModelError, match="no score head"):
         merge(adapter, tmp_path / "merged")
     save_file({**tensors, "base_model.model.score.weight": head.repeat(2, 1)}, file)
+    renew_hash(adapter)
     with pytest.raises(ModelError, match="one logit"):
         merge(adapter, tmp_path / "merged")
 
@@ -1054,12 +1119,15 @@ def test_every_tensor_of_the_adapter_must_be_used(base, tmp_path):
     save_file(
         {**tensors, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}, file
     )
+    renew_hash(adapter)
     with pytest.raises(MergeError, match="fits no weight"):
         merge(adapter, tmp_path / "merged")
     save_file({**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}, file)
+    renew_hash(adapter)
     with pytest.raises(MergeError, match="cannot be merged"):
         merge(adapter, tmp_path / "merged")
     save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.lora_B.bias": torch.ones(96)}, file)
+    renew_hash(adapter)
     with pytest.raises(MergeError, match="up_proj.lora_B.bias, which cannot be merged.*lora_bias"):
         merge(adapter, tmp_path / "merged")
 

@@ -354,26 +354,24 @@ def test_training_keeps_to_the_plan(settings, monkeypatch):
     wanted = changed(settings, train={"checkpointing": "auto"})
     planned = plan(wanted)
     assert planned.num_layers > 2
-    between = {}
-    for memory in (planned.needed("full", planned.row) - 1, planned.needed("none", planned.row) + 1):
-        between[memory] = dataclasses.replace(planned, memory=memory)
-    few, plenty = between
-    monkeypatch.setattr(plan_module, "_memory_here", lambda _: few)
+    few, plenty = planned.needed("full", planned.row) - 1, planned.needed("none", planned.row) + 1
+    middle = (planned.needed("selective", planned.row) + planned.needed("full", planned.row)) / 2
+
+    def with_memory(memory):
+        monkeypatch.setattr(plan_module, "plan", lambda _: dataclasses.replace(planned, memory=memory))
+
+    with_memory(few)
     with monkeypatch.context() as patch:
         patch.setattr(RewardModel, "load", lambda *_, **__: pytest.fail("loads what cannot fit"))
         with pytest.raises(ConfigError, match="Training .* needs .* GiB with rows of"):
             train_run(wanted)
     assert not Path(wanted.output_dir).exists()
     modes = []
-    monkeypatch.setattr(RewardModel, "set_checkpointing", lambda self, chosen: modes.append([*chosen]))
-    middle = (planned.needed("selective", planned.row) + planned.needed("full", planned.row)) / 2
-    for memory in (plenty, middle):
-        monkeypatch.setattr(plan_module, "_memory_here", lambda _, memory=memory: memory)
+    monkeypatch.setattr(RewardModel, "set_checkpointing", lambda _, chosen: modes.append([*chosen]))
+    for memory, kept in ((plenty, ["none"] * 3), (middle, ["full", "full", "selective"])):
+        with_memory(memory)
         open_model(*fit(wanted))
-    count = planned.num_layers
-    assert modes[1] == ["none"] * count
-    assert modes[3] == dataclasses.replace(planned, memory=middle).layer_modes
-    assert modes[3][0], modes[3][-1] == ("full", "selective")
+        assert modes[-1] == kept
 
 
 def test_a_plan_that_does_not_fit_ends_with_exit_status_1(folder, capsys):

@@ -71,7 +71,9 @@ class TreePlan:
     def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TreePlan":
         """The same plan with its indices moved, to another device for instance."""
         indices = {name: move(tensor) for name, tensor in self.indices.items()}
-        return replace(self, ends=move(self.ends), indices=indices)
+        return replace(
+            self, ends=move(self.ends), indices=indices, masks={}
+        )  # which are made where they are used
 
     def with_core(self, core: Core) -> "TreePlan":
         """The same plan for another core, with what that core looks up.
@@ -269,7 +271,9 @@ def _padded(preferences: Sequence[TokenTree]) -> TreeBatch:
     return TreeBatch(
         tuple(preferences),
         input_ids,
-        torch.arange(longest).expand(len(rows), longest),
+        torch.arange(longest).repeat(
+            len(rows), 1
+        ),  # not expanded: pinning copies, and refuses rows that share memory
         torch.arange(len(rows)) * longest + lengths - 1,
         None,
         (torch.arange(longest)[None, :] < lengths[:, None]).long(),

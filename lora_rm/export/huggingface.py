@@ -113,10 +113,13 @@ def check_pipeline(
 
 
 PIPELINE = """\
-import json, sys
+import gc, json, sys, torch
 from transformers import pipeline
 request, found = json.load(open(sys.argv[1], encoding="utf-8")), {}
 for dtype, count in {"float32": None, **request["stored"]}.items():
+    reward = None  # the one before
+    gc.collect()
+    torch.cuda.empty_cache()
     # on the GPU, in memory, and what fits neither in a folder that goes with this program
     more = {"device_map": "auto", "model_kwargs": {"offload_folder": "offloaded"}}
     reward = pipeline("text-classification", model=request["folder"], dtype=dtype, **more)

@@ -19,7 +19,13 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
 from lora_rm.model.adapter import lora_config, lora_layers
 from lora_rm.model.base import BaseModel, read_auto_config
-from lora_rm.model.quantization import DTYPES, Quantization, is_stored_in_4_bit, quantized_layers
+from lora_rm.model.quantization import (
+    DTYPES,
+    Quantization,
+    is_stored_in_4_bit,
+    quantized_alike,
+    quantized_layers,
+)
 from lora_rm.model.record import one_logit
 from lora_rm.model.tensor_files import find_tensor
 
@@ -253,7 +259,7 @@ def load_classifier(
             "both, or take the token out of the tokenizer's files."
         )
     config.get_text_config().pad_token_id = chat.pad_id
-    with quiet("transformers"):
+    with quiet("transformers"), quantized_alike():
         model = AutoModelForSequenceClassification.from_pretrained(
             base.path,
             config=config,

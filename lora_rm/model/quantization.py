@@ -1,10 +1,11 @@
 """What quantisation does to a weight: its codes, their hash, and the values that training really saw."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -117,8 +118,7 @@ class Codes4bit:
         """Quantises the constants."""
         self.hashed = (self.packed, self.constants)
         if self.double:
-            offset = self.constants.mean()
-            nested, state = bnb_functional.quantize_blockwise(self.constants - offset, blocksize=256)
+            nested, state, offset = _quantize_constants(self.constants)
             self.hashed = (self.packed, nested, state.absmax, offset)
             self.constants = bnb_functional.dequantize_blockwise(nested, state) + offset
 
@@ -134,7 +134,7 @@ class Codes4bit:
             self.constants[start // 64 : -(-stop // 64)],
             torch.Size((num_rows, self.columns)),
             # its products are in float32 whatever the type, but its rounding takes longer than torch's (0.9 and 0.2 ns)
-            torch.float32 if _computes_as_bitsandbytes() else dtype,
+            torch.float32 if _rounds_as_bitsandbytes() else dtype,
         ).to(dtype)
 
 
@@ -148,9 +148,7 @@ class Codes8bit:
     def quantize(self, row: int, values: torch.Tensor) -> None:
         """Makes the codes of the rows from `row`."""
         rows = slice(row, row + len(values))
-        self.packed[rows], self.scales[rows], _ = bnb_functional.int8_vectorwise_quant(
-            values.to(torch.float16)
-        )
+        self.packed[rows], self.scales[rows], _ = _quantize_8bit(values.to(torch.float16))
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -165,39 +163,104 @@ class Codes8bit:
         return self.packed[rows].float() * (self.scales[rows, None] / 127.0)
 
 
+_theirs = bnb_functional.quantize_4bit
 _NF4 = bnb_functional.get_4bit_type("nf4", device="cpu").numpy()
 NF4_BOUNDS = ((_NF4[1:] + _NF4[:-1]) / 2)[:, None]
 """Between two neighbouring values of NF4, float32 (15, 1): a code is the number of bounds below the value."""
 
 
+@contextlib.contextmanager
+def quantized_alike() -> Iterator[None]:
+    """Lets bitsandbytes quantise what is loaded meanwhile by the functions here, which give the same bits on every device.
+
+    Its own kernels do not: on a GPU they divide approximately and add up in another order than on a CPU, so a base that
+    was trained there could not be made again by a merge elsewhere. On a CPU the bits are bitsandbytes' own, but for the last of
+    the offset of a weight of more than 2 million values.
+    """
+    before = bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant
+    bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant = _quantize_weight, _quantize_8bit
+    try:
+        yield
+    finally:
+        bnb_functional.quantize_4bit, bnb_functional.int8_vectorwise_quant = before
+
+
+def _quantize_weight(
+    weight: torch.Tensor, *, compress_statistics: bool, **settings: Any
+) -> tuple[torch.Tensor, bnb_functional.QuantState]:
+    """What `bitsandbytes.functional.quantize_4bit` gives for the settings of `Quantization.config`."""
+    assert settings == {"blocksize": 64, "quant_type": "nf4", "quant_storage": torch.uint8}, settings
+    flat, size = weight.reshape(-1), 2**24  # values at a time, of which a GPU makes numbers of 4 bytes
+    parts = [quantize_4bit(flat[start : start + size]) for start in range(0, len(flat), size)]
+    packed, constants = (torch.cat(part) for part in zip(*parts, strict=True))
+    state = bnb_functional.QuantState(
+        absmax=constants,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=64,
+        code=bnb_functional.get_4bit_type("nf4", device=weight.device),
+        quant_type="nf4",
+    )
+    if compress_statistics:
+        state.absmax, state.state2, state.offset = _quantize_constants(constants.cpu())
+        state.nested = True
+        state.to(weight.device)
+    return packed.view(-1, 1), state
+
+
+def _quantize_constants(
+    constants: torch.Tensor,
+) -> tuple[torch.Tensor, bnb_functional.QuantState, torch.Tensor]:
+    """Codes of the constants of a whole weight, their own constants, and their mean; on a CPU, whatever the device."""
+    # a sum in float32 depends on the number of threads from 32,768 values on
+    offset = constants.double().mean().float()
+    nested, state = bnb_functional.quantize_blockwise(constants - offset, blocksize=256)
+    return nested, state, offset
+
+
+def _quantize_8bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """What `bitsandbytes.functional.int8_vectorwise_quant` gives of float16 values on a CPU."""
+    scales = values.abs().amax(1).float()
+    return (values * (127.0 / scales[:, None])).round().to(torch.int8), scales, None
+
+
 def quantize_4bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """NF4 codes of flat values, two a byte, and the float32 constants of their blocks of 64.
 
-    The bits of bitsandbytes' `quantize_4bit`, whose binary search takes 30 ns a value on a CPU. Where another
-    version counts differently, its own is used.
+    The bits of bitsandbytes' `quantize_4bit` on a CPU, whose binary search takes 30 ns a value there.
     """
-    if values.numel() % 64 or not values.numel() or not _computes_as_bitsandbytes():
-        packed, state = bnb_functional.quantize_4bit(values, blocksize=64, quant_type="nf4")
-        return packed.view(-1), state.absmax
+    if values.numel() % 64:  # the last block is shorter
+        packed, state = _theirs(values.cpu(), blocksize=64, quant_type="nf4")
+        return packed.view(-1).to(values.device), state.absmax.to(values.device)
     return _count_bounds(values)
 
 
 def _count_bounds(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """3 ns a value; in numpy, for torch 2.13 compares floats to bytes one value at a time.
+    """On a CPU 3 ns a value: in numpy, for torch 2.13 compares floats to bytes one value at a time.
 
     All bounds in one call: every call of numpy's gives up Python's lock, and threads wait for it in turn.
     """
     blocks = values.to(torch.float32, copy=True).view(-1, 64)
     constants = blocks.abs().amax(1)
-    scaled: Any = blocks.mul_(constants.clamp(min=1e-38).reciprocal_()[:, None]).view(-1).numpy()
+    scaled = blocks.mul_(constants.clamp(min=1e-38).reciprocal_()[:, None]).view(-1)
+    if scaled.device.type != "cpu":
+        return _search_bounds(scaled), constants
     codes = np.empty(scaled.shape, np.uint8)
-    for start in range(0, len(scaled), 2**16):  # 1 MiB of comparisons
-        above = np.greater(scaled[start : start + 2**16], NF4_BOUNDS)
+    found: Any = scaled.numpy()
+    for start in range(0, len(found), 2**16):  # 1 MiB of comparisons
+        above = np.greater(found[start : start + 2**16], NF4_BOUNDS)
         np.add.reduce(above.view(np.uint8), axis=0, out=codes[start : start + 2**16])
     pairs = codes.view("<u2")  # second * 256 + first; times 4097, the bits 8 to 15 are first * 16 + second
     pairs *= 4097
     pairs >>= 8
     return torch.from_numpy(pairs.astype(np.uint8)), constants
+
+
+def _search_bounds(scaled: torch.Tensor) -> torch.Tensor:
+    """The same codes by a binary search, which a GPU is fast at."""
+    bounds = torch.from_numpy(NF4_BOUNDS[:, 0]).to(scaled.device)
+    codes = torch.bucketize(scaled, bounds, out_int32=True).view(-1, 2)
+    return (codes[:, 0] * 16 + codes[:, 1]).to(torch.uint8)
 
 
 def _dequantize_4bit(
@@ -210,20 +273,12 @@ def _dequantize_4bit(
 
 
 @functools.cache
-def _computes_as_bitsandbytes() -> bool:
-    """Whether counting gives bitsandbytes' codes of a sample, and torch rounds their values as it does.
-
-    The hash of each weight's codes is the proof of those; the values come with constants that lie halfway between two
-    bfloat16 values.
-    """
-    sample = torch.randn(2**14, generator=torch.Generator().manual_seed(0)).bfloat16()
-    packed, state = bnb_functional.quantize_4bit(sample, blocksize=64, quant_type="nf4")
-    found = _count_bounds(sample)
-    if not torch.equal(found[0], packed.view(-1)) or not torch.equal(found[1], state.absmax):
-        return False
-    halfway = (state.absmax.view(torch.int32) | 0x8000).view(torch.float32)
+def _rounds_as_bitsandbytes() -> bool:
+    """Whether torch rounds values as bitsandbytes does, seen with constants halfway between two bfloat16 values."""
+    packed, constants = _count_bounds(torch.randn(2**14, generator=torch.Generator().manual_seed(0)))
+    halfway = (constants.view(torch.int32) | 0x8000).view(torch.float32)
     exact, rounded = (
-        _dequantize_4bit(packed.view(-1), halfway, sample.shape, dtype)
+        _dequantize_4bit(packed, halfway, torch.Size([2**14]), dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
     return torch.equal(exact.bfloat16(), rounded)
@@ -329,7 +384,8 @@ class ExactLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes h
         """X W^T + bias."""
         weight, state, dtype = self.weight, quant_state(self), self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        if dtype == state.dtype != torch.float32:
+        # for few rows bitsandbytes' kernels round code, scale and product one after the other: other weights again
+        if dtype == state.dtype != torch.float32 and x.numel() > 32 * x.shape[-1]:
             return bnb.matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state).to(x.dtype)
         y = _ExactProduct.apply(x.to(dtype), dense_weight(self))
         return (y if bias is None else y + bias).to(x.dtype)

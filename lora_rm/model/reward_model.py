@@ -236,7 +236,9 @@ class RewardModel(nn.Module):
         config = read_adapter_config(folder)
         try:
             with quiet("peft"):
-                peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False, config=config)
+                peft_model = PeftModel.from_pretrained(
+                    model, str(folder), is_trainable=False, config=config, torch_device=str(target)
+                )
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -525,6 +527,8 @@ class RewardModel(nn.Module):
         try:
             with torch.no_grad():
                 rewards = self.eval().rewards(batch).cpu()
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
             self.forget_pass()
             return first_line(error, 120)

@@ -180,6 +180,15 @@ def _asks_for_groups(varlen_attn: Any) -> dict[str, Any]:
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
+def _has_flash(query_1HQD: torch.Tensor) -> bool:
+    """Whether flash attention, which has no masks, computes this type and head size on this card: Ampere or newer."""
+    is_new = _capability(query_1HQD.device) >= (8, 0)
+    return is_new and query_1HQD.dtype != torch.float32 and query_1HQD.shape[-1] <= 256
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 def _attend(
     query_1HQD: torch.Tensor,
     key_1GKD: torch.Tensor,
@@ -195,9 +204,8 @@ def _attend(
     sees_all = queries == 1 and window is None
     mask = None if is_causal or sees_all else how.plan.mask(queries, keys, window, query_1HQD)
     groups = query_1HQD.shape[1] // key_1GKD.shape[1]
-    if groups > 1 and query_1HQD.is_cuda and (mask is not None or query_1HQD.dtype == torch.float32):
-        # flash attention has no masks and no float32, and the next best kernel no groups: torch would take the one
-        # that writes down all Q x K scores
+    if groups > 1 and query_1HQD.is_cuda and (mask is not None or not _has_flash(query_1HQD)):
+        # the next best kernel has no groups: torch would take the one that writes down all Q x K scores
         key_1GKD, value_1GKD = (x.repeat_interleave(groups, dim=1) for x in (key_1GKD, value_1GKD))
     with sdpa_kernel(KERNELS) if query_1HQD.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(

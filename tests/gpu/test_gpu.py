@@ -9,11 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_base, make_model, shake
+from safetensors.torch import load_file, save_file
 
 from lora_rm.checkpoint import RunFolder
-from lora_rm.config import check_settings
+from lora_rm.config import ModelSettings, check_settings
 from lora_rm.data.batches import TreePlan, build_batch
 from lora_rm.data.tokens import TokenTree
+from lora_rm.model.quantization import Quantization, code_hashes
+from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tree_attention import time_cores, tree_attention
 from lora_rm.plan import calibrate, plan
 from lora_rm.train import build_optimizer, train
@@ -225,6 +228,33 @@ def test_float16_products_train_with_a_loss_scale(tmp_path):
     # later ones are a step apart where the first scale was too high
     losses = [steps[0]["loss"] for _, steps, _ in found.values()]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_has_the_codes_that_a_merge_makes_on_a_cpu(tmp_path, kind):
+    """bitsandbytes' kernels round otherwise on each; a weight of zeros among them."""
+    base = make_base(tmp_path / "llama", "llama", **WIDE)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:4] = 0
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    hashes = [
+        code_hashes(
+            RewardModel.load(str(base), settings=ModelSettings(quantization=kind, device=device)).classifier
+        )
+        for device in ("cuda", "cpu")
+    ]
+    assert hashes[0] == hashes[1]
+    for name, found in hashes[0].items():
+        stored = Quantization(kind=kind, double=True, load_dtype=torch.bfloat16).round_trip(
+            tensors[f"{name}.weight"]
+        )
+        assert stored[1] == found
+
+
+def test_padded_rows_train(tmp_path):
+    base = make_base(tmp_path / "llama", "llama", **WIDE)
+    settings = run_settings(base, tmp_path / "run", tokens_per_microbatch=2048)
+    trained(replace(settings, train=replace(settings.train, batching="padded")))
 
 
 def test_a_merge_is_proven_on_the_device(tmp_path):
