@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes test at a time; their threads would spin
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the net
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_rm.config import AdapterSettings, ModelSettings, check_settings
@@ -66,8 +68,9 @@ FAMILIES = {
 """Families the tree attention is tested with, and what their tiny configs need."""
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that adds a BOS, with pad = EOS, the trap of many real ones."""
+@cache
+def trained_tokenizer() -> str:
+    """The byte-level BPE of the tiny tokenizers, which adds a BOS, as JSON."""
     special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,11 +85,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         (m["content"] for p in train for answer in p.answers for m in p.prompt + answer), trainer
     )
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer.to_str()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that adds a BOS, with pad = EOS, the trap of many real ones."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(trained_tokenizer()),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
