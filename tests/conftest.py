@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lora_rm import verify
 from lora_rm.config import AdapterSettings, ModelSettings, check_settings
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import ChatTokenizer, tokenize
+from lora_rm.export import huggingface
 from lora_rm.model.base import BaseModel
+from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import write_record
 from lora_rm.model.reward_model import RewardModel
@@ -224,6 +228,32 @@ def show(capsys):
             print(f"\n{line}")  # noqa: T201
 
     return print_line
+
+
+@pytest.fixture
+def scored_here(monkeypatch):
+    """What a merge and an export for transformers score in fresh processes is scored in this one.
+
+    Gives the devices that were asked for. A fresh process imports for 5 s; that rewards do not depend on this one's
+    state, test_workflow.py shows.
+    """
+    devices = []
+
+    def score(what, program, request, device="auto"):
+        devices.append(device)
+        with tempfile.TemporaryDirectory() as scratch, monkeypatch.context() as patch:
+            file, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+            file.write_text(json.dumps(request), encoding="utf-8")
+            patch.setattr(sys, "argv", ["-c", str(file), str(answer)])
+            patch.setattr(sys, "path", [*sys.path])
+            patch.chdir(scratch)
+            give_back_rotary()
+            exec(program, {"__name__": "__main__"})
+            return json.loads(answer.read_text(encoding="utf-8"))
+
+    for module in (verify, huggingface):
+        monkeypatch.setattr(module, "score_in_fresh_process", score)
+    return devices
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -915,7 +915,7 @@ def test_a_sound_base_and_a_merged_model_are_free_of_faults(base, run, planned, 
     assert "padded left" in findings["padding"].found
 
 
-def test_every_export_is_checked_or_named(run, tmp_path):
+def test_every_export_is_checked_or_named(run, tmp_path, scored_here):
     verify(run.adapter, shutil.copytree(run.merged, tmp_path / "merged"))
     for to in ("huggingface", "vllm"):
         out = export_run(tmp_path / "merged", to=to, out=tmp_path / to)

@@ -882,12 +882,7 @@ def test_a_combination_that_was_interrupted_is_not_there(base, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["combined", "lora"]
 
 
-def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, monkeypatch):
-    def scored(folder, rows, kind, device, base=None):  # 15 s of imports less
-        assert device == "auto"
-        return verify_module.score_rows(folder, rows, kind, base and str(base))
-
-    monkeypatch.setattr(verify_module, "score_folder", scored)
+def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, scored_here):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     merge(adapter, tmp_path / "merged", MergeSettings(base="requantizable"))
     parity = verify(adapter, tmp_path / "merged")
@@ -896,6 +891,7 @@ def test_another_model_is_measured_and_not_called_wrong(base, tmp_path, capsys, 
     assert parity["changes"].keys() > {"library", REQUANTIZED}
     assert parity["changes"]["library"]["mean"] > 0.005
     assert "another model than the trained one: its rewards in 4 bit differ by" in capsys.readouterr().out
+    assert scored_here == ["auto"] * 3
 
 
 def test_refuses_to_overwrite_and_replaces_when_told(base, tmp_path):
@@ -924,7 +920,7 @@ def test_refuses_to_overwrite_and_replaces_when_told(base, tmp_path):
         assert not out.with_name(f".{out.name}.partial").exists()
 
 
-def test_a_single_file_of_any_name_can_be_opened(tmp_path):
+def test_a_single_file_of_any_name_can_be_opened(tmp_path, scored_here):
     base = make_base(tmp_path / "base")
     name = "model-00001-of-00001.safetensors"
     (base / "model.safetensors").rename(base / name)

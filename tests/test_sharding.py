@@ -226,7 +226,7 @@ def test_every_process_holds_its_part_and_at_most_one_layer_more(found, case):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_in_one_process_and_merges(settings, tmp_path):
+def test_a_sharded_run_goes_on_in_one_process_and_merges(settings, tmp_path, scored_here):
     """Steps 3 and 4 in two processes, then again in one; the merge checks the codes and the canaries."""
     more = {"max_steps": 4, "eval_every_steps": 4, "save_every_steps": 2, "tokens_per_microbatch": 300}
     wanted = with_values(settings, tmp_path / "run", **more, sharding="full")
@@ -247,6 +247,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_merges(settings, tmp_path):
     rewards = [[canary["reward"] for canary in known["canaries"]] for known in (record, record_again)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
     merge_run(run.path, wanted)
+    assert scored_here == ["cpu"] * 2
     assert json.loads((run.path / "parity.json").read_text())["changes"]["library"]["pair_flips"] == 0
 
 

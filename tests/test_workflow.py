@@ -67,7 +67,7 @@ def test_no_file_of_the_run_or_its_export_holds_a_secret_of_the_environment(job)
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
 
 
-def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, capsys):
+def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, capsys, scored_here):
     settings = job.settings()
     first = job.read_json("eval.json")["after"]
     shutil.copytree(job.adapter, tmp_path / "first")
@@ -341,7 +341,7 @@ def test_an_export_names_no_folder_of_this_machine(job):
     )
 
 
-def test_a_merge_into_the_original_base_is_exported_as_what_it_is(job, tmp_path):
+def test_a_merge_into_the_original_base_is_exported_as_what_it_is(job, tmp_path, scored_here):
     settings = changed(job.settings(), merge={"base": "original"})
     merged = merge_run(shutil.copytree(job.adapter, tmp_path / "mine"), settings)
     file = merged / "parity.json"
@@ -376,7 +376,7 @@ def test_damaged_held_out_answers_are_named_before_anything_is_merged(job, tmp_p
     assert not (run / "merged").exists()
 
 
-def test_a_run_of_ratings_is_exported(job, tmp_path):
+def test_a_run_of_ratings_is_exported(job, tmp_path, scored_here):
     run = RunFolder(shutil.copytree(job.path, tmp_path / "run"))
     evaluation = run.read_json("eval.json")
     for when in ("before", "after"):  # as evaluations without decided pairs are written
@@ -486,7 +486,7 @@ def test_a_merge_into_another_folder_is_not_the_runs(job, tmp_path, monkeypatch,
     assert run.read_json("parity.json") == {"passed": True, "other": True}
 
 
-def test_a_merge_killed_in_its_verification_is_verified_and_not_written_again(job, tmp_path):
+def test_a_merge_killed_in_its_verification_is_verified_and_not_written_again(job, tmp_path, scored_here):
     program = """
 import os, signal, sys
 from pathlib import Path
@@ -566,7 +566,7 @@ def test_a_merge_that_changed_rewards_names_settings_that_help(dtype, overflows,
     assert "--verify" not in fault(VerifySettings(), mean=math.nan, largest=math.inf)
 
 
-def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path):
+def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path, scored_here):
     broken = tmp_path / "merged"
     shutil.copytree(job.merged, broken)
     strict = VerifySettings(max_change=1.0, max_mean_change=0.0, num_answers=5)
@@ -583,7 +583,7 @@ def test_verify_fails_when_rewards_changed_and_nothing_is_exported(job, tmp_path
         verify(job.adapter, broken)
 
 
-def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path):
+def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path, scored_here):
     adapter = tmp_path / "adapter"
     shutil.copytree(job.adapter, adapter)
     record = json.loads((adapter / "lora_rm.json").read_text())
@@ -699,7 +699,7 @@ def test_real_rows_of_every_kind_train(settings, tmp_path):
         assert RunFolder.open(run.path).read_json("eval.json")["after"]["pairs"]["num_pairs"] > 0
 
 
-def test_rewards_after_8_bit_training_are_those_of_the_merged_model(settings):
+def test_rewards_after_8_bit_training_are_those_of_the_merged_model(settings, scored_here):
     settings = changed(settings, model={"quantization": "int8"})
     run = train_run(settings)
     merge_run(run.path, settings)
