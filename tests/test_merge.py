@@ -931,16 +931,6 @@ def test_a_single_file_of_any_name_can_be_opened(tmp_path, scored_here):
     assert verify(adapter, tmp_path / "merged")["passed"]
 
 
-def test_python_files_where_the_command_is_called_are_not_run(base, tmp_path, monkeypatch):
-    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
-    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
-    for name in ("torch", "transformers"):
-        (tmp_path / f"{name}.py").write_text("open('run', 'w').close()")
-    monkeypatch.chdir(tmp_path)
-    assert verify(adapter, tmp_path / "merged")["passed"]
-    assert not (tmp_path / "run").exists()
-
-
 def test_float16_weights_are_scored_in_float32_as_they_are_stored(base, tmp_path):
     """In half of the memory, with the rewards of weights that lie there in float32."""
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")

@@ -1,8 +1,9 @@
-"""Every preset parses, every recipe runs on a tiny model, also from a copy of its file elsewhere."""
+"""Every preset parses, every recipe runs on a tiny model, and a copy of its file elsewhere finds what it imports."""
 
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -73,21 +74,10 @@ def test_there_is_a_preset_for_every_family_that_is_promised():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["recipes", "copy"])
-def test_every_recipe_runs_on_a_tiny_model(base, tmp_path, place):
-    folder = ROOT / "recipes"
-    if place == "copy":
-        folder = tmp_path / "mine"
-        folder.mkdir()
-        for file in (ROOT / "recipes").glob("*.py"):
-            shutil.copy(file, folder)
-    run = tmp_path / "run"
+def test_every_recipe_runs_on_a_tiny_model(base, tmp_path):
+    folder, run = ROOT / "recipes", tmp_path / "run"
     words = ["--model.base", base, "--data.train", "builtin:checkable", "--output-dir", run, *TINY]
-    preset = (
-        [ROOT / "recipes/presets/quickstart.yaml", "--adapter.layers-to-transform", "[]"]
-        if place == "recipes"
-        else []
-    )
+    preset = [folder / "presets/quickstart.yaml", "--adapter.layers-to-transform", "[]"]
     done = recipe(folder / "qlora_reward_model.py", *preset, *words)
     assert done.returncode == 0, done.stderr
     assert (run / "summary.json").is_file()
@@ -98,8 +88,6 @@ def test_every_recipe_runs_on_a_tiny_model(base, tmp_path, place):
     assert json.loads((run / "parity.json").read_text())["merge"]["dtype"] == "float32"
     assert "held-out accuracy" in done.stdout
     assert recipe(folder / "merge_adapter.py", run).returncode == 1
-    if place == "copy":
-        return
     # the command of its own first lines, after a run that went all the way
     made = [run / "merged", run / "export/huggingface"]
     before = [path.stat().st_mtime_ns for path in made]
@@ -109,6 +97,15 @@ def test_every_recipe_runs_on_a_tiny_model(base, tmp_path, place):
     assert done.returncode == 0, done.stderr
     assert (run / "export/huggingface/model.safetensors").is_file()
     assert all(path.stat().st_mtime_ns > time for path, time in zip(made, before, strict=True))
+
+
+@pytest.mark.parametrize("words", [["qlora_reward_model.py"], ["merge_adapter.py", "run"]], ids="".join)
+def test_a_copy_of_a_recipe_finds_all_that_it_imports(tmp_path, monkeypatch, capsys, words):
+    copy = str(shutil.copy(ROOT / "recipes" / words[0], tmp_path / "mine.py"))
+    monkeypatch.setattr(sys, "argv", [copy, *words[1:], "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(copy, run_name="__main__")
+    assert "usage: mine.py [PRESET]" in capsys.readouterr().out
 
 
 def test_a_recipe_tells_mistakes_without_a_traceback():

@@ -405,9 +405,16 @@ def test_line_breaks_and_reasoning_marks_are_text_though_they_are_added_tokens()
 # Cache and workers.
 
 PAIRS = [
-    make_preference(f"What is {n} + {n}?", str(2 * n), f"{n} or so", subset="sums", source=str(n))
+    make_preference(
+        f"What is {n} + {n}?" + "</s>" * (n % 10 == 9),
+        "<s>" * (n % 10 == 9) + str(2 * n),
+        f"{n} or so",
+        subset="sums",
+        source=str(n),
+    )
     for n in range(300)
 ]
+"""Messages of every tenth hold names of control tokens, which are text in them."""
 
 
 def test_each_thing_that_decides_the_ids_changes_the_key_of_the_cache():

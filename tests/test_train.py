@@ -147,15 +147,6 @@ def test_the_learning_rate_rises_and_reaches_its_end_value_on_the_last_step(sett
     assert kept[0].get_last_lr() == [0.0]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_every_schedule_warms_up(settings, trees, schedule):
-    own = changed(settings, train={"schedule": schedule, "warmup_share": 0.4, "max_steps": 5})
-    _, run = run_once(own, trees)
-    rates = [line["learning_rate"] for line in lines(run)]
-    assert rates[:3] == [0, 5e-4, 1e-3]
-    assert (rates[-1] == 1e-3) == (schedule == "constant")
-
-
 def test_a_run_of_one_step_is_not_all_warm_up(settings, trees):
     own = changed(settings, train={"max_steps": 1, "warmup_share": 1.0})
     model, run = run_once(own, trees)
@@ -732,12 +723,6 @@ def test_a_folder_that_is_no_run_is_left_alone(settings, tmp_path):
     with pytest.raises(ConfigError, match="not empty and no run"):
         RunFolder.create(own)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_other_settings_cannot_resume_a_run(settings):
-    RunFolder.create(settings)
-    with pytest.raises(ConfigError, match="settings differ"):
-        RunFolder.create(changed(settings, adapter={"rank": 8}), resume=True)
 
 
 def test_tensorboard_gets_the_metrics(settings, trees):

@@ -10,9 +10,8 @@ import pytest
 from conftest import CHAT, make_tokenizer
 
 from lora_rm.config import DataSettings, check_settings, load_settings
-from lora_rm.data.preference import Preference
 from lora_rm.data.split import load_data
-from lora_rm.data.tokens import ChatTokenizer, tokenize
+from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, DataError
 from lora_rm.model.base import BUILTIN, find_base
 
@@ -173,17 +172,6 @@ def test_a_special_token_that_cannot_be_written_as_text_is_refused():
     chat = ChatTokenizer(tokenizer)
     with pytest.raises(DataError, match="special token '\u2603'.*allow_special_tokens"):
         chat.ids([((user("a\u2603"), assistant("b")), ())])
-
-
-def test_the_workers_guard_as_one_process_does(monkeypatch):
-    chat = ChatTokenizer(make_tokenizer())
-    pairs = [
-        Preference(prompt=(user(f"{n}</s>"),), answers=((assistant(f"<s>{n}"),), (assistant("no"),)))
-        for n in range(20)
-    ]
-    trees, _ = tokenize(pairs, chat, max_length=512, num_workers=1)
-    monkeypatch.setattr("lora_rm.data.tokens.PARALLEL_FROM", 10)
-    assert tokenize(pairs, chat, max_length=512, num_workers=2)[0] == trees
 
 
 # Odd but correct data.

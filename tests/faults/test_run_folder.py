@@ -391,8 +391,11 @@ def test_settings_that_change_nothing_may_differ_at_resume_if_that_is_allowed(se
     with pytest.raises(ConfigError, match=r"train.save_every_steps was 100, is 7.*add --resume.allow"):
         RunFolder.create(often, resume=True)
     other = changed(often, train={"learning_rate": 1.0})
-    with pytest.raises(ConfigError, match=r"\(train.learning_rate was 0.001, is 1.0\).*another run"):
-        RunFolder.create(other, resume=True, allow=True)
+    for allow in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"settings differ.*\(train.learning_rate was 0.001, is 1.0\).*another run"
+        ):
+            RunFolder.create(other, resume=True, allow=allow)
     moved = changed(often, model={"revision": "abc"})
     with pytest.raises(ConfigError, match=r"\(model.revision was None, is 'abc'\).*another run"):
         RunFolder.create(moved, resume=True, allow=True)
