@@ -1,11 +1,14 @@
-"""Tiny models, tokenizers and preferences, made offline."""
+"""Tiny models, tokenizers and preferences, made offline, and what tests of several files do with them."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -14,20 +17,29 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the net
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from lora_rm import verify
-from lora_rm.config import AdapterSettings, ModelSettings, check_settings
+from lora_rm.config import AdapterSettings, ModelSettings, check_settings, save_settings
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.tokens import ChatTokenizer, tokenize
+from lora_rm.data.split import Data, Side
+from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
 from lora_rm.export import huggingface
+from lora_rm.merge import check_mergeable
 from lora_rm.model.base import BaseModel
 from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import write_record
 from lora_rm.model.reward_model import RewardModel
+from lora_rm.score import Scorer, load_reward_model
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real preference data, where a checkout has it beside it."""
@@ -103,6 +115,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="</s>",
         chat_template=CHAT,
     )
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
 
 
 def make_base(
@@ -191,6 +211,167 @@ def shake(model: RewardModel, seed: int = 11, size: float = 0.02) -> RewardModel
     return model
 
 
+def some_trees(vocabulary: int) -> list[TokenTree]:
+    """Trees of 3, 2 and 1 answers, prompts of 9, 1 and 4 tokens; longer than the windows of 8, the last by one."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length):
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    return [
+        TokenTree(ids(9), (ids(4), ids(7), ids(1)), kind="ranking", scores=(3.0, 2.0, 1.0)),
+        TokenTree(ids(1), (ids(12), ids(3))),
+        TokenTree(ids(4), (ids(5),), kind="rating", scores=(0.5,)),
+    ]
+
+
+def separate(model, trees):
+    """Rewards of every conversation alone, unpadded, through the model's own attention and its own head."""
+    model.set_batching("padded")
+    rewards = []
+    for tree in trees:
+        for ids in tree.conversations():
+            hidden = model.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+            rewards.append(hidden[0, -1].float() @ model.head[0])
+    return torch.stack(rewards)
+
+
+def gradients(model, rewards):
+    weights = torch.linspace(-1.0, 2.0, len(rewards))
+    model.zero_grad()
+    (rewards * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # 1e-5 of the largest entry: single entries near zero are sums that cancel
+        distance = float((found[name] - gradient).abs().max() / gradient.abs().max())
+        assert distance < 1e-5, f"{name}: {distance:.1e}"
+
+
+ROWS = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
+"""Conversations as token ids."""
+
+
+def saved(model, folder, rows=ROWS):
+    """Saves the adapter of a model with canaries of its own."""
+    check_mergeable(model)
+    model.eval()
+    record = model.describe(code_hashes(model.classifier))
+    with model.precise():
+        rewards = Scorer(model).score_ids(rows)
+    record["canaries"] = [
+        {"ids": ids, "prompt": 0, "reward": reward} for ids, reward in zip(rows, rewards, strict=True)
+    ]
+    model.save(folder, record)
+    return folder
+
+
+def changed(settings, **sections):
+    """Settings with some values replaced, section by section."""
+    values = asdict(settings)
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if isinstance(section, dict) else section
+    return check_settings(values)
+
+
+def with_values(settings, folder, **train_values):
+    """Settings of a run in this folder on the CPU, with some values of training replaced."""
+    return changed(settings, output_dir=str(folder), model={"device": "cpu"}, train=train_values)
+
+
+def data_of(trees):
+    return Data(Side([], trees), Side([], trees[:4]))
+
+
+def launched(settings, folder, count: int, *words: str, program=("-m", "lora_rm.cli", "train")):
+    """Trains in so many processes, the way a user starts them."""
+    preset = folder / f"{count}.yaml"
+    save_settings(settings, preset)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run(
+        [*command, *program, str(preset), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def numbers(folder):
+    """Training lines and evaluation lines of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+
+
+def back_to(run, step):
+    """Leaves a run as a kill after this step would: no later checkpoint, no numbers, no adapter."""
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "adapter")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def rewrite_manifest(checkpoint):
+    """Lets a checkpoint be read whose files a test has changed on purpose."""
+    manifest = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in checkpoint.iterdir()
+        if file.name != "manifest.json"
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def renew_hash(adapter):
+    """Lets an adapter be opened whose files a test has changed on purpose."""
+    write_record(adapter, json.loads((adapter / "lora_rm.json").read_text()))
+
+
+def classifier(base):
+    """A reward model with a random head on a tiny base, as transformers opens it."""
+    config = AutoConfig.from_pretrained(base)
+    config.num_labels, config.problem_type = 1, "regression"
+    config.pad_token_id = ChatTokenizer.load(base).pad_id
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    return model.eval()
+
+
+def make_merged(folder, base, held_out, num_prompts=6):
+    """A folder as merge and verify leave it, with two answers to every prompt."""
+    classifier(base).save_pretrained(folder)
+    chat = ChatTokenizer.load(base)
+    chat.save(folder)
+    record = {"base": str(base), "base_weights": "dequantized", "dtype": "float32", "adds_bos": True}
+    (folder / "lora_rm_merge.json").write_text(json.dumps(record))
+    answers = [
+        {"text": chat.tokenizer.decode(ids[1:]), "ids": ids, "prompt": number}
+        for number, tree in enumerate(held_out[:num_prompts])
+        for ids in tree.conversations()
+    ]
+    rewards = load_reward_model(folder, compute_dtype="float32").score_ids([a["ids"] for a in answers])
+    for answer, reward in zip(answers, rewards, strict=True):
+        answer |= {"reward": reward, "merged": reward}
+    parity = {
+        "passed": True,
+        "is_trained_model": True,
+        "merge": record,
+        "spread": verify.standard_deviation(rewards),
+        "num_answers": len(answers),
+        "changes": {},
+        "without_adapter": {"mean": 0.8},
+        "answers": answers,
+    }
+    (folder / "parity.json").write_text(json.dumps(parity))
+    return folder
+
+
+def parity_of(folder):
+    return json.loads((folder / "parity.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
     """A saved adapter whose rewards are far from each other."""
@@ -217,6 +398,16 @@ def settings(base, tmp_path):
             },
         }
     )
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps its state for the whole process and refuses another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -265,11 +456,6 @@ def _own_cache(tmp_path_factory):
         real.mkdir(parents=True, exist_ok=True)
         (folder / "models").symlink_to(real)  # converting the built-in model takes 20 s: once is enough
         os.environ["LORA_RM_CACHE"] = str(folder)
-
-
-def renew_hash(adapter):
-    """Lets an adapter be opened whose files a test has changed on purpose."""
-    write_record(adapter, json.loads((adapter / "lora_rm.json").read_text()))
 
 
 def killed_in_verification(program: str, *words) -> None:

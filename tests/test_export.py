@@ -16,9 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, killed_in_verification, make_base, notes_of, written
+from conftest import (
+    FAMILIES,
+    classifier,
+    killed_in_verification,
+    make_base,
+    make_merged,
+    notes_of,
+    parity_of,
+    written,
+)
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lora_rm.cli import main
 from lora_rm.config import check_settings
@@ -30,56 +38,15 @@ from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import need, prove, read_parity
 from lora_rm.export.torch_export import export_torch_export, store_as
-from lora_rm.score import load_reward_model
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.verify import score_in_fresh_process, standard_deviation
+from lora_rm.verify import score_in_fresh_process
 from lora_rm.workflow import EXPORTS, WITH_DTYPE, export_run
-
-
-def classifier(base):
-    """A reward model with a random head on a tiny base, as transformers opens it."""
-    config = AutoConfig.from_pretrained(base)
-    config.num_labels, config.problem_type = 1, "regression"
-    config.pad_token_id = ChatTokenizer.load(base).pad_id
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
-    torch.nn.init.normal_(model.score.weight, std=0.3)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def merged(base, held_out, tmp_path_factory):
     """A folder as merge and verify leave it, with 24 answers to 12 prompts."""
-    folder = tmp_path_factory.mktemp("export") / "merged"
-    classifier(base).save_pretrained(folder)
-    chat = ChatTokenizer.load(base)
-    chat.save(folder)
-    record = {"base": str(base), "base_weights": "dequantized", "dtype": "float32", "adds_bos": True}
-    (folder / "lora_rm_merge.json").write_text(json.dumps(record))
-    answers = [
-        {"text": chat.tokenizer.decode(ids[1:]), "ids": ids, "prompt": number}
-        for number, tree in enumerate(held_out[:12])
-        for ids in tree.conversations()
-    ]
-    rewards = load_reward_model(folder, compute_dtype="float32").score_ids([a["ids"] for a in answers])
-    for answer, reward in zip(answers, rewards, strict=True):
-        answer |= {"reward": reward, "merged": reward}
-    parity = {
-        "passed": True,
-        "is_trained_model": True,
-        "merge": record,
-        "spread": standard_deviation(rewards),
-        "num_answers": len(answers),
-        "changes": {},
-        "without_adapter": {"mean": 0.8},
-        "answers": answers,
-    }
-    (folder / "parity.json").write_text(json.dumps(parity))
-    return folder
-
-
-def parity_of(folder):
-    return json.loads((folder / "parity.json").read_text())
+    return make_merged(tmp_path_factory.mktemp("export") / "merged", base, held_out, num_prompts=12)
 
 
 def run_snippet(folder, *blocked, number=0):

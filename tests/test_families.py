@@ -4,8 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHAPE, make_base, make_model, make_tokenizer, shake
-from test_tree_attention import assert_same_gradients, gradients, separate, some_trees
+from conftest import (
+    SHAPE,
+    assert_same_gradients,
+    gradients,
+    make_base,
+    make_model,
+    make_tokenizer,
+    separate,
+    shake,
+    some_trees,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_rm.config import AdapterSettings, ModelSettings

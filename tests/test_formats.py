@@ -7,11 +7,11 @@ import json
 import math
 import pickle
 from collections import Counter
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import SHARED, assistant, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,16 +21,7 @@ from lora_rm.data.formats import BadRow, Row, RowError, parse_row, read_preferen
 from lora_rm.data.preference import Preference
 from lora_rm.errors import DataError
 
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 PAIR = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def system(content):
@@ -1180,7 +1171,7 @@ def test_limit_stops_the_reading(tmp_path):
     ],
 )
 def test_real_data(name, kind, num_good, dropped):
-    path = REAL_DATA / name
+    path = SHARED / name
     if not path.exists():
         pytest.skip(f"{name} is not there")
     preferences, counts = read_preferences(str(path), on_bad_row="skip")

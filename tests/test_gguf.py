@@ -10,8 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, make_base
-from test_export import classifier
+from conftest import FAMILIES, SHAPE, make_base, make_merged, parity_of
 from transformers import AutoConfig
 
 from lora_rm.data.tokens import ChatTokenizer
@@ -27,46 +26,11 @@ from lora_rm.export.gguf import (
     write,
 )
 from lora_rm.export.gguf_model import HEAD, SMALL_BATCH, GGUFModel, read_chat, read_fields
-from lora_rm.score import load_reward_model
-from lora_rm.verify import standard_deviation
-
-
-def make_merged(folder, base, held_out):
-    """A folder as merge and verify leave it, with 12 answers to 6 prompts."""
-    classifier(base).save_pretrained(folder)
-    chat = ChatTokenizer.load(base)
-    chat.save(folder)
-    record = {"base": str(base), "base_weights": "dequantized", "dtype": "float32", "adds_bos": True}
-    (folder / "lora_rm_merge.json").write_text(json.dumps(record))
-    answers = [
-        {"text": chat.tokenizer.decode(ids[1:]), "ids": ids, "prompt": number}
-        for number, tree in enumerate(held_out[:6])
-        for ids in tree.conversations()
-    ]
-    rewards = load_reward_model(folder, compute_dtype="float32").score_ids([a["ids"] for a in answers])
-    for answer, reward in zip(answers, rewards, strict=True):
-        answer |= {"reward": reward, "merged": reward}
-    parity = {
-        "passed": True,
-        "is_trained_model": True,
-        "merge": record,
-        "spread": standard_deviation(rewards),
-        "num_answers": len(answers),
-        "changes": {},
-        "without_adapter": {"mean": 0.8},
-        "answers": answers,
-    }
-    (folder / "parity.json").write_text(json.dumps(parity))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def merged(base, held_out, tmp_path_factory):
     return make_merged(tmp_path_factory.mktemp("gguf") / "merged", base, held_out)
-
-
-def parity_of(folder):
-    return json.loads((folder / "parity.json").read_text())
 
 
 def rewards_by_transformers(file, rows):

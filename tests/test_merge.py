@@ -15,7 +15,17 @@ import bitsandbytes
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, make_base, make_model, make_tokenizer, renew_hash, shake
+from conftest import (
+    FAMILIES,
+    ROWS,
+    SHAPE,
+    make_base,
+    make_model,
+    make_tokenizer,
+    renew_hash,
+    saved,
+    shake,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -47,28 +57,13 @@ from lora_rm.merge import (
     merge,
 )
 from lora_rm.model import quantization
-from lora_rm.model.quantization import Quantization, code_hashes, codes_8bit
+from lora_rm.model.quantization import Quantization, codes_8bit
 from lora_rm.model.record import MERGE_RECORD, move_base
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import TensorWriter, stored_tensors
 from lora_rm.score import Scorer
 from lora_rm.verify import REQUANTIZED, verify
 from lora_rm.workflow import combine_runs, open_model
-
-
-def saved(model, folder):
-    """Saves the adapter of a model with canaries of its own."""
-    check_mergeable(model)
-    model.eval()
-    record = model.describe(code_hashes(model.classifier))
-    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
-    with model.precise():
-        rewards = Scorer(model).score_ids(rows)
-    record["canaries"] = [
-        {"ids": ids, "prompt": 0, "reward": reward} for ids, reward in zip(rows, rewards, strict=True)
-    ]
-    model.save(folder, record)
-    return folder
 
 
 def dense_merge(model):
@@ -179,10 +174,9 @@ def test_a_base_that_is_stored_in_4_bit(tmp_path, kind):
     for name, tensor in dense_merge(model).items():
         assert float((written[name].double() - tensor).abs().max()) < 1e-6, name
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
-    expected = Scorer(model.eval()).score_ids(rows)
+    expected = Scorer(model.eval()).score_ids(ROWS)
     merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
-    assert Scorer(merged).score_ids(rows) == pytest.approx(expected, abs=2e-4)
+    assert Scorer(merged).score_ids(ROWS) == pytest.approx(expected, abs=2e-4)
     with pytest.raises(MergeError, match="has no other values; --merge.base original needs"):
         merge(adapter, tmp_path / "other", MergeSettings(base="original"))
     if kind == "as usual":
@@ -293,11 +287,10 @@ def test_trained_biases_replace_those_of_the_base(tmp_path, family):
     for name, tensor in dense_merge(model).items():
         found = written[name].double()
         assert float(((found.T if family == "gpt2" else found) - tensor).abs().max()) < 1e-6, name
-    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
     by_peft = RewardModel.load_adapter(adapter, compute_dtype="float32").eval()
     merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
-    assert Scorer(merged).score_ids(rows) == pytest.approx(Scorer(by_peft).score_ids(rows), abs=1e-5)
-    assert Scorer(merged).score_ids(rows) != pytest.approx(Scorer(model.eval()).score_ids(rows), abs=1e-2)
+    assert Scorer(merged).score_ids(ROWS) == pytest.approx(Scorer(by_peft).score_ids(ROWS), abs=1e-5)
+    assert Scorer(merged).score_ids(ROWS) != pytest.approx(Scorer(model.eval()).score_ids(ROWS), abs=1e-2)
     check_weights(Plan(adapter, MergeSettings(dtype="float32")), tmp_path / "merged")
     with pytest.raises(MergeError, match="has trained biases"):
         combine([adapter, adapter], (0.5, 0.5), tmp_path / "combined")
@@ -938,10 +931,9 @@ def test_float16_weights_are_scored_in_float32_as_they_are_stored(base, tmp_path
     model = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
     layer = model.backbone.layers[0].mlp.up_proj
     assert (type(layer), layer.weight.dtype) == (quantization.StoredLinear, torch.float16)
-    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
     model.choose_batching()
     assert model.batching == "shared"
-    found = Scorer(model.eval()).score_ids(rows)
+    found = Scorer(model.eval()).score_ids(ROWS)
     with tempfile.TemporaryDirectory() as scratch:
         plain = verify_module.open_plain(tmp_path / "merged", scratch)
         # most layers in a file, as those of a large model would be
@@ -949,7 +941,7 @@ def test_float16_weights_are_scored_in_float32_as_they_are_stored(base, tmp_path
         assert set(parted.hf_device_map.values()) == {"cpu", "disk"}
         with torch.no_grad():
             for opened in (plain, parted):
-                rewards = [float(opened(input_ids=torch.tensor([ids])).logits) for ids in rows]
+                rewards = [float(opened(input_ids=torch.tensor([ids])).logits) for ids in ROWS]
                 assert found == pytest.approx(rewards, abs=1e-5)
 
 
@@ -958,8 +950,7 @@ def test_gemma_in_bfloat16_is_scored_as_transformers_does(tmp_path):
     base = make_base(tmp_path / "base", "gemma3_text", hidden_size=48)
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     merge(adapter, tmp_path / "merged", MergeSettings(dtype="bfloat16"))
-    rows = [[1, 5, 9, 7, 3], [1, 8, 4, 2], [1, 30, 31, 32, 33, 34, 2]]
-    found = verify_module.score_rows(tmp_path / "merged", rows, "merged")
+    found = verify_module.score_rows(tmp_path / "merged", ROWS, "merged")
     assert found["library"] == pytest.approx(found["transformers, one by one"], abs=1e-5)
     assert len({round(reward, 3) for reward in found["library"]}) == 3
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_base, make_model, make_tokenizer, renew_hash, shake
+from conftest import classifier, make_base, make_model, make_tokenizer, renew_hash, saved, shake
 from safetensors.torch import load_file, save_file
-from test_export import classifier
-from test_merge import saved
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_rm.config import AdapterSettings, ModelSettings

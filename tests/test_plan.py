@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_base
-from test_train import changed
+from conftest import changed, make_base
 
 from lora_rm import plan as plan_module
 from lora_rm.cli import main

@@ -1,18 +1,17 @@
 """Several processes train what one process trains."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import back_to, launched, numbers, with_values
 from safetensors.torch import load_file
 
 from lora_rm import processes
-from lora_rm.config import Settings, check_settings, dump_settings, save_settings
+from lora_rm.config import Settings
 from lora_rm.data.batches import microbatches, num_tokens, share_of_rows
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
@@ -20,40 +19,6 @@ from lora_rm.errors import ConfigError
 from lora_rm.model.base import find_base
 from lora_rm.train import rows_of_steps
 from lora_rm.workflow import train_run
-
-TRAIN = ["-m", "lora_rm.cli", "train"]
-
-
-def launched(
-    settings: Settings, folder, count: int, *words: str, program=TRAIN
-) -> subprocess.CompletedProcess[str]:
-    """Trains in so many processes, the way a user starts them."""
-    preset = folder / f"{count}.yaml"
-    save_settings(settings, preset)
-    command, environment = launch(count, program, str(preset), *words)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-
-
-def launch(count: int, program: list[str], *words: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment that start so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return [*command, *program, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def with_values(settings: Settings, folder, **train_values) -> Settings:
-    import yaml
-
-    values = yaml.safe_load(dump_settings(settings))
-    values["output_dir"] = str(folder)
-    values["model"]["device"] = "cpu"
-    values["train"] |= train_values
-    return check_settings(values)
-
-
-def numbers(folder):
-    """Training lines and evaluation lines of a run."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
 
 
 def tokens_of_steps(settings: Settings, num_processes: int, monkeypatch) -> list[int]:
@@ -156,16 +121,6 @@ def test_the_recipe_runs_in_two_processes_and_one_of_them_merges(settings, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The export lies in") == 1
     assert (tmp_path / "run" / "summary.json").is_file()
-
-
-def back_to(run, step):
-    """Leaves a run as a kill after this step would: no later checkpoint, no numbers, no adapter."""
-    for checkpoint in (run / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(run / "adapter")
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 @pytest.mark.slow

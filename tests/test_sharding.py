@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base
-from test_processes import back_to, launched, numbers, with_values
+from conftest import back_to, launched, make_base, numbers, with_values
 from torch.distributed.tensor import DTensor
 
 from lora_rm import processes

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import CHAT, make_tokenizer
+from conftest import CHAT, assistant, make_tokenizer, user
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -16,14 +16,6 @@ from lora_rm.errors import DataError, ModelError
 BOS, EOS, USER, ASSISTANT = 1, 2, 3, 4
 BARE = CHAT.removeprefix("{{ bos_token }}")
 """The template of the tiny tokenizers without the BOS."""
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def make_preference(prompt, *answers, **more):

@@ -1,7 +1,6 @@
 """The training loop: what moves, what must not matter, and what happens when something goes wrong."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import changed, data_of, rewrite_manifest
 from safetensors.torch import load_file, save_file
 
 from lora_rm import checkpoint as checkpoint_module
@@ -28,8 +28,7 @@ from lora_rm.checkpoint import (
     save_checkpoint,
 )
 from lora_rm.cli import main
-from lora_rm.config import check_settings, save_settings
-from lora_rm.data.split import Data, Side
+from lora_rm.config import save_settings
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
@@ -38,26 +37,12 @@ from lora_rm.train import count_steps, train
 from lora_rm.workflow import open_model, train_run
 
 
-def changed(settings, **sections):
-    """Settings with some values replaced, section by section."""
-    from dataclasses import asdict
-
-    values = asdict(settings)
-    for name, section in sections.items():
-        values[name] = {**values[name], **section} if isinstance(section, dict) else section
-    return check_settings(values)
-
-
 def trained_weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def lines(run):
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
-
-
-def data_of(trees):
-    return Data(Side([], trees), Side([], trees[:4]))
 
 
 def run_once(settings, trees):
@@ -495,9 +480,7 @@ def test_other_libraries_than_those_of_the_checkpoint_are_named(settings, trees,
     assert torch.__version__.startswith(values["versions"]["torch"].split("+")[0])
     values["versions"]["torch"] = "2.0.0"
     state.write_text(json.dumps(values))
-    manifest = json.loads((state.parent / "manifest.json").read_text())
-    manifest["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
-    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(state.parent)
     capsys.readouterr()
     train(open_model(own), data_of(trees[:16]), own, run, resume=True)
     said = capsys.readouterr().out

@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import FAMILIES, make_base, make_model, shake
+from conftest import (
+    FAMILIES,
+    assert_same_gradients,
+    gradients,
+    make_base,
+    make_model,
+    make_tokenizer,
+    separate,
+    shake,
+    some_trees,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
@@ -12,46 +22,6 @@ from lora_rm.data.tokens import TokenTree
 from lora_rm.model import tree_attention as tree_attention_module
 from lora_rm.model.reward_model import _probe
 from lora_rm.model.tree_attention import time_cores, tree_attention
-
-
-def some_trees(vocabulary: int) -> list[TokenTree]:
-    """Trees of 3, 2 and 1 answers, prompts of 9, 1 and 4 tokens; longer than the windows of 8, the last by one."""
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(length):
-        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-
-    return [
-        TokenTree(ids(9), (ids(4), ids(7), ids(1)), kind="ranking", scores=(3.0, 2.0, 1.0)),
-        TokenTree(ids(1), (ids(12), ids(3))),
-        TokenTree(ids(4), (ids(5),), kind="rating", scores=(0.5,)),
-    ]
-
-
-def separate(model, trees):
-    """Rewards of every conversation alone, unpadded, through the model's own attention and its own head."""
-    model.set_batching("padded")
-    rewards = []
-    for tree in trees:
-        for ids in tree.conversations():
-            hidden = model.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
-            rewards.append(hidden[0, -1].float() @ model.head[0])
-    return torch.stack(rewards)
-
-
-def gradients(model, rewards):
-    weights = torch.linspace(-1.0, 2.0, len(rewards))
-    model.zero_grad()
-    (rewards * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        # 1e-5 of the largest entry: single entries near zero are sums that cancel
-        distance = float((found[name] - gradient).abs().max() / gradient.abs().max())
-        assert distance < 1e-5, f"{name}: {distance:.1e}"
 
 
 @pytest.mark.parametrize("batching", ["shared", "packed", "padded"])
@@ -104,7 +74,6 @@ def test_the_check_at_the_start_chooses_sharing(tmp_path, family, capsys):
 
 
 def test_a_recurrent_hybrid_falls_back_to_padded_with_one_line(tmp_path, capsys):
-    from conftest import make_tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer()
@@ -151,7 +120,6 @@ def test_an_encoder_with_a_score_head_falls_back_to_padded_with_one_line(tmp_pat
 
 
 def test_an_encoder_without_one_is_refused(tmp_path):
-    from conftest import make_tokenizer
     from transformers import BertConfig, BertForSequenceClassification
 
     from lora_rm.errors import ModelError

@@ -1,7 +1,7 @@
 """The fresh process that scores a folder: which GPU it sees, and that plain transformers is plain there."""
 
 import pytest
-from test_export import classifier
+from conftest import classifier
 from transformers.models.llama import modeling_llama
 
 from lora_rm.data.tokens import ChatTokenizer

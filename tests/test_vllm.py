@@ -7,9 +7,17 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from conftest import killed_in_verification, make_base, make_model, notes_of, shake, written
+from conftest import (
+    killed_in_verification,
+    make_base,
+    make_merged,
+    make_model,
+    notes_of,
+    parity_of,
+    shake,
+    written,
+)
 from safetensors.torch import load_file, save_file
-from test_gguf import make_merged
 
 from lora_rm.errors import MergeError
 from lora_rm.export.vllm import KNOWN, check_servable, export_vllm, serve_command
@@ -22,10 +30,6 @@ from lora_rm.score import Scorer
 @pytest.fixture(scope="module")
 def merged(base, held_out, tmp_path_factory):
     return make_merged(tmp_path_factory.mktemp("vllm") / "merged", base, held_out)
-
-
-def parity_of(folder):
-    return json.loads((folder / "parity.json").read_text())
 
 
 def test_a_good_folder_and_its_command(merged, tmp_path):

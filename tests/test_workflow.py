@@ -14,9 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, changed, written
 from safetensors.torch import load_file, save_file
-from test_train import changed
 
 from lora_rm import load_reward_model
 from lora_rm.checkpoint import RunFolder
@@ -433,13 +432,13 @@ def test_an_export_is_uploaded_when_told(job, tmp_path, capsys, monkeypatch):
         main(words)
     assert "someone/model: the hub refused the upload (Token is required)" in capsys.readouterr().err
     # it lies there whole: the next call uploads it, and neither writes nor proves it anew
-    before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()}
+    before = {file.name: written(file) for file in out.iterdir()}
     monkeypatch.setattr("huggingface_hub.HfApi", Hub(asked))
     asked.clear()
     monkeypatch.setattr("lora_rm.verify.subprocess.run", lambda *_, **__: pytest.fail("proven anew"))
     assert main(words) == 0
     assert "Uploaded to https://hub/someone/model." in capsys.readouterr().out
-    assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()} == before
+    assert {file.name: written(file) for file in out.iterdir()} == before
     assert asked == [
         ("whoami", (), {}),
         ("create_repo", ("someone/model",), {"private": True, "exist_ok": True}),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, make_tokenizer
+from conftest import CHAT, assistant, make_tokenizer, user
 
 from lora_rm.config import DataSettings, check_settings, load_settings
 from lora_rm.data.split import load_data
@@ -17,14 +17,6 @@ from lora_rm.model.base import BUILTIN, find_base
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("run", "refused", "exception", "hang", "memory", "crash", "bare refusal", "wrong")
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 # The suite of benchmarks/fuzz_inputs.py, a derandomised slice of it, and the failures planted in it.

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import make_base
+from conftest import changed, data_of, make_base, rewrite_manifest
 
 from lora_rm import train as training
 from lora_rm.checkpoint import RunFolder
 from lora_rm.combine import combine
 from lora_rm.config import check_settings, dump_settings
 from lora_rm.data import tokens
-from lora_rm.data.split import Data, Side
 from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.merge import merge
 from lora_rm.model.base import _builtin_gguf, find_base
@@ -47,17 +45,6 @@ def on_a_small_disk(folder, kilobytes: int, program: str) -> subprocess.Complete
         ["unshare", "-Urm", sys.executable, "-c", SMALL_DISK, str(folder), str(kilobytes), program],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
-
-
-def changed(settings, **sections):
-    values = yaml.safe_load(dump_settings(settings))
-    for name, section in sections.items():
-        values[name] = {**values[name], **section} if isinstance(section, dict) else section
-    return check_settings(values)
-
-
-def data_of(trees):
-    return Data(Side([], trees), Side([], trees[:4]))
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
@@ -456,17 +443,6 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing_else(settings, trees,
     for name, parameter in other.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, found[name]), name
-
-
-def rewrite_manifest(folder):
-    import hashlib
-
-    manifest = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.iterdir()
-        if file.name != "manifest.json"
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_preference_that_does_not_fit_alone_stops_the_run(settings, trees, monkeypatch):

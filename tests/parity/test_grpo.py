@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -10,15 +9,7 @@ from lora_rm import load_reward_model, reward_function
 from lora_rm.errors import DataError
 
 trl = pytest.importorskip("trl")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def test_two_steps_of_grpo_are_led_by_the_rewards(base, adapter, tmp_path):

@@ -11,7 +11,7 @@ from random import Random
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import make_base, make_model, shake
+from conftest import make_base, make_model, saved, shake
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from torch import nn
 from transformers import (
@@ -27,7 +27,6 @@ from lora_rm.data.tokens import TokenTree
 from lora_rm.export.huggingface import model_card
 from lora_rm.merge import merge
 from lora_rm.model.elementwise import give_back_rotary
-from lora_rm.model.quantization import code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
 from lora_rm.verify import measure_change
@@ -51,21 +50,12 @@ def exact_rewards(model, rows=ROWS):
         return Scorer(model).score_ids(rows)
 
 
-def saved(model, folder):
-    record = model.describe(code_hashes(model.classifier))
-    record["canaries"] = [
-        {"ids": ids, "reward": r} for ids, r in zip(ROWS, exact_rewards(model), strict=True)
-    ]
-    model.eval().save(folder, record)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """An adapter after NF4 training, and its rewards of ROWS."""
     folder = tmp_path_factory.mktemp("trained")
     model = shake(make_model(base))
-    return saved(model, folder / "adapter"), exact_rewards(model)
+    return saved(model, folder / "adapter", ROWS), exact_rewards(model)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +109,7 @@ def test_m7_the_head_is_never_quantised(tmp_path, family, show):
             assert head.weight.shape == (1, 64)
         assert model.head is heads[1].weight
     model = make_model(base)
-    adapter = saved(shake(model), tmp_path / "adapter")
+    adapter = saved(shake(model), tmp_path / "adapter", ROWS)
     reopened = RewardModel.load_adapter(adapter, compute_dtype="float32")
     assert reopened.head.dtype == torch.float32
     assert torch.equal(reopened.head, model.head)
@@ -202,7 +192,7 @@ def test_m9_the_code_of_the_model_card_gives_the_reward(merged, preferences, sho
 def test_m10_a_saved_adapter_opens(tmp_path, show):
     base = make_base(tmp_path / "base", dtype=torch.float32)
     model = shake(make_model(base, quantization="none", load_dtype="float32"))
-    adapter, expected = saved(model, tmp_path / "adapter"), exact_rewards(model)
+    adapter, expected = saved(model, tmp_path / "adapter", ROWS), exact_rewards(model)
     ours = load_reward_model(adapter).score_ids(ROWS)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     torch.manual_seed(123)  # a head drawn anew must show

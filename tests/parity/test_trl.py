@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_base, make_model
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
@@ -25,20 +24,11 @@ from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
 
 trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 ADAPTER = AdapterSettings(rank=4, alpha=12.0)
 NUM_STEPS = 20
 PER_STEP = 8
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps its state for the whole process and refuses another precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
