@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.console import plain_errors, say, show_table
 from lora_rm.export.huggingface import PIPELINE
 from lora_rm.export.onnx import FILE
-from lora_rm.export.proof import largest_difference
-from lora_rm.verify import measure_change, score_in_fresh_process
+from lora_rm.verify import change_cells, measure_change, score_in_fresh_process
 
 EXPORTS = (
     ("huggingface", None),
@@ -99,9 +99,7 @@ def cells(row: dict[str, Any]) -> Iterator[str]:
     if "mean" not in row:
         yield from ("refused", "", "", "", "")
         return
-    yield f"{row['mean']:.3%}"
-    yield f"{row['largest']:.3%}" if "largest" in row else ""
-    yield f"{row['pair_flips']} of {row['num_pairs']}" if "num_pairs" in row else ""
+    yield from change_cells(row)
     yield f"{row['against_merged']:.1e}" if "against_merged" in row else ""
     yield f"{row['MB']:.0f}" if "MB" in row else ""
 
@@ -140,10 +138,9 @@ def compare(name: str, way: str, merged: dict[str, Any], found: list[float]) -> 
     """The row of rewards of all answers."""
     answers, spread = merged["answers"], merged["spread"]
     change = measure_change([a["reward"] for a in answers], found, [a["prompt"] for a in answers], spread)
-    error = largest_difference([a["merged"] for a in answers], found) / spread
-    changed = {"mean": change.mean, "largest": change.largest, "pair_flips": change.pair_flips}
-    counted = {"num_pairs": change.num_pairs, "num_answers": len(answers), "against_merged": error}
-    return {"export": name, "scored": way, **changed, **counted}
+    error = measure_change([a["merged"] for a in answers], found, spread=spread).largest
+    counted = {"num_answers": len(answers), "against_merged": error}
+    return {"export": name, "scored": way, **asdict(change), **counted}
 
 
 def in_pipelines(out: Path, merged: dict[str, Any]) -> list[dict[str, Any]]:

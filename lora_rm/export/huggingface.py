@@ -14,11 +14,10 @@ from lora_rm.export.proof import (
     copy_public,
     export_folder,
     hub_id,
-    largest_difference,
     prove,
     write_parity,
 )
-from lora_rm.verify import score_in_fresh_process
+from lora_rm.verify import change_cells, measure_change, score_in_fresh_process
 
 ANOTHER_MODEL = (
     "**This is not the model that was trained**: the adapter was merged into weights that it had not seen in training, "
@@ -104,7 +103,7 @@ def check_pipeline(
         target=target,
         runtime="transformers pipeline",
         dtype=stored,
-        noise=largest_difference(alone, together) / (parity["spread"] or 1.0),
+        noise=measure_change(alone, together, spread=parity["spread"] or 1.0).largest,
         rounded=[f"pipeline in {stored}"] if stored != "float32" else [],
         # an adapter that learnt little does less than 16-bit products round; float32 shows that it is there
         rounding=TOLERANCE,
@@ -223,9 +222,8 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
         "|---|---|---|---|---|",
     ]
     for way, change in parity["changes"].items():
-        flips = f"{change['pair_flips']} of {change['num_pairs']}"
-        count = change.get("num_answers", parity["num_answers"])
-        lines.append(f"| {way} | {count} | {change['mean']:.3%} | {change['largest']:.3%} | {flips} |")
+        cells = [way, str(change.get("num_answers", parity["num_answers"])), *change_cells(change)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

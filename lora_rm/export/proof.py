@@ -8,7 +8,6 @@ until the adapter is lost in it.
 
 import importlib.util
 import json
-import math
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from lora_rm.errors import ConfigError, MergeError
 from lora_rm.model.base import check_shape, read_json
 from lora_rm.model.record import MERGE_RECORD
 from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
-from lora_rm.verify import measure_change
+from lora_rm.verify import change_cells, measure_change
 
 TOLERANCE = 0.02
 """Largest difference of a reward by an exact export, as a share of the spread, whatever the noise is."""
@@ -159,12 +158,6 @@ def usage_page(usage: str, parity: Mapping[str, Any]) -> str:
     )
 
 
-def largest_difference(some: Sequence[float], others: Sequence[float]) -> float:
-    """Largest absolute difference of two lists of rewards; infinite if one is not a number."""
-    differences = [abs(a - b) for a, b in zip(some, others, strict=True)]
-    return max(differences) if all(map(math.isfinite, differences)) else math.inf
-
-
 def prove(
     folder: Path,
     parity: Mapping[str, Any],
@@ -210,19 +203,11 @@ def prove(
         first = answers[: len(rewards)]
         # shares of the spread of all answers, also where a way scored only the first of them
         measured = measure_change([a["reward"] for a in first], rewards, [a["prompt"] for a in first], spread)
-        merged = [a["merged"] for a in first]
-        errors[way] = measure_change(merged, rewards, spread=spread).mean
-        error = largest_difference(merged, rewards) / spread
-        changes[way] = asdict(measured) | {"num_answers": len(first), "against_merged": error}
+        error = measure_change([a["merged"] for a in first], rewards, spread=spread)
+        errors[way] = error.mean
+        changes[way] = asdict(measured) | {"num_answers": len(first), "against_merged": error.largest}
     rows = [
-        [
-            way,
-            change["num_answers"],
-            f"{change['mean']:.3%}",
-            f"{change['largest']:.3%}",
-            f"{change['pair_flips']} of {change['num_pairs']}",
-            f"{change['against_merged']:.1e}",
-        ]
+        [way, change["num_answers"], *change_cells(change), f"{change['against_merged']:.1e}"]
         for way, change in changes.items()
     ]
     columns = ["scored", "answers", "mean", "largest", "flipped", "to merged"]
