@@ -23,10 +23,12 @@ from transformers import AutoModelForSequenceClassification
 from lora_rm.checkpoint import write_atomically
 from lora_rm.config import MergeSettings, ModelSettings, VerifySettings
 from lora_rm.console import say, show_table
+from lora_rm.data.batches import pad_rows
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import MergeError
 from lora_rm.merge import OVERFLOWING, Plan, check_weights
 from lora_rm.model.base import BaseModel, check_shape, read_json
+from lora_rm.model.classifier import has_absolute_positions
 from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.record import CANARIES, MERGE_RECORD, RECORD, read_record
 from lora_rm.model.reward_model import RewardModel
@@ -398,17 +400,9 @@ def _score_plainly(folder: Path, rows: list[list[int]]) -> dict[str, list[float]
         pad = plain.config.get_text_config().pad_token_id
 
         @torch.inference_mode()
-        def padded(group: list[list[int]], on_the_left: bool) -> list[float]:
-            longest = max(map(len, group))
-            blank = [[pad] * (longest - len(ids)) for ids in group]
-            ids = [b + i if on_the_left else i + b for i, b in zip(group, blank, strict=True)]
-            mask = [
-                [0] * len(b) + [1] * len(i) if on_the_left else [1] * len(i) + [0] * len(b)
-                for i, b in zip(group, blank, strict=True)
-            ]
-            logits = plain(
-                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device)
-            ).logits
+        def padded(group: list[list[int]], left: float = 0.0) -> list[float]:
+            ids, mask = (torch.tensor(part, device=device) for part in pad_rows(group, pad, left=left))
+            logits = plain(input_ids=ids, attention_mask=mask).logits
             assert logits.shape[1] == 1
             return logits[:, 0].tolist()
 
@@ -417,12 +411,10 @@ def _score_plainly(folder: Path, rows: list[list[int]]) -> dict[str, list[float]
             if groups[-1] and (len(groups[-1]) + 1) * max(map(len, [*groups[-1], ids])) > 4096:
                 groups.append([])
             groups[-1].append(ids)
-        ways = {"transformers, padded right": [reward for group in groups for reward in padded(group, False)]}
-        if hasattr(
-            plain.config.get_text_config(), "rope_parameters"
-        ):  # absolute positions cannot be padded left
-            ways["transformers, padded left"] = [reward for group in groups for reward in padded(group, True)]
-        ways["transformers, one by one"] = [padded([ids], False)[0] for ids in rows]
+        ways = {"transformers, padded right": [reward for group in groups for reward in padded(group)]}
+        if not has_absolute_positions(plain.config):
+            ways["transformers, padded left"] = [reward for group in groups for reward in padded(group, 1.0)]
+        ways["transformers, one by one"] = [padded([ids])[0] for ids in rows]
         return ways
 
 

@@ -263,21 +263,40 @@ def families(preferences: Sequence[TokenTree]) -> list[list[int]]:
 
 
 def _padded(preferences: Sequence[TokenTree]) -> TreeBatch:
-    rows = [preference.prompt_ids + answer for preference in preferences for answer in preference.answer_ids]
-    longest = max(map(len, rows))
+    rows = [row for preference in preferences for row in preference.conversations()]
     # 0 is as good as any padding id: no token sees what stands on its right, and rewards are read by index
-    input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
+    ids, mask = pad_rows(rows, 0)
+    longest = len(ids[0])
     return TreeBatch(
         tuple(preferences),
-        input_ids,
-        torch.arange(longest).repeat(
-            len(rows), 1
-        ),  # not expanded: pinning copies, and refuses rows that share memory
-        torch.arange(len(rows)) * longest + lengths - 1,
+        torch.tensor(ids),
+        torch.arange(longest).repeat(len(rows), 1),  # expanded, it could not be pinned
+        torch.arange(len(rows)) * longest + torch.tensor([len(row) for row in rows]) - 1,
         None,
-        (torch.arange(longest)[None, :] < lengths[:, None]).long(),
+        torch.tensor(mask),
     )
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad: int | None, *, left: float = 0.0, more: int = 0
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of one length, and their attention mask: 1 for tokens, 0 for padding.
+
+    Args:
+        rows: Token ids.
+        pad: Id of the padding; None: each row's own first token.
+        left: Share of a row's padding that stands before it.
+        more: Padding of the longest row.
+    """
+    length = max(map(len, rows)) + more
+    ids, mask = [], []
+    for row in rows:
+        filler = row[0] if pad is None else pad
+        before = round((length - len(row)) * left)
+        after = length - len(row) - before
+        ids.append([filler] * before + list(row) + [filler] * after)
+        mask.append([0] * before + [1] * len(row) + [0] * after)
+    return ids, mask
 
 
 def num_tokens(preferences: Sequence[TokenTree], batching: Batching) -> int:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from lora_rm.data.batches import pad_rows
 from lora_rm.data.tokens import TokenTree
 from lora_rm.doctor.finding import Finding, judge, unchecked
 from lora_rm.evaluate import evaluate, ordered_pairs
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
+from lora_rm.model.classifier import has_absolute_positions
 from lora_rm.model.record import HEAD_KEY
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import find_tensor
@@ -67,29 +69,22 @@ def padded_rewards(model: RewardModel, rows: Sequence[Sequence[int]]) -> dict[st
     with model.precise():
         ways = {"library": Scorer(model.eval()).score_ids(rows)}
         model.set_batching("padded")
-        config = model.classifier.config.get_text_config()
         try:
-            ways["padded right"] = _pooled(model, rows, "right")
-            if hasattr(config, "rope_parameters"):  # absolute positions cannot be padded left
-                ways["padded left"] = _pooled(model, rows, "left")
-            ways["one by one"] = [_pooled(model, [row], "right")[0] for row in rows]
+            ways["padded right"] = _pooled(model, rows)
+            if not has_absolute_positions(model.classifier.config):
+                ways["padded left"] = _pooled(model, rows, left=1.0)
+            ways["one by one"] = [_pooled(model, [row])[0] for row in rows]
         finally:
             model.set_batching(batching)
     return ways
 
 
 @torch.no_grad()
-def _pooled(model: RewardModel, rows: Sequence[Sequence[int]], side: str) -> list[float]:
+def _pooled(model: RewardModel, rows: Sequence[Sequence[int]], left: float = 0.0) -> list[float]:
     """Rewards where transformers pools them: at the last token that is not the configured pad id."""
     pad = model.classifier.config.get_text_config().pad_token_id
-    longest = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        blank = longest - len(row)
-        ids.append([*row, *[pad] * blank] if side == "right" else [*[pad] * blank, *row])
-        mask.append([1] * len(row) + [0] * blank if side == "right" else [0] * blank + [1] * len(row))
-    given = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
-    logits = model.classifier(input_ids=given[0], attention_mask=given[1], use_cache=False).logits
+    ids, mask = (torch.tensor(part, device=model.device) for part in pad_rows(rows, pad, left=left))
+    logits = model.classifier(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[:, 0].float().tolist()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rm.console import say
+from lora_rm.data.batches import pad_rows
 from lora_rm.errors import MergeError, first_line
 from lora_rm.export.proof import NUM_PADDED
 from lora_rm.model.quantization import StoredLinear
@@ -90,24 +91,16 @@ def batches(rows: Sequence[Sequence[int]]) -> dict[str, list[Batch]]:
     def groups(size: int) -> list[Sequence[Sequence[int]]]:
         return [some[start : start + size] for start in range(0, len(some), size)]
 
+    def padded(group: Sequence[Sequence[int]], left: float = 0.0, more: int = 0) -> Batch:
+        ids, mask = pad_rows(group, None, left=left, more=more)
+        return {"input_ids": ids, "attention_mask": mask}
+
     return {
-        "one by one": [_pad([row], 0.0) for row in rows],
-        "padded right, 8 together": [_pad(group, 0.0) for group in groups(8)],
-        "padded left, 8 together": [_pad(group, 1.0) for group in groups(8)],
-        "padded on both sides, 3 together": [_pad(group, 0.5, more=5) for group in groups(3)],
+        "one by one": [padded([row]) for row in rows],
+        "padded right, 8 together": [padded(group) for group in groups(8)],
+        "padded left, 8 together": [padded(group, 1.0) for group in groups(8)],
+        "padded on both sides, 3 together": [padded(group, 0.5, more=5) for group in groups(3)],
     }
-
-
-def _pad(rows: Sequence[Sequence[int]], on_the_left: float, more: int = 0) -> Batch:
-    """A batch as long as its longest row and `more`, with that share of a row's padding before it."""
-    length = max(map(len, rows)) + more
-    batch: Batch = {"input_ids": [], "attention_mask": []}
-    for row in rows:
-        blank = length - len(row)
-        before = round(blank * on_the_left)
-        batch["input_ids"].append([row[0]] * before + list(row) + [row[0]] * (blank - before))
-        batch["attention_mask"].append([0] * before + [1] * len(row) + [0] * (blank - before))
-    return batch
 
 
 @torch.inference_mode()

@@ -87,6 +87,11 @@ def read_config(base: BaseModel) -> Any:
     return config
 
 
+def has_absolute_positions(config: Any) -> bool:
+    """Whether a token's position is counted from the start of its row, as in GPT-2: then rows cannot be padded on the left."""
+    return not hasattr(config.get_text_config(), "rope_parameters")
+
+
 def longest_conversation(config: Any) -> tuple[int, str] | None:
     """The most tokens that a conversation may have, and why; None if only memory limits it.
 
@@ -100,7 +105,7 @@ def longest_conversation(config: Any) -> tuple[int, str] | None:
     most: int | None = getattr(text, "max_position_embeddings", None)
     if most is None:
         return None
-    if not hasattr(text, "rope_parameters"):
+    if has_absolute_positions(config):
         return most, "the model has no positions beyond"
     rope = text.rope_parameters or {}
     limits: list[int] = [

@@ -23,6 +23,7 @@ from transformers import (
 
 from lora_rm import load_reward_model
 from lora_rm.config import MergeSettings
+from lora_rm.data.batches import pad_rows
 from lora_rm.data.tokens import TokenTree
 from lora_rm.export.huggingface import model_card
 from lora_rm.merge import merge
@@ -74,13 +75,8 @@ def plain_rewards(model, rows, pad, *, left=False, alone=False):
     give_back_rotary()
     if alone:
         return [plain_rewards(model, [ids], pad)[0] for ids in rows]
-    longest = max(map(len, rows))
-    blanks = [[pad] * (longest - len(ids)) for ids in rows]
-    ids = [b + i if left else i + b for i, b in zip(rows, blanks, strict=True)]
-    ones = [[1] * len(i) for i in rows]
-    zeros = [[0] * len(b) for b in blanks]
-    mask = [z + o if left else o + z for o, z in zip(ones, zeros, strict=True)]
-    logits = model.eval()(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    ids, mask = (torch.tensor(part) for part in pad_rows(rows, pad, left=left))
+    logits = model.eval()(input_ids=ids, attention_mask=mask).logits
     assert logits.shape == (len(rows), 1)
     return logits[:, 0].float().tolist()
 
