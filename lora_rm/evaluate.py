@@ -28,6 +28,11 @@ class PairCount:
     num_ties: int = 0
     """Pairs whose two rewards are equal."""
 
+    @classmethod
+    def of(cls, difference: float) -> "PairCount":
+        """The count of one pair, of its better answer's reward minus the worse one's."""
+        return cls(num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0))
+
     @property
     def accuracy(self) -> float:
         """Share in the right order, a tie counting half; NaN without pairs."""
@@ -156,7 +161,7 @@ def summarize(
                 best_subsets[tree.subset] = best_subsets.get(tree.subset, BestCount()) + won
         for better, worse in ordered_pairs(tree):
             difference = own[better] - own[worse]
-            one = PairCount(num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0))
+            one = PairCount.of(difference)
             total = total + one
             prompt = tree.group or number
             prompts[prompt] = prompts.get(prompt, PairCount()) + one

@@ -46,9 +46,7 @@ class StepSums:
             for better, worse in ordered_pairs(tree):
                 difference = own[better] - own[worse]
                 self.margins += difference
-                self.pairs += PairCount(
-                    num_pairs=1, num_correct=int(difference > 0), num_ties=int(difference == 0)
-                )
+                self.pairs += PairCount.of(difference)
 
     def to_json(self) -> dict[str, float | None]:
         """Means over the step; null where there is nothing to take a mean of."""
@@ -60,7 +58,7 @@ class StepSums:
             "reward_mean": float(rewards.mean()),
             "reward_spread": float(rewards.std(correction=0)),
         }
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return without_nan(values)
 
 
 def sum_steps(parts: Sequence[StepSums]) -> StepSums:

@@ -211,7 +211,7 @@ class Scorer:
             ModelError: If one is not finite.
         """
         trees = [
-            TokenTree(list(row[:-1]), (list(row[-1:]),), kind="rating", scores=(0.0,), group=group)
+            TokenTree.of_conversation(row, group)
             for row, group in zip(rows, groups or [""] * len(rows), strict=True)
         ]
         rewards = [rewards[0] for rewards in self.model.score(trees)]

@@ -365,7 +365,7 @@ def score_rows(
     else:
         model = RewardModel.load_merged(folder, device=_device_for(folder), compute_dtype="float32")
     model.choose_batching()
-    trees = [TokenTree(ids[:-1], (ids[-1:],), kind="rating", scores=(0.0,)) for ids in rows]
+    trees = [TokenTree.of_conversation(ids) for ids in rows]
     ways = {"library": [rewards[0] for rewards in model.score(trees)]}
     if kind == "adapter":
         with model.model.disable_adapter():  # not the head: `rewards` reads the trained one itself

@@ -73,6 +73,11 @@ class TokenTree:
     group: str = ""
     """Preferences of one group answer the same prompt and are computed as one tree; "": a group of its own."""
 
+    @classmethod
+    def of_conversation(cls, ids: Sequence[int], group: str = "") -> "TokenTree":
+        """A whole conversation to be scored: its last token, where the reward is read, stands for the answer."""
+        return cls(list(ids[:-1]), (list(ids[-1:]),), kind="rating", scores=(0.0,), group=group)
+
     def conversations(self) -> list[list[int]]:
         """The K whole conversations."""
         return [self.prompt_ids + answer for answer in self.answer_ids]

@@ -263,7 +263,7 @@ def test_m12_rewards_are_float32_when_products_are_bfloat16(base, merged, show):
     model = shake(make_model(base)).eval()
     model.set_compute_dtype(torch.bfloat16)
     model.choose_batching()
-    trees = [TokenTree(ids[:-1], (ids[-1:],), kind="rating", scores=(0.0,)) for ids in rows]
+    trees = [TokenTree.of_conversation(ids) for ids in rows]
     with torch.no_grad():
         rewards = model.rewards(model.batch(trees))
     assert model.compute_dtype == torch.bfloat16
