@@ -377,7 +377,7 @@ def load_checkpoint(
     """
     load_weights(folder, model)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    by_name = dict(trainable(model))
     optimizer.state.clear()
     for name, value in [*load_tensors(folder / "optimizer.safetensors").items(), *state["optimizer"].items()]:
         parameter_name, key = name.rsplit("/", 1)

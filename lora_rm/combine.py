@@ -13,7 +13,6 @@ from peft import LoraConfig
 from lora_rm.errors import MergeError, storing
 from lora_rm.merge import read_updates, target_of
 from lora_rm.model.adapter import WEIGHTS
-from lora_rm.model.base import file_sha256
 from lora_rm.model.record import (
     HEAD_KEY,
     RECORD,
@@ -123,7 +122,7 @@ def _write_combined(
     record |= {
         "canaries": [{**canary, "reward": None} for canary in record["canaries"]],
         "combined": [
-            {"adapter_sha256": file_sha256(adapter / WEIGHTS), "weight": weight}
+            {"adapter_sha256": read_record(adapter)["files"][WEIGHTS], "weight": weight}
             for adapter, weight in zip(adapters, weights, strict=True)
         ],
     }

@@ -155,7 +155,8 @@ class Plan:
         return {
             "version": 2,  # of the arithmetic
             "adapter": {
-                file: file_sha256(self.adapter / file) for file in (WEIGHTS, "adapter_config.json", RECORD)
+                **{file: self.record["files"][file] for file in (WEIGHTS, "adapter_config.json")},
+                RECORD: file_sha256(self.adapter / RECORD),
             },
             "base": [
                 [file.name, stat.st_size, stat.st_mtime_ns]
@@ -408,7 +409,7 @@ def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     plan, made = Plan(adapter, settings), read_json(file)
     # auto ends with float32 where a value does not fit float16
     roundings = (plan.rounding, "float32" if settings.dtype == "auto" else plan.rounding)
-    is_same = made.get("adapter_sha256") == file_sha256(adapter / WEIGHTS)
+    is_same = made.get("adapter_sha256") == plan.record["files"][WEIGHTS]
     return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
 
 
@@ -545,7 +546,7 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
         base=plan.base.name,
         base_weights=plan.mode,
         dtype=plan.rounding,
-        adapter_sha256=file_sha256(plan.adapter / WEIGHTS),
+        adapter_sha256=plan.record["files"][WEIGHTS],
     )
     index: dict[str, str] = {}
     total = 0
@@ -751,7 +752,6 @@ def _shards(
 
 def _write_config(plan: Plan, chat: ChatTokenizer, folder: Path) -> None:
     config = plan.config
-    config.num_labels = 1
     config.problem_type = "regression"  # else the pipeline and vLLM return sigmoid(reward)
     config.dtype = plan.dtype
     text = config.get_text_config()

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -110,11 +111,11 @@ def test_unknown_types_are_refused(merged, tmp_path):
 
 
 def test_a_reader_that_misses_something_is_not_asked(merged, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_installed", lambda _: False)
-    source = Source(merged)
+    source, parity = Source(merged), parity_of(merged)
     source.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MergeError, match=r"does not read position scaling.*pip install llama-cpp-python"):
-        module._score(source, tmp_path / FILE, parity_of(merged))
+        module._score(source, tmp_path / FILE, parity)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import DataSettings, Settings
@@ -23,6 +22,7 @@ from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import BaseModel
 from lora_rm.model.record import HEAD_KEY
 from lora_rm.model.reward_model import RewardModel
+from lora_rm.model.tensor_files import load_tensors
 from lora_rm.train import train
 
 
@@ -83,7 +83,7 @@ def training_findings(
         yield unchecked("values move", f"{how} has no start to compare with")
     else:
         if adapter is not None:
-            after = saved_values(adapter)
+            after = load_tensors(adapter / WEIGHTS)
         else:
             say(f"Training 5 steps on {len(few)} pairs at the learning rate of the settings ...")
             take_steps(model, few, settings, 5)
@@ -148,12 +148,6 @@ def trained_values(model: RewardModel) -> dict[str, torch.Tensor]:
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-
-
-def saved_values(adapter: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of an adapter's file."""
-    with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
 
 
 def check_head_moves(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Finding:

@@ -8,6 +8,7 @@ token, without a sigmoid and without normalising. The tokenizer lies there too, 
 `tokenizer.huggingface.json`: token ids come from it and never from llama.cpp's own tokenizer.
 """
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -451,7 +452,7 @@ def _score(source: Source, file: Path, parity: Mapping[str, Any]) -> dict[str, l
         "package": PACKAGE,
     }
     found = {}
-    if _installed("llama_cpp"):
+    if importlib.util.find_spec("llama_cpp") is not None:
         scored = score_in_fresh_process(f"{file.name} in llama.cpp", LLAMA_CPP_PROGRAM, request)
         found[LLAMA_CPP] = scored["rewards"]
         same = sum(a == b for a, b in zip(scored["ids"], rows, strict=True))
@@ -465,12 +466,6 @@ def _score(source: Source, file: Path, parity: Mapping[str, Any]) -> dict[str, l
             "llama.cpp. Run: pip install llama-cpp-python"
         )
     return found
-
-
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
 
 
 def _unread(source: Source) -> str:

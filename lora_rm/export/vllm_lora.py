@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import MergeSettings
@@ -23,6 +22,7 @@ from lora_rm.merge import OVERFLOWING, merge
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import read_json
 from lora_rm.model.record import read_record, write_record
+from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.verify import score_in_fresh_process
 
 CONFIG = "adapter_config.json"
@@ -122,10 +122,10 @@ def write_base(adapter: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         silent = Path(scratch, "adapter")
         shutil.copytree(adapter, silent)
-        tensors = load_file(silent / WEIGHTS)
+        tensors = load_tensors(silent / WEIGHTS)
         gone = (".lora_B.weight", ".score.weight")
         zeroed = {name: torch.zeros_like(t) if name.endswith(gone) else t for name, t in tensors.items()}
-        save_file(zeroed, silent / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(zeroed, silent / WEIGHTS)
         record = read_record(adapter)
         write_record(silent, record)
         # without updates bfloat16 holds all that was read in it (not what int8 made of it), where auto would take float32
