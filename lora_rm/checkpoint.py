@@ -24,14 +24,14 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_rm.config import Settings, dump_settings, load_settings, with_whole_paths
+from lora_rm.config import Settings, dump_settings, flat, load_settings, with_whole_paths
 from lora_rm.console import say
 from lora_rm.errors import ConfigError, ModelError, storing
 from lora_rm.model.base import file_sha256
@@ -247,7 +247,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:
     """Refuses to go on with settings that would make another run of it."""
-    earlier, now = (_flat(asdict(values)) for values in (with_whole_paths(run.settings()), settings))
+    earlier, now = (flat(values) for values in (with_whole_paths(run.settings()), settings))
     for values in (earlier, now):
         for name in ("overwrite", "output_dir"):  # say nothing about the run, whose folder may have moved
             values.pop(name)
@@ -265,19 +265,6 @@ def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:
         f"{run.config}: settings differ from those of the run to be resumed ({changes}). {remedy}, or go on with what was "
         f"set: `lora-rm train {run.config} --resume`."
     )
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, of sections one level deep."""
-    return {
-        name: value
-        for key, section in values.items()
-        for name, value in (
-            {f"{key}.{inner}": v for inner, v in section.items()}
-            if isinstance(section, dict)
-            else {key: section}
-        ).items()
-    }
 
 
 def _lock_owner(descriptor: int) -> str:

@@ -7,12 +7,14 @@ only. Precedence: default < preset file < flag. This module imports no torch, so
 import dataclasses
 import difflib
 import glob
+import json
 import os
 import re
 import reprlib
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -518,7 +520,7 @@ def save_settings(settings: Settings, path: Path) -> None:
 
 def dump_settings(settings: Settings) -> str:
     """The settings as YAML text, every value resolved."""
-    plain = _plain(dataclasses.asdict(settings))
+    plain = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, which YAML does not know
     return redacted(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
 
 
@@ -564,6 +566,11 @@ def _keys() -> Iterator[tuple[str, Any]]:
                 yield f"{field.name}.{inner.name}", inner.type
         else:
             yield field.name, field.type
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return {key: attrgetter(key)(settings) for key, _ in _keys()}
 
 
 def _merge_flags(values: dict[str, Any], flags: Sequence[str]) -> list[str]:
@@ -822,12 +829,3 @@ def _contradictions(settings: Settings) -> list[str]:
     if settings.train.early_stopping and not settings.train.eval_every_steps:
         mistakes.append("train.early_stopping needs train.eval_every_steps above 0.")
     return mistakes
-
-
-def _plain(value: Any) -> Any:
-    """Dataclass values as YAML can hold them."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return value

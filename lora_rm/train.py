@@ -29,7 +29,7 @@ from lora_rm.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from lora_rm.config import Settings
+from lora_rm.config import Settings, flat
 from lora_rm.console import say
 from lora_rm.data.batches import (
     Batching,
@@ -513,18 +513,13 @@ def _trackers(settings: Settings, device: torch.device) -> Accelerator:
             "--multi_gpu."
         )
     if settings.train.trackers:
-        flat = {
-            f"{section}.{name}" if isinstance(values, dict) else section: value
-            for section, values in asdict(settings).items()
-            for name, value in (values.items() if isinstance(values, dict) else [("", values)])
-        }
         accelerator.init_trackers(
             os.environ.get("WANDB_PROJECT", "lora_rm")
             if settings.train.trackers == ("wandb",)
             else "lora_rm",
             config={
                 key: value if isinstance(value, int | float | str) else str(value)
-                for key, value in flat.items()
+                for key, value in flat(settings).items()
             },
             init_kwargs={name: {"name": Path(settings.output_dir).name} for name in ("wandb", "trackio")},
         )
