@@ -223,20 +223,22 @@ def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
     return wilson_interval(share * size, size)
 
 
-def wilson_interval(num_correct: float, num_pairs: float, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927); (0, 1) without pairs."""
+def wilson_interval(num_correct: float, num_pairs: float) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); (0, 1) without pairs."""
     if not num_pairs:
         return 0.0, 1.0
-    share = num_correct / num_pairs
+    share, z = num_correct / num_pairs, 1.96
     center = share + z * z / (2 * num_pairs)
     half = z * math.sqrt(share * (1 - share) / num_pairs + z * z / (4 * num_pairs**2))
     scale = 1 + z * z / num_pairs
     return (center - half) / scale, (center + half) / scale
 
 
-def calibration_error(
-    differences: Sequence[float], probabilities: Sequence[float] = (), num_bins: int = 10
-) -> float:
+NUM_BINS = 10
+"""Of confidence, of equal width."""
+
+
+def calibration_error(differences: Sequence[float], probabilities: Sequence[float] = ()) -> float:
     """Expected calibration error of sigmoid(difference) as the probability of being right.
 
     Each pair is taken the way round that the model prefers, so confidences lie between 0.5 and 1.
@@ -244,7 +246,6 @@ def calibration_error(
     Args:
         differences: Of the better answer's reward to the worse one's.
         probabilities: That the better answer is the better one; empty: 1.
-        num_bins: Of equal width.
 
     Source: Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599), eq. 3.
     """
@@ -254,7 +255,7 @@ def calibration_error(
     for difference, sure in zip(differences, probabilities or [1.0] * len(differences), strict=True):
         confidence = 1 / (1 + math.exp(-min(abs(difference), 700.0)))
         right = 0.5 if difference == 0 else sure if difference > 0 else 1 - sure
-        number = min(int((confidence - 0.5) * 2 * num_bins), num_bins - 1)
+        number = min(int((confidence - 0.5) * 2 * NUM_BINS), NUM_BINS - 1)
         bins.setdefault(number, []).append((confidence, right))
     distances = (abs(sum(c for c, _ in group) - sum(r for _, r in group)) for group in bins.values())
     return sum(distances) / len(differences)

@@ -102,8 +102,8 @@ def real_peak(base, settings):
         BaseModel(name=str(base), path=base),
         settings=settings.model,
         adapter=settings.adapter,
-        checkpointing=settings.train.checkpointing,
     )
+    model.set_checkpointing([settings.train.checkpointing] * len(model.layers))
     model.choose_batching("shared")
     model.train()
     optimizer = build_optimizer(model, settings)

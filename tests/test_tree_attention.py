@@ -282,9 +282,9 @@ def test_recomputed_layers_give_the_same_gradients(tmp_path, trees, family, adap
                 base,
                 settings=ModelSettings(quantization=quantization, compute_dtype="float32"),
                 adapter=AdapterSettings(rank=4, alpha=12.0, **adapter),
-                checkpointing=checkpointing,
             )
         )
+        model.set_checkpointing([checkpointing] * len(model.layers))
         model.choose_batching("shared")
         model.train()
         torch.manual_seed(3)
@@ -355,7 +355,7 @@ def test_a_core_that_the_model_cannot_use_is_given_up(base, monkeypatch, capsys)
     model = make_model(base)
     model._cores = {dtype: ["varlen", "answers"] for dtype in (torch.float32, torch.bfloat16)}
     with model._random_head():
-        model._check_core(_probe(90), torch.zeros(5), 1e-4)
+        model._check_core(_probe(90), torch.zeros(5))
     assert model.core == "answers"
     assert "the core varlen does not suit this model" in capsys.readouterr().out
     model._cores = {torch.float32: ["gathered", "answers"]}
@@ -377,5 +377,5 @@ def test_a_core_may_round_as_much_as_the_model_does(base, monkeypatch, fault):
         if fault:
             real = tree_attention_module._gathered
             monkeypatch.setattr(tree_attention_module, "_gathered", lambda *args: 0.9 * real(*args))
-        model._check_core(probe, expected, 1e-4)
+        model._check_core(probe, expected)
     assert model.core == ("answers" if fault else "gathered")

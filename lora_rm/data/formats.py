@@ -121,7 +121,6 @@ def read_preferences(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["raise", "skip"] = "raise",
-    limit: int | None = None,
 ) -> tuple[list[Preference], Counter[str]]:
     """Reads the preferences of files, a saved dataset or a dataset on the Hub, in their order.
 
@@ -130,7 +129,6 @@ def read_preferences(
         split: Which split of a saved or Hub dataset; a file has none.
         columns: As for `read_rows`.
         on_bad_row: Whether the first bad row ends the reading, or bad rows are left out and counted.
-        limit: Stop after so many preferences.
 
     Returns:
         The preferences, and how many rows were left out for which reason.
@@ -139,7 +137,6 @@ def read_preferences(
         RowError: At the first bad row, if `on_bad_row` is "raise".
         DataError: If the source cannot be read, or none of its rows can be used.
     """
-    assert limit is None or limit > 0, limit
     preferences: list[Preference] = []
     dropped: Counter[str] = Counter()
     num_bad = 0
@@ -157,8 +154,6 @@ def read_preferences(
                     f"{source} has {len(preferences):,} rows that can be used among its first "
                     f"{num_bad + len(preferences):,} ({_counts(dropped)}). Read it with --data.on-bad-row raise."
                 ) from None
-        if len(preferences) == limit:
-            break
     if not preferences:
         raise DataError(
             f"{source} has no row that can be used ({_counts(dropped)}). Read it with --data.on-bad-row raise."

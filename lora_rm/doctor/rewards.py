@@ -20,6 +20,9 @@ from lora_rm.model.tensor_files import find_tensor
 from lora_rm.score import Scorer
 from lora_rm.verify import measure_change, standard_deviation
 
+PADDING_TOLERANCE = 1e-3
+"""Largest change of a reward by padding, as a share of the spread of rewards."""
+
 
 def stored_head(folder: Path) -> torch.Tensor | None:
     """The score head as the files of an adapter or a model hold it, or None."""
@@ -88,12 +91,11 @@ def _pooled(model: RewardModel, rows: Sequence[Sequence[int]], left: float = 0.0
     return logits[:, 0].float().tolist()
 
 
-def check_padding(ways: Mapping[str, Sequence[float]], tolerance: float = 1e-3) -> Finding:
+def check_padding(ways: Mapping[str, Sequence[float]]) -> Finding:
     """Whether the reward is read at the same token, padded on the right, on the left, or not at all.
 
     Args:
         ways: Rewards of the same conversations by way of scoring; the first is compared with.
-        tolerance: Largest difference allowed, as a share of the spread of rewards.
     """
     (_, expected), *others = ways.items()
     spread = standard_deviation(expected) or 1.0
@@ -105,7 +107,7 @@ def check_padding(ways: Mapping[str, Sequence[float]], tolerance: float = 1e-3) 
         "The pad token is a token that conversations end with, or the attention mask is not used. Set pad_token_id in "
         "config.json to a special token that ends no conversation (lora-rm merge does)."
     )
-    return judge("padding", found, remedy, fault=not worst <= tolerance, value=worst)
+    return judge("padding", found, remedy, fault=not worst <= PADDING_TOLERANCE, value=worst)
 
 
 def check_swap(model: RewardModel, trees: Sequence[TokenTree]) -> Finding:

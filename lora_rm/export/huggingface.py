@@ -64,7 +64,6 @@ def export_huggingface(
 def check_pipeline(
     folder: Path,
     parity: dict[str, Any],
-    num_answers: int = NUM_PADDED,
     *,
     target: str = "huggingface",
     out: Path | None = None,
@@ -75,7 +74,6 @@ def check_pipeline(
     Args:
         folder: To open.
         parity: Of the merged model (`read_parity`).
-        num_answers: To score.
         target: As the command names it.
         out: What messages call the folder; None: as it is.
         run: Whose model it is, for messages.
@@ -89,9 +87,9 @@ def check_pipeline(
     stored = parity["merge"]["dtype"].removesuffix("_nearest")  # that is how it was rounded
     request = {
         "folder": str(folder.resolve()),
-        "texts": [answer["text"] for answer in parity["answers"][:num_answers]],
+        "texts": [answer["text"] for answer in parity["answers"][:NUM_PADDED]],
         # of 16 bits only some: float16 products take a CPU seven times as long as float32
-        "stored": {} if stored == "float32" else {stored: num_answers // 2},
+        "stored": {} if stored == "float32" else {stored: NUM_PADDED // 2},
     }
     out = out or folder
     found = score_in_fresh_process(f"{out} and the transformers pipeline", PIPELINE, request)
@@ -147,8 +145,8 @@ def check_login() -> None:
         ) from None
 
 
-def push(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Uploads an export to the hub; returns its address.
+def push(folder: Path, repository: str) -> str:
+    """Uploads an export to the hub, into a private repository where there is none yet; returns its address.
 
     Raises:
         MergeError: If the hub refuses.
@@ -157,7 +155,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[".*"]))
     except Exception as error:  # of the hub's client, of Python, and of an HTTP library
         raise MergeError(

@@ -80,6 +80,9 @@ from lora_rm.model.tree_attention import LastLayer, time_cores
 
 BATCHINGS: tuple[Batching, ...] = ("shared", "packed", "padded")
 
+TOLERANCE = 1e-4
+"""Largest difference between two exact ways of computing in float32, as a share of the largest reward."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
@@ -131,7 +134,6 @@ class RewardModel(nn.Module):
         settings: ModelSettings | None = None,
         adapter: AdapterSettings | None = None,
         chat_template: str = "tokenizer",
-        checkpointing: Mode = "none",
         seed: int = 0,
         sharded: bool = False,
     ) -> "RewardModel":
@@ -142,7 +144,6 @@ class RewardModel(nn.Module):
             settings: Quantisation, types, head start and device.
             adapter: LoRA settings; None: no adapter, and every weight frozen but the head.
             chat_template: As in `data.chat_template`.
-            checkpointing: Which activations every layer keeps for the backward pass.
             seed: Of head and adapter.
             sharded: Share the frozen weights out over the processes, which must all call this and whatever computes
                 rewards after it.
@@ -198,8 +199,7 @@ class RewardModel(nn.Module):
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
         made.is_sharded = sharded
-        made._ready().set_checkpointing([checkpointing] * len(made.layers))
-        return made
+        return made._ready()
 
     @classmethod
     def load_adapter(
@@ -436,7 +436,7 @@ class RewardModel(nn.Module):
             self._cores[self.compute_dtype] = sorted(seconds, key=lambda core: seconds[core]) or ["answers"]
         return self._cores[self.compute_dtype]
 
-    def choose_batching(self, wanted: str = "auto", tolerance: float = 1e-4) -> Batching:
+    def choose_batching(self, wanted: str = "auto") -> Batching:
         """Picks how rows are computed: the first way that this model computes exactly.
 
         One small tree is scored in each way and compared with padded rows through the model's own attention;
@@ -444,7 +444,6 @@ class RewardModel(nn.Module):
 
         Args:
             wanted: `auto`, or the only way allowed.
-            tolerance: Largest difference, as a share of the largest reward, in float32.
 
         Raises:
             ModelError: If `wanted` is not exact for this model.
@@ -464,13 +463,13 @@ class RewardModel(nn.Module):
                 for batching in BATCHINGS[:-1]:
                     if wanted not in ("auto", batching):
                         continue
-                    reasons[batching] = self._inexact(batching, probe, expected, tolerance)
+                    reasons[batching] = self._inexact(batching, probe, expected)
                     if not reasons[batching]:
-                        self.spare_last_layer(lambda: not self._inexact(batching, probe, expected, tolerance))  # noqa: B023
+                        self.spare_last_layer(lambda: not self._inexact(batching, probe, expected))  # noqa: B023
                         break
                 else:
                     self.set_batching("padded")
-            self._check_core(probe, expected, tolerance)
+            self._check_core(probe, expected)
         if self.batching != wanted and reasons:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
             if wanted != "auto":
@@ -481,7 +480,7 @@ class RewardModel(nn.Module):
                 say(f"Batches are {self.batching}, because others are not exact for this model ({why}).")
         return self.batching
 
-    def _check_core(self, probe: list[TokenTree], expected: torch.Tensor, tolerance: float) -> None:
+    def _check_core(self, probe: list[TokenTree], expected: torch.Tensor) -> None:
         """Picks the core for the type of training's products, and takes `answers` if this model cannot use it.
 
         A core may round as much as `answers` does in this type and model; a wrong mask is further off.
@@ -490,7 +489,7 @@ class RewardModel(nn.Module):
         if self.batching == "padded" or core == "answers":
             return
         # 16 steps of the type: 13 % in bfloat16
-        tolerance = max(tolerance, 16 * torch.finfo(self.compute_dtype).eps)
+        tolerance = max(TOLERANCE, 16 * torch.finfo(self.compute_dtype).eps)
         reason = self._inexact(self.batching, probe, expected, tolerance)
         if not reason:
             return
@@ -518,7 +517,7 @@ class RewardModel(nn.Module):
             self.head.data.copy_(before)
 
     def _inexact(
-        self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float
+        self, batching: Batching, probe: list[TokenTree], expected: torch.Tensor, tolerance: float = TOLERANCE
     ) -> str:
         """Why a way of batching cannot be used, or nothing."""
         self.set_batching(batching)
