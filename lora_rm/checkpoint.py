@@ -158,12 +158,18 @@ class RunFolder:
         Raises:
             ConfigError: If it is none.
         """
-        run = cls(Path(path))
-        if not run.config.is_file():
+        run = cls.find(Path(path))
+        if run is None:
             raise ConfigError(
-                f"{run.path}: is no run folder (it has no config.yaml). Give the output_dir of a run."
+                f"{path}: is no run folder (it has no config.yaml). Give the output_dir of a run."
             )
         return run
+
+    @classmethod
+    def find(cls, path: Path) -> "RunFolder | None":
+        """The run that a folder is, or None if it is something else."""
+        run = cls(path)
+        return run if run.config.is_file() else None
 
     def is_begun(self) -> bool:
         """Whether anything would be lost if another run began here; a start that failed leaves settings and counts."""

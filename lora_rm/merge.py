@@ -26,6 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
+from lora_rm.checkpoint import RunFolder
 from lora_rm.config import MergeSettings
 from lora_rm.console import progress, say
 from lora_rm.data.tokens import ChatTokenizer
@@ -47,7 +48,7 @@ from lora_rm.model.record import (
 )
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
-from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
+from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
 """Families whose activations are known to overflow in float16 (vLLM refuses float16 for gemma2, gemma3, glm4)."""
@@ -374,6 +375,26 @@ def merge(
             ) from None
         say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing float32 instead.")
     return _merge(Plan(adapter, replace(settings, dtype="float32"), base), output)
+
+
+def check_replaceable(out: Path, *sources: Path) -> None:
+    """Looks at what would be deleted when `out` is replaced.
+
+    Args:
+        out: To be replaced.
+        sources: Folders that what is written is made from.
+
+    Raises:
+        MergeError: If it is anything else than an earlier merge or export, or a source.
+    """
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    is_ours = names & {"parity.json", MERGE_RECORD} and RunFolder.find(out) is None
+    is_file = out.exists() and not out.is_dir()
+    if is_file or (names and not is_ours) or out.resolve() in [source.resolve() for source in sources]:
+        raise MergeError(
+            f"{out}: is not replaced, since it is a file, holds something else than an earlier merge or export, or is what this "
+            "one is made from. Choose another --out, or remove it yourself."
+        )
 
 
 def check_mergeable(model: RewardModel) -> None:

@@ -39,8 +39,8 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
         from lora_rm.export.gguf_model import GGUFModel
 
         return Scorer(GGUFModel(gguf, device=device))
-    if (folder / "config.yaml").is_file():
-        folder = RunFolder.open(folder).trained()
+    if run := RunFolder.find(folder):
+        folder = run.trained()
     if (folder / RECORD).is_file():
         model = RewardModel.load_adapter(folder, device=device, compute_dtype=compute_dtype)
     elif (folder / "config.json").is_file() or is_hub_id(str(path)):

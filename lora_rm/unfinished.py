@@ -87,26 +87,6 @@ def has_lock(descriptor: int) -> bool:
     return True
 
 
-def check_replaceable(out: Path, *sources: Path) -> None:
-    """Looks at what would be deleted when `out` is replaced.
-
-    Args:
-        out: To be replaced.
-        sources: Folders that what is written is made from.
-
-    Raises:
-        MergeError: If it is anything else than an earlier merge or export, or a source.
-    """
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    is_ours = names & {"parity.json", "lora_rm_merge.json"} and "config.yaml" not in names
-    is_file = out.exists() and not out.is_dir()
-    if is_file or (names and not is_ours) or out.resolve() in [source.resolve() for source in sources]:
-        raise MergeError(
-            f"{out}: is not replaced, since it is a file, holds something else than an earlier merge or export, or is what this "
-            "one is made from. Choose another --out, or remove it yourself."
-        )
-
-
 @contextmanager
 def unfinished_folder(out: Path, identity: Any, what: str) -> Iterator[UnfinishedFolder]:
     """The folder that becomes `out`, in the place of an earlier one, when the block ends without an error.

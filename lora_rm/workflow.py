@@ -293,7 +293,8 @@ def run_adapter(path: Path) -> Path:
         ConfigError: If there is no such folder.
     """
     _check_folder(path)
-    return RunFolder(path).trained() if (path / "config.yaml").is_file() else path
+    run = RunFolder.find(path)
+    return run.trained() if run else path
 
 
 def _check_folder(path: Path) -> None:
@@ -332,7 +333,7 @@ def merge_run(path: Path, settings: Settings, *, out: Path | None = None, base: 
         ModelError: If `base` is another one than that of the adapter.
         MergeError: If it cannot be merged, or rewards changed by more than allowed.
     """
-    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    run = RunFolder.find(path)
     adapter = run_adapter(path)
     if run:
         run.lock()
@@ -401,7 +402,7 @@ def export_run(
     if to not in EXPORTS:
         raise ConfigError(f"--to is {to!r}; allowed: {', '.join(EXPORTS)}.")
     _check_folder(path)
-    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    run = RunFolder.find(path)
     merged = run.merged if run else path
     if run:
         run.lock()
@@ -446,7 +447,7 @@ def trained_length(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: If a file is damaged, or the hub does not give it.
     """
-    if (path / "config.yaml").is_file():
+    if RunFolder.find(path):
         return {}
     folder = path.parent if path.is_file() else path  # a .gguf lies beside its record
     if is_hub_id(str(path)):
@@ -477,16 +478,17 @@ def evaluate_model(path: Path, settings: Settings, file: Path | None = None) -> 
         ConfigError: If there is nothing to evaluate on.
         ModelError: If there is no such model.
     """
-    if settings.data.eval is None and not (path / "config.yaml").is_file():
+    run = RunFolder.find(path) if settings.data.eval is None else None
+    if settings.data.eval is None and run is None:
         raise ConfigError(
             f"data.eval is not set, and {path} is no run folder, whose held-out side would be taken. Give the preferences to "
             "evaluate on: --data.eval FILE, or check the path."
         )
     scorer = load_reward_model(path, device=settings.model.device, compute_dtype=settings.model.compute_dtype)
     chat = scorer.model.chat
-    if settings.data.eval is None:
+    if run:
         data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
-        if data.train.sha256 != (RunFolder(path).read_json("inputs.json") or {}).get("data.train"):
+        if data.train.sha256 != (run.read_json("inputs.json") or {}).get("data.train"):
             raise ConfigError(
                 f"{settings.data.train}: does not give the training side that {path} was trained on, so what is held out now "
                 "may have been trained on then. Put the file and the data settings back, or give --data.eval FILE."

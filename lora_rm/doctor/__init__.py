@@ -124,7 +124,7 @@ def kind_of(source: str | None) -> Kind:
     if source is None:
         return "machine"
     path = Path(source).expanduser()
-    if (path / "config.yaml").is_file():
+    if RunFolder.find(path):
         return "run"
     if (path / RECORD).is_file() or (path / "adapter_config.json").is_file():
         return "adapter"

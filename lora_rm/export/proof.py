@@ -19,9 +19,10 @@ from typing import Any
 from lora_rm.console import say, show_table
 from lora_rm.data.files import SUFFIXES
 from lora_rm.errors import ConfigError, MergeError
+from lora_rm.merge import check_replaceable
 from lora_rm.model.base import check_shape, read_json
 from lora_rm.model.record import MERGE_RECORD
-from lora_rm.unfinished import UnfinishedFolder, check_replaceable, unfinished_folder
+from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
 from lora_rm.verify import change_cells, measure_change
 
 TOLERANCE = 0.02

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rm.config import GLOB
+from lora_rm.console import say
 from lora_rm.errors import ModelError, StorageError, first_line, storing
 
 BUILTIN = "builtin:smollm2-135m"
@@ -272,7 +273,7 @@ def _converted(gguf: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print(f"Converting {gguf.name} to safetensors, once ...", flush=True)  # noqa: T201
+    say(f"Converting {gguf.name} to safetensors, once ...")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
