@@ -97,7 +97,7 @@ class Update:
     """Whether the checkpoint stores the weight as (in, out), as GPT-2's Conv1D does."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
     """What was done; lies in the merged folder as `lora_rm_merge.json`."""
 
@@ -105,11 +105,11 @@ class MergeReport:
     base_weights: str
     dtype: str
     adapter_sha256: str
-    adds_bos: bool = False
+    adds_bos: bool
     """Whether the tokenizer puts a BOS before a text by itself."""
 
-    num_tensors: int = 0
-    num_updated: int = 0
+    num_tensors: int
+    num_updated: int
 
 
 class Plan:
@@ -563,12 +563,6 @@ def _compute_alone() -> None:
 def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
     """Writes all shards but those that are finished, and what else belongs to a model."""
     folder = unfinished.path
-    report = MergeReport(
-        base=plan.base.name,
-        base_weights=plan.mode,
-        dtype=plan.rounding,
-        adapter_sha256=plan.record["files"][WEIGHTS],
-    )
     index: dict[str, str] = {}
     total = 0
     last = list(plan.shards)[-1]
@@ -601,14 +595,20 @@ def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
             total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in header.values())
         for job in flushed:
             job.result()
-    report.num_tensors = len(plan.stored_as)
-    report.num_updated = len(plan.updates)
     if list(plan.shards) != ["model.safetensors"]:  # any other name transformers finds by the index alone
         values = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     chat = ChatTokenizer.load(plan.adapter)
-    report.adds_bos = chat.adds_bos
     _write_config(plan, chat, folder)
+    report = MergeReport(
+        base=plan.base.name,
+        base_weights=plan.mode,
+        dtype=plan.rounding,
+        adapter_sha256=plan.record["files"][WEIGHTS],
+        adds_bos=chat.adds_bos,
+        num_tensors=len(plan.stored_as),
+        num_updated=len(plan.updates),
+    )
     record = asdict(report) | {"length_policy": plan.record.get("length_policy")}
     (folder / MERGE_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return report
