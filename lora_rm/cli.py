@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lora_rm import __version__
-from lora_rm.config import GLOB, Settings, dump_settings, help_text, load_settings, with_whole_paths
+from lora_rm.config import GLOB, Settings, dump_settings, flat, help_text, load_settings, with_whole_paths
 from lora_rm.console import plain_errors
 from lora_rm.data.files import SUFFIXES, BadRow, Row, find_files, read_rows
 from lora_rm.errors import ConfigError
@@ -82,12 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(words: Sequence[str]) -> None:
     """`lora-rm train [PRESET|RUN] [--resume] [settings]`."""
     parser = _parser("train", "[PRESET|RUN]", "Trains adapter and head, evaluates before and after.")
-    parser.add_argument(
-        "preset",
-        nargs="?",
-        metavar="PRESET|RUN",
-        help="YAML file of settings, or the run folder that holds one; none: the defaults",
-    )
+    _add_preset(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of output_dir"
     )
@@ -137,8 +132,7 @@ def merge(words: Sequence[str]) -> None:
         "--weights", metavar="W,W,...", help="of RUN and of every --with (default: their average)"
     )
     options, flags = _parse(parser, words, only=("merge", "verify"))
-    settings = load_settings(_preset(options.run), flags)
-    _refuse_other_model(settings, load_settings(_preset(options.run), []), options.run)
+    settings = _settings_of(options.run, flags)
     paths = [Path(options.run), *map(Path, options.others)]
     weights = _weights(options.weights, len(paths))
     out = Path(options.out) if options.out else None
@@ -208,8 +202,7 @@ def evaluate(words: Sequence[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     options, flags = _parse(parser, words, only=("data",))
-    settings = load_settings(_preset(options.model), flags)
-    _refuse_other_model(settings, load_settings(_preset(options.model), []), options.model)
+    _settings_of(options.model, flags)  # flags that cannot be are told before torch is imported
     from lora_rm.workflow import evaluate_model, trained_length
 
     length = [f"--data.{key}={value}" for key, value in trained_length(Path(options.model)).items()]
@@ -321,12 +314,7 @@ def config(words: Sequence[str]) -> None:
     parser = _parser(
         "config", "[PRESET|RUN]", "Prints the settings as they would be used; saved, it is a preset."
     )
-    parser.add_argument(
-        "preset",
-        nargs="?",
-        metavar="PRESET|RUN",
-        help="YAML file of settings, or the run folder that holds one; none: the defaults",
-    )
+    _add_preset(parser)
     options, flags = _parse(parser, words, only=())
     _write(dump_settings(load_settings(_preset(options.preset) or options.preset, flags)))
 
@@ -357,6 +345,15 @@ def _parser(command: str, positional: str, description: str) -> _Parser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this page")
     return parser
+
+
+def _add_preset(parser: _Parser) -> None:
+    parser.add_argument(
+        "preset",
+        nargs="?",
+        metavar="PRESET|RUN",
+        help="YAML file of settings, or the run folder that holds one; none: the defaults",
+    )
 
 
 def _parse(
@@ -405,23 +402,27 @@ def _preset(source: str | None) -> str | None:
     return str(file) if file.is_file() else source if source.endswith((".yaml", ".yml")) else None
 
 
-FIXED = {
-    "model": ("base", "revision", "quantization", "double_quantization", "load_dtype", "head_init"),
-    "data": ("chat_template", "allow_special_tokens"),
-}
-"""Settings that a trained model was made with and keeps; all of `adapter` too."""
+FIXED = (
+    "model.base", "model.revision", "model.quantization", "model.double_quantization", "model.load_dtype", "model.head_init",
+    "data.chat_template", "data.allow_special_tokens", "adapter",
+)  # fmt: skip
+"""Settings and sections that a trained model was made with and keeps."""
 
 
-def _refuse_other_model(settings: Settings, own: Settings, model: str) -> None:
-    """Raises if flags ask for another model than the one that is there."""
-    settings, own = with_whole_paths(settings), with_whole_paths(own)
-    for section, names in {**FIXED, "adapter": tuple(vars(own.adapter))}.items():
-        for name in names:
-            value, known = (getattr(getattr(s, section), name) for s in (settings, own))
-            if value != known:
-                raise ConfigError(
-                    f"{section}.{name} is {value!r}, but {model} is trained already and keeps its own. Leave the flag out."
-                )
+def _settings_of(model: str, flags: Sequence[str]) -> Settings:
+    """Settings for a model that is there: its own if it is a run, and flags over them.
+
+    Raises:
+        ConfigError: If flags ask for another model.
+    """
+    settings, own = (load_settings(_preset(model), words) for words in (flags, []))
+    asked, known = flat(with_whole_paths(settings)), flat(with_whole_paths(own))
+    for key, value in asked.items():
+        if (key in FIXED or key.partition(".")[0] in FIXED) and value != known[key]:
+            raise ConfigError(
+                f"{key} is {value!r}, but {model} is trained already and keeps its own. Leave the flag out."
+            )
+    return settings
 
 
 def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
