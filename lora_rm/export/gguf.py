@@ -20,9 +20,10 @@ import torch
 
 from lora_rm.console import say
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import ConfigError, MergeError
+from lora_rm.errors import MergeError
 from lora_rm.export.gguf_model import ALLOW_SPECIAL, HEAD, read_chat, read_fields
 from lora_rm.export.proof import (
+    checked_dtype,
     export_folder,
     need,
     prove,
@@ -73,10 +74,7 @@ def export_gguf(
         MergeError: If the model was not verified, `out` exists, the family or its tokenizer cannot be written, or
             the file gives other rewards.
     """
-    known = {name.lower(): name for name in DTYPES}
-    if dtype.lower() not in known:
-        raise ConfigError(f"--dtype is {dtype!r}; --to gguf can write {', '.join(DTYPES)}.")
-    dtype = known[dtype.lower()]
+    dtype = checked_dtype("gguf", dtype, DTYPES)
     need("gguf", "gguf")
     with export_folder(merged, out, "gguf", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
         folder, source = unfinished.path, Source(merged)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from lora_rm.console import say
-from lora_rm.errors import ConfigError, MergeError
+from lora_rm.errors import MergeError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
+    checked_dtype,
     copy_tokenizer,
     export_folder,
     need,
@@ -54,8 +55,7 @@ def export_onnx(
         MergeError: If the model was not verified, `out` exists, the model cannot be traced, or the file gives
             other rewards.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}; --to onnx can write {', '.join(DTYPES)}.")
+    dtype = checked_dtype("onnx", dtype, DTYPES)
     need("onnx", "onnx", "onnxscript", "onnxruntime")
     with export_folder(merged, out, "onnx", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
         folder, graph = unfinished.path, load_graph(merged)

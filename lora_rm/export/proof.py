@@ -68,6 +68,18 @@ def need(target: str, *packages: str) -> None:
         )
 
 
+def checked_dtype(target: str, dtype: str, known: Sequence[str]) -> str:
+    """A type that a target can write, by its own name whatever its case.
+
+    Raises:
+        ConfigError: If it cannot write that type.
+    """
+    names = {name.lower(): name for name in known}
+    if dtype.lower() not in names:
+        raise ConfigError(f"--dtype is {dtype!r}; --to {target} can write {', '.join(known)}.")
+    return names[dtype.lower()]
+
+
 def read_parity(merged: Path) -> dict[str, Any]:
     """The expected rewards of a merged model.
 

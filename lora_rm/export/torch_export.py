@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from lora_rm.console import say
-from lora_rm.errors import ConfigError
 from lora_rm.export.graph import RewardGraph, batches, load_graph, noise_floor, trace
 from lora_rm.export.proof import (
+    checked_dtype,
     copy_tokenizer,
     export_folder,
     prove,
@@ -42,8 +42,7 @@ def export_torch_export(
         MergeError: If the model was not verified, `out` exists, the model cannot be traced, or the file gives
             other rewards.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}; --to torch-export can write {', '.join(DTYPES)}.")
+    dtype = checked_dtype("torch-export", dtype, DTYPES)
     with export_folder(merged, out, "torch-export", overwrite=overwrite, dtype=dtype) as (unfinished, parity):
         folder, graph = unfinished.path, load_graph(merged)
         noise = noise_floor(graph, parity)
