@@ -227,26 +227,16 @@ def plain_attention(config: Any) -> str | None:
     return "eager" if softcapped else None
 
 
-def load_classifier(
-    base: BaseModel,
-    quantization: Quantization,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    chat: ChatTokenizer,
-    device_map: dict[str, Any] | None = None,
-) -> Any:
-    """The classifier of a base with its weights, quantised on the way in; its head is float32.
+def loadable_config(base: BaseModel, quantization: Quantization, chat: ChatTokenizer) -> Any:
+    """The configuration to load a base with; whatever can be wrong with the base is looked for first.
 
     Args:
         base: Where the weights lie.
-        quantization: How they are stored.
-        device: Where to, if `device_map` names no places.
-        compute_dtype: Of the products with quantised weights.
+        quantization: How they are to be stored.
         chat: Its padding token becomes the model's.
-        device_map: Of transformers.
 
     Raises:
-        ModelError: If transformers has no such classifier, or the head is not what it must be.
+        ModelError: If transformers has no such classifier, or the head or the padding token cannot be used.
     """
     config = read_config(base)
     if is_stored_in_4_bit(config) and quantization.kind != "nf4":
@@ -264,13 +254,35 @@ def load_classifier(
             "both, or take the token out of the tokenizer's files."
         )
     config.get_text_config().pad_token_id = chat.pad_id
+    return config
+
+
+def load_classifier(
+    base: BaseModel,
+    config: Any,
+    quantization: Quantization,
+    compute_dtype: torch.dtype,
+    device_map: dict[str, Any],
+) -> Any:
+    """The classifier of a base with its weights, quantised on the way in; its head is float32.
+
+    Args:
+        base: Where the weights lie.
+        config: Of `loadable_config`.
+        quantization: How they are stored.
+        compute_dtype: Of the products with quantised weights.
+        device_map: Of transformers: what goes where.
+
+    Raises:
+        ModelError: If the head is not what it must be.
+    """
     with quiet("transformers"), quantized_alike():
         model = AutoModelForSequenceClassification.from_pretrained(
             base.path,
             config=config,
             dtype=quantization.load_dtype,
             quantization_config=quantization.config(compute_dtype),
-            device_map=device_map or {"": device},
+            device_map=device_map,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=plain_attention(config),

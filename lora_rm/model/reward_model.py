@@ -46,6 +46,7 @@ from lora_rm.model.checkpointing import Mode, set_checkpointing
 from lora_rm.model.classifier import (
     check_length,
     load_classifier,
+    loadable_config,
     make_trainable,
     quiet,
     stored_head,
@@ -157,9 +158,10 @@ class RewardModel(nn.Module):
         quantization = wanted_quantization(settings)
         device = pick_device(settings.device)
         compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
-        load = partial(load_classifier, found, quantization, device, compute_dtype, chat)
+        config = loadable_config(found, quantization, chat)
+        load = partial(load_classifier, found, config, quantization, compute_dtype)
         shell = Shell(load, device) if sharded else None
-        model = shell.model if shell else load()
+        model = shell.model if shell else load({"": device})
         generator = torch.Generator().manual_seed(seed)
         head = model.score.weight
         earlier = stored_head(found)
@@ -225,7 +227,8 @@ class RewardModel(nn.Module):
         target = pick_device(device)
         dtype = pick_compute_dtype(compute_dtype, target)
         chat = ChatTokenizer.load(folder)
-        model = load_classifier(found, quantization, target, dtype, chat)
+        config = loadable_config(found, quantization, chat)
+        model = load_classifier(found, config, quantization, dtype, {"": target})
         head = read_head(folder)
         if head.shape != model.score.weight.shape:
             raise ModelError(
@@ -233,11 +236,11 @@ class RewardModel(nn.Module):
                 f"{list(model.score.weight.shape)}. The adapter belongs to another base."
             )
         check_codes(model, record, folder, found)
-        config = read_adapter_config(folder)
+        lora = read_adapter_config(folder)
         try:
             with quiet("peft"):
                 peft_model = PeftModel.from_pretrained(
-                    model, str(folder), is_trainable=False, config=config, torch_device=str(target)
+                    model, str(folder), is_trainable=False, config=lora, torch_device=str(target)
                 )
         except torch.OutOfMemoryError:
             raise
@@ -279,7 +282,8 @@ class RewardModel(nn.Module):
             dtype = stored if target.type == "cuda" and stored == torch.float16 else torch.float32
         load_dtype = stored if dtype == torch.float32 else dtype
         quantization = Quantization(kind="none", double=False, load_dtype=load_dtype)
-        model = load_classifier(base, quantization, target, dtype, chat)
+        config = loadable_config(base, quantization, chat)
+        model = load_classifier(base, config, quantization, dtype, {"": target})
         model.requires_grad_(False)
         keep_stored(model)
         for module in model.modules():  # Gemma's, which transformers makes in the type of the weights
