@@ -61,6 +61,31 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), module
 
 
+def start_matrices(model: PeftModel, settings: AdapterSettings, base: BaseModel) -> "ChangedBase | None":
+    """Gives a new adapter the start of `adapter.init`, where PEFT gives none or not an exact one.
+
+    Args:
+        model: With the adapter in it.
+        settings: Of the adapter.
+        base: Below it.
+
+    Returns:
+        What the start took out of the base, if anything.
+
+    Raises:
+        ModelError: If the base's weights are not those that this start takes.
+    """
+    if settings.init in ("olora", "loftq"):
+        check_stored_by_rows(model, settings.init)
+    if settings.use_dora:
+        start_magnitudes(model)
+    if settings.init == "orthogonal":
+        start_orthogonal(model)
+    elif settings.init == "loftq":
+        start_from_residual(model, base)
+    return ChangedBase(model) if settings.init in ("pissa", "olora") else None
+
+
 def check_stored_by_rows(model: PeftModel, init: str) -> None:
     """Raises if an adapted layer stores its weight as (in, out), which olora and loftq do not take.
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_rm.config import AdapterSettings, ModelSettings
-from lora_rm.console import console
+from lora_rm.console import console, say
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
 from lora_rm.model.adapter import lora_config, lora_layers
@@ -62,6 +62,26 @@ def stored_head(base: BaseModel) -> torch.Tensor | None:
                 "with a new one. Store it as score.weight, shape [1, hidden], or take it out if it is not wanted."
             )
     return None
+
+
+def start_head(head: torch.Tensor, base: BaseModel, init: str, seed: int) -> None:
+    """Gives a head the values that training starts from: those of a base that is a reward model already, or `model.head_init`.
+
+    Args:
+        head: (1, H) float32.
+        base: Whose head it is.
+        init: zero or normal.
+        seed: Of the random values.
+    """
+    stored = stored_head(base)
+    if stored is not None:
+        say(f"{base.name} is a reward model already: training goes on from its score head.")
+        head.data.copy_(stored)
+    elif init == "zero":
+        nn.init.zeros_(head)
+    else:  # Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1
+        generator = torch.Generator().manual_seed(seed)
+        head.data.copy_(torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5)
 
 
 def read_config(base: BaseModel) -> Any:

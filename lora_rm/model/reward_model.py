@@ -35,11 +35,8 @@ from lora_rm.model import tree_attention
 from lora_rm.model.adapted_linear import join_products
 from lora_rm.model.adapter import (
     ChangedBase,
-    check_stored_by_rows,
     start_from_activations,
-    start_from_residual,
-    start_magnitudes,
-    start_orthogonal,
+    start_matrices,
 )
 from lora_rm.model.base import BaseModel, find_base, read_auto_config, read_json
 from lora_rm.model.checkpointing import Mode, set_checkpointing
@@ -49,6 +46,7 @@ from lora_rm.model.classifier import (
     loadable_config,
     make_trainable,
     quiet,
+    start_head,
     stored_head,
     wanted_quantization,
 )
@@ -159,43 +157,25 @@ class RewardModel(nn.Module):
         device = pick_device(settings.device)
         compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
         config = loadable_config(found, quantization, chat)
+        if adapter is not None and quantization.kind != "none" and is_merged(found.path):
+            raise ModelError(
+                f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose what was trained (in "
+                "nf4 rewards moved by 163 % of their spread in one measurement). To train on, give the run's own model.base and "
+                "adapter.start_from RUN; or set model.quantization none."
+            )
         load = partial(load_classifier, found, config, quantization, compute_dtype)
         shell = Shell(load, device) if sharded else None
         model = shell.model if shell else load({"": device})
-        generator = torch.Generator().manual_seed(seed)
-        head = model.score.weight
-        earlier = stored_head(found)
-        if earlier is not None:
-            if adapter is not None and quantization.kind != "none" and is_merged(found.path):
-                raise ModelError(
-                    f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose what was trained (in "
-                    "nf4 rewards moved by 163 % of their spread in one measurement). To train on, give the run's own model.base and "
-                    "adapter.start_from RUN; or set model.quantization none."
-                )
-            say(f"{found.name} is a reward model already: training goes on from its score head.")
-            head.data.copy_(earlier)
-        elif settings.head_init == "zero":
-            nn.init.zeros_(head)
-        else:  # Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1
-            values = torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5
-            head.data.copy_(values)
+        start_head(model.score.weight, found, settings.head_init, seed)
         changed_base = None
-        if adapter is not None:
+        if adapter is None:
+            model = make_trainable(model, None)
+        else:
             torch.manual_seed(seed)
-        model = make_trainable(model, adapter)
-        if adapter is not None:
-            if adapter.init in ("olora", "loftq"):
-                check_stored_by_rows(model, adapter.init)
-            if adapter.use_dora:
-                start_magnitudes(model)
-            if adapter.init == "orthogonal":
-                start_orthogonal(model)
-            elif adapter.init == "loftq":
-                start_from_residual(model, found)
-            elif adapter.init in ("pissa", "olora"):
-                changed_base = ChangedBase(model)
-        if adapter is not None and adapter.start_from is not None:
-            start_from_saved(model, Path(adapter.start_from), found, quantization)
+            model = make_trainable(model, adapter)
+            changed_base = start_matrices(model, adapter, found)
+            if adapter.start_from is not None:
+                start_from_saved(model, Path(adapter.start_from), found, quantization)
         if shell:
             shell.fill(torch.float32 if compute_dtype == torch.float32 else quantization.load_dtype)
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
