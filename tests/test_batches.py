@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_rm.data.batches import Tree, build_batch, microbatches, num_tokens, training_order
+from lora_rm.data.batches import Tree, build_batch, microbatches, num_tokens, pad_rows, training_order
 from lora_rm.data.tokens import TokenTree
 
 EXAMPLE = [TokenTree([11, 12, 13], ([21, 22], [31])), TokenTree([11, 41], ([51, 52],), kind="rating")]
@@ -51,6 +51,18 @@ def test_shared_the_worked_example_of_the_docstring():
     assert batch.plan.lengths == [5, 1, 3]
     assert batch.attention_mask is None
     assert batch.preferences == tuple(EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("how", "ids", "mask"),
+    [
+        ({"pad": 0}, [[5, 0, 0], [6, 7, 8]], [[1, 0, 0], [1, 1, 1]]),
+        ({"pad": 0, "left": 1.0}, [[0, 0, 5], [6, 7, 8]], [[0, 0, 1], [1, 1, 1]]),
+        ({"pad": None, "left": 0.5, "more": 2}, [[5, 5, 5, 5, 5], [6, 6, 7, 8, 6]], [[0, 0, 1, 0, 0], [0, 1, 1, 1, 0]]),
+    ],
+)  # fmt: skip
+def test_rows_are_padded_on_either_side_or_both(how, ids, mask):
+    assert pad_rows([[5], [6, 7, 8]], **how) == (ids, mask)
 
 
 def test_the_longest_answer_sees_what_all_conversations_begin_with():

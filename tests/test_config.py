@@ -15,6 +15,7 @@ from lora_rm.config import (
     Settings,
     check_settings,
     dump_settings,
+    flat,
     help_text,
     load_settings,
     save_settings,
@@ -307,6 +308,16 @@ def test_saved_settings_load_again_to_equal_settings(
     save_settings(written, file)
     assert load_settings(file) == written
     assert file.read_text(encoding="utf-8") == dump_settings(written)
+
+
+def test_flat_names_every_setting_once_in_the_order_of_the_file():
+    values = flat(
+        check_settings({"adapter": {"rank_pattern": {"q_proj": 8}}, "train": {"trackers": ["wandb"]}})
+    )
+    assert list(values)[:4] == ["output_dir", "seed", "overwrite", "model.base"]
+    assert (values["adapter.rank_pattern"], values["train.trackers"]) == ({"q_proj": 8}, ("wandb",))
+    sections = [value for value in vars(Settings()).values() if dataclasses.is_dataclass(value)]
+    assert len(values) == 3 + sum(len(vars(section)) for section in sections)
 
 
 def test_settings_of_a_recipe_come_from_its_preset_and_flags(tmp_path, capsys):
