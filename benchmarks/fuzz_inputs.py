@@ -47,7 +47,7 @@ OUTCOMES = ("run", "refused", "exception", "hang", "memory", "crash", "bare refu
 REMEDY = re.compile(
     r"\b(allowed|Allowed|Give|give|Check|check|Fetch|Mend|Use|Remove|Choose|Write|Save|Set|Convert|convert|Correct|Add|add|Did you "
     r"mean|remove|rename|fill|keep|Keep|Find|Name|choose|save|Text must|swap|Only UTF-8|Install|Copy|"
-    r"Flatten|Change|Leave|split the row|lists every|Run `)"
+    r"Flatten|Change|Leave|split the row|lists every|Make|Read it with|Run `)"
 )
 """Words that tell what to do, or what would do."""
 
@@ -479,7 +479,7 @@ def _preset(bench: Bench, drawn: bytes) -> tuple[Callable[[], str | None], str]:
         bench.file("again.yaml", dump_settings(found).encode())
         return None if load_settings(bench.folder / "again.yaml") == found else "saved settings differ"
 
-    return act, "preset.yaml"
+    return act, ""
 
 
 def _flags(_: Bench, drawn: list[str]) -> tuple[Callable[[], str | None], str]:

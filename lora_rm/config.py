@@ -582,7 +582,7 @@ def _merge_flags(values: dict[str, Any], flags: Sequence[str]) -> list[str]:
         word = words.pop(0)
         if not word.startswith("--"):
             mistakes.append(
-                f"{word!r} stands where a flag was expected. Flags look like --train.learning-rate 1e-5."
+                f"{word!r} stands where a flag was expected. Write flags like --train.learning-rate 1e-5."
             )
             continue
         name, has_value, inline = word[2:].partition("=")

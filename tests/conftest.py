@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -286,15 +287,45 @@ def data_of(trees):
     return Data(Side([], trees), Side([], trees[:4]))
 
 
-def launched(settings, folder, count: int, *words: str, program=("-m", "lora_rm.cli", "train")):
-    """Trains in so many processes, the way a user starts them."""
+def launched(
+    settings, folder, count: int, *words: str, program=("-m", "lora_rm.cli", "train"), launcher="torchrun"
+):
+    """Trains in so many processes, the way a user starts them; what the first machine's launcher gave."""
     preset = folder / f"{count}.yaml"
     save_settings(settings, preset)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.run(
-        [*command, *program, str(preset), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run"]
+    commands = [[*torchrun, "--standalone", f"--nproc-per-node={count}"]]
+    if launcher == "accelerate":
+        commands = [
+            ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={count}", "--num_machines=1"]
+        ]
+    elif launcher == "torchrun on two machines":
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = f"localhost:{free.getsockname()[1]}"
+        nodes = [
+            "--nnodes=2",
+            f"--nproc-per-node={count // 2}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={place}",
+        ]
+        commands = [[*torchrun, *nodes, f"--node-rank={node}"] for node in (0, 1)]
+    how = {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+    started = [
+        subprocess.Popen([sys.executable, *command, *program, str(preset), *words], text=True, **how)
+        for command in commands
+    ]
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert {process.returncode for process in started[1:]} <= {0}, said[1:]
+    return subprocess.CompletedProcess(commands[0], started[0].returncode, *said[0])
 
 
 def numbers(folder):

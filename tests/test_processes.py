@@ -32,14 +32,17 @@ def tokens_of_steps(settings: Settings, num_processes: int, monkeypatch) -> list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "sharding"), [(2, "none"), (4, "none"), (4, "full")])
-def test_several_processes_train_what_one_does(settings, tmp_path, monkeypatch, count, sharding):
+@pytest.mark.parametrize(
+    ("count", "sharding", "launcher"),
+    [(2, "none", "accelerate"), (4, "none", "torchrun on two machines"), (4, "full", "torchrun")],
+)
+def test_several_processes_train_what_one_does(settings, tmp_path, monkeypatch, count, sharding, launcher):
     """Unequal trees, 21 evaluation prompts over the processes, three steps and an evaluation after each."""
     more = {"max_steps": 3, "eval_every_steps": 1, "tokens_per_microbatch": 400, "log_every_steps": 1}
     alone = with_values(settings, tmp_path / "alone", **more)
     together = with_values(settings, tmp_path / "together", **more, sharding=sharding)
     train_run(alone)
-    done = launched(together, tmp_path, count)
+    done = launched(together, tmp_path, count, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step 1/3") == 1  # only the first process prints
     one, one_evaluations = numbers(tmp_path / "alone")

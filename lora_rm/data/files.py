@@ -367,7 +367,7 @@ def _json_rows(source: str, path: Path) -> Iterator[Row | BadRow]:
     except (ValueError, RecursionError) as error:
         hint = "A file with one object a line is named .jsonl." if "Extra data" in str(error) else ""
         raise DataError(
-            f"{source}: broken JSON ({error}). A .json file is one list of rows. {hint}"
+            f"{source}: broken JSON ({error}). Mend it: a .json file is one list of rows. {hint}"
         ) from error
     if isinstance(value, dict):
         value = value.get("data")

@@ -593,7 +593,10 @@ def read_template(path: str) -> str:
         if file.exists() and not file.is_file():
             raise OSError("it is no file")
         with file.open(encoding="utf-8") as stream:
-            return stream.read(2**20)  # the longest template so far has 20,000 characters
+            text = stream.read(2**20)  # the longest template so far has 20,000 characters
+        if not text:
+            raise ValueError("it is empty")
+        return text
     except (OSError, ValueError) as error:
         raise ModelError(
             f"data.chat_template is {path}, which cannot be read ({error}). Allowed: tokenizer, plain, or a .jinja file."

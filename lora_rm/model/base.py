@@ -87,7 +87,7 @@ def find_base(name: str, revision: str | None = None) -> BaseModel:
         return BaseModel(name=name, path=_converted(_builtin_gguf()))
     if name.startswith("builtin:"):
         raise ModelError(
-            f"model.base is {name}. The only built-in model is {BUILTIN}; use that, or another base."
+            f"model.base is {name}. The only built-in model is {BUILTIN}. Use that, or another base."
         )
     path = _path(name)
     if path.suffix == ".gguf":
