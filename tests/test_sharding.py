@@ -20,6 +20,7 @@ from lora_rm.data.batches import Batching, microbatches, num_passes, share_of_ro
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import tokenize
 from lora_rm.losses import preference_losses
+from lora_rm.model import quantization
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.memory import LiveBytes
@@ -153,16 +154,17 @@ def compare(
 def main(base: str, out: str) -> None:
     """What every process runs: each case whole and sharded, one after another."""
     processes.join("cpu")
+    quantization.PIECE = 1024  # small beside a layer, as it is beside those of real models
     found = {}
-    for (quantization, dtype), ways in CASES.items():
+    for (kind, dtype), ways in CASES.items():
         models = []
         for flag in (False, True):
             with RealBytes() as loading:
-                models.append(build(base, quantization, dtype, sharded=flag))
+                models.append(build(base, kind, dtype, sharded=flag))
         trees = tokenize(checkable_preferences(15, 2)[0], models[0].chat, max_length=512)[0]
         for mode, batching in ways:
             case = compare(*models, trees, mode, batching)
-            found[f"{quantization} {dtype} {mode} {batching}"] = {
+            found[f"{kind} {dtype} {mode} {batching}"] = {
                 **case,
                 "loading": loading.peak - loading.now,
             }
