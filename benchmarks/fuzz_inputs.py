@@ -47,7 +47,7 @@ OUTCOMES = ("run", "refused", "exception", "hang", "memory", "crash", "bare refu
 REMEDY = re.compile(
     r"\b(allowed|Allowed|Give|give|Check|check|Fetch|Mend|Use|Remove|Choose|Write|Save|Set|Convert|convert|Correct|Add|add|Did you "
     r"mean|remove|rename|fill|keep|Keep|Find|Name|choose|save|Text must|swap|Only UTF-8|Install|Copy|"
-    r"Flatten|Change|Leave|split the row|lists every|Make|Read it with|Run `)"
+    r"Flatten|Change|Leave|split the row|lists every|Make|Read it with|correct it|Run `)"
 )
 """Words that tell what to do, or what would do."""
 

@@ -297,7 +297,13 @@ def launched(
     commands = [[*torchrun, "--standalone", f"--nproc-per-node={count}"]]
     if launcher == "accelerate":
         commands = [
-            ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={count}", "--num_machines=1"]
+            [
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                f"--num_processes={count}",
+                "--num_machines=1",
+            ]
         ]
     elif launcher == "torchrun on two machines":
         with socket.socket() as free:
