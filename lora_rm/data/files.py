@@ -285,7 +285,7 @@ def _blocks(source: str, path: Path) -> Iterator[bytes]:
         if size > MAX_ROW_BYTES:
             raise DataError(
                 f"{source} line {number + 1}: is longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is. "
-                "Each line holds one row; see what wrote the file."
+                "Write one row a line, and see what wrote the file."
             )
         if end:
             number += block.count(b"\n")
