@@ -108,6 +108,18 @@ def test_the_codes_rebuilt_from_the_checkpoint_are_those_of_the_model(base):
         assert not torch.equal(halves.float(), values.float())  # so the load type must be remembered
 
 
+@pytest.mark.parametrize(("kind", "name"), [("nf4", "_quantize_weight"), ("int8", "_quantize_8bit")])
+def test_every_layer_is_quantised_alike_on_every_device(base, monkeypatch, kind, name):
+    """On a CPU the codes would not tell: bitsandbytes' own are the same there."""
+    from lora_rm.model import quantization
+
+    real, seen = getattr(quantization, name), []
+    monkeypatch.setattr(
+        quantization, name, lambda weight, **more: seen.append(weight.shape) or real(weight, **more)
+    )
+    assert len(quantized_layers(make_model(base, quantization=kind))) == len(seen) == 21
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_products_of_every_type_use_the_same_weights(base, dtype):
     """bitsandbytes' own products do not; see ExactLinear4bit."""
