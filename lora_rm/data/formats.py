@@ -310,13 +310,11 @@ def _is_texts(value: Any) -> bool:
 def _two_lists(row: Fields) -> dict[str, Any]:
     """Every chosen text is better than every rejected one."""
     answers: list[Messages] = []
-    scores: list[float] = []
-    for name, score in (("chosen", 1.0), ("rejected", 0.0)):
+    ranks: list[float] = []
+    for name, rank in (("chosen", -1.0), ("rejected", 0.0)):  # as scores 1 and 0
         answers += [read_answer(text, f"{name}[{index}]") for index, text in enumerate(row[name])]
-        scores += [score] * len(row[name])
-    if len(answers) == 2:
-        return _pair(row, read_prompt(row, "prompt"), tuple(answers), 1.0, 0.0)  # by how much is not said
-    return _scored(row, read_prompt(row, "prompt"), tuple(answers), scores)
+        ranks += [rank] * len(row[name])
+    return _ranked(row, read_prompt(row, "prompt"), tuple(answers), ranks)
 
 
 def _from_swift(row: Fields) -> Fields:
