@@ -46,10 +46,11 @@ from lora_rm.errors import first_line
 from lora_rm.evaluate import without_nan
 from lora_rm.model.adapted_linear import AdaptedLinear4bit
 from lora_rm.model.checkpointing import MODES, Mode
+from lora_rm.model.device import is_out_of_memory
 from lora_rm.model.memory import empty_model, fill
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import GIB, Plan, calibrate, plan
-from lora_rm.train import build_optimizer, is_out_of_memory
+from lora_rm.train import build_optimizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama3.2-3b": {

@@ -48,6 +48,7 @@ from lora_rm.errors import ConfigError, Interrupted, ModelError, first_line
 from lora_rm.evaluate import evaluate
 from lora_rm.losses import preference_losses
 from lora_rm.metrics import MetricsLog, StepSums, memory_gib, sum_steps
+from lora_rm.model.device import is_out_of_memory
 from lora_rm.model.reward_model import RewardModel
 
 
@@ -407,12 +408,6 @@ def _gradients(
     if on_gpu:
         torch.cuda.empty_cache()
     return None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's allocator, or what CUDA's libraries allocate themselves, found too little memory."""
-    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _loss_scale(model: RewardModel) -> torch.amp.GradScaler:

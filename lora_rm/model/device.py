@@ -88,3 +88,9 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_bf16 else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch's allocator, or what CUDA's libraries allocate themselves, found too little memory."""
+    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -50,7 +50,7 @@ from lora_rm.model.classifier import (
     stored_head,
     wanted_quantization,
 )
-from lora_rm.model.device import pick_compute_dtype, pick_device
+from lora_rm.model.device import is_out_of_memory, pick_compute_dtype, pick_device
 from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import (
     DTYPES,
@@ -222,9 +222,9 @@ class RewardModel(nn.Module):
                 peft_model = PeftModel.from_pretrained(
                     model, str(folder), is_trainable=False, config=lora, torch_device=str(target)
                 )
-        except torch.OutOfMemoryError:
-            raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelError(
                 f"{folder}: its matrices do not fit adapter_config.json or the base {found.name} ({first_line(error)}). Copy the folder "
                 "again."
@@ -374,10 +374,8 @@ class RewardModel(nn.Module):
         """
         self.eval()
         groups = microbatches(trees, tokens_per_microbatch, self.batching)
-        longest, rank = (
-            max(num_tokens(group, self.batching) for group in groups),
-            self.model.peft_config["default"].r,
-        )
+        longest = max(num_tokens(group, self.batching) for group in groups)
+        rank = self.model.peft_config["default"].r
         if longest < rank:
             raise ModelError(
                 f"adapter.init eva finds {rank} directions in rows of at least {rank} tokens, and the longest here has {longest}. Give "
@@ -510,9 +508,9 @@ class RewardModel(nn.Module):
         try:
             with torch.no_grad():
                 rewards = self.eval().rewards(batch).cpu()
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             self.forget_pass()
             return first_line(error, 120)
         text, calls = self.classifier.config.get_text_config(), batch.plan.calls
