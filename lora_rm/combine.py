@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -86,7 +87,7 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
     ranks = {name: sum(len(matrix) for matrix in a) for name, (a, _) in stacked.items()}
     partial = folder.with_name(f".{folder.name}.partial")
     with storing(folder):
-        _write_combined(partial, adapters, weights, tensors, ranks)
+        _write_combined(partial, adapters[0], records, weights, tensors, ranks)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -94,7 +95,8 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
 
 def _write_combined(
     folder: Path,
-    adapters: Sequence[Path],
+    first: Path,
+    records: Sequence[dict[str, Any]],
     weights: Sequence[float],
     tensors: dict[str, torch.Tensor],
     ranks: dict[str, int],
@@ -103,12 +105,12 @@ def _write_combined(
     rank = max(ranks.values())
     others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(adapters[0], folder)
+    shutil.copytree(first, folder)
     (folder / RECORD).unlink()
     (folder / "adapter_config.json").unlink()
     LoraConfig(
         task_type="SEQ_CLS",
-        base_model_name_or_path=read_adapter_config(adapters[0]).base_model_name_or_path,
+        base_model_name_or_path=read_adapter_config(first).base_model_name_or_path,
         r=rank,
         lora_alpha=rank,  # the scales are in B
         rank_pattern=others,
@@ -118,12 +120,11 @@ def _write_combined(
     ).save_pretrained(str(folder))
     save_tensors(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)
-    record = read_record(adapters[0])
-    record |= {
-        "canaries": [{**canary, "reward": None} for canary in record["canaries"]],
+    combined = {
+        "canaries": [{**canary, "reward": None} for canary in records[0]["canaries"]],
         "combined": [
-            {"adapter_sha256": read_record(adapter)["files"][WEIGHTS], "weight": weight}
-            for adapter, weight in zip(adapters, weights, strict=True)
+            {"adapter_sha256": record["files"][WEIGHTS], "weight": weight}
+            for record, weight in zip(records, weights, strict=True)
         ],
     }
-    write_record(folder, record)
+    write_record(folder, records[0] | combined)

@@ -44,7 +44,7 @@ from lora_rm.model.base import (
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, longest_conversation, read_config
 from lora_rm.model.quantization import code_hashes
-from lora_rm.model.record import HELD_OUT, MERGE_RECORD, RECORD, check_files, move_base, read_record
+from lora_rm.model.record import MERGE_RECORD, RECORD, check_files, move_base, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
@@ -312,7 +312,7 @@ def read_held_out(run: RunFolder) -> list[dict[str, Any]]:
     """
     answers: list[dict[str, Any]] = run.read_json("held_out.json") or []
     if answers:
-        check_shape(run.path / "held_out.json", answers, HELD_OUT)
+        check_shape(run.path / "held_out.json", answers, [{"ids": [int], "prompt": int}])
     return answers
 
 

@@ -27,9 +27,6 @@ SHAPE = {
 }
 """What is read of the record."""
 
-HELD_OUT = [{"ids": [int], "prompt": int}]
-"""What a run's held_out.json holds."""
-
 CANARIES = [{"ids": [int], "prompt": int, "reward": float | int}]
 """Of these answers the adapter gave these rewards."""
 
@@ -221,7 +218,9 @@ def check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseMode
         ModelError: If they differ.
     """
     expected: dict[str, str] = record["quantization"]["codes"]
-    found = code_hashes(model) if expected else {}
+    if not expected:
+        return
+    found = code_hashes(model)
     changed = [name for name, value in expected.items() if found.get(name) != value]
     if changed:
         raise ModelError(

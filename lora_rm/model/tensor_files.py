@@ -247,8 +247,5 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Writes a small file; a full disk is an `OSError`, as for any other file."""
-    try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{file}: {error}") from None
+    """Writes a small file; a full disk is a `SafetensorError`, which `storing` tells as any other."""
+    save_file(dict(tensors), file, metadata={"format": "pt"})
