@@ -296,35 +296,22 @@ def launched(
     torchrun = ["-m", "torch.distributed.run"]
     commands = [[*torchrun, "--standalone", f"--nproc-per-node={count}"]]
     if launcher == "accelerate":
-        commands = [
-            [
-                "-m",
-                "accelerate.commands.launch",
-                "--multi_gpu",
-                f"--num_processes={count}",
-                "--num_machines=1",
-            ]
-        ]
+        accelerate = "-m accelerate.commands.launch --multi_gpu --num_machines=1"
+        commands = [[*accelerate.split(), f"--num_processes={count}"]]
     elif launcher == "torchrun on two machines":
         with socket.socket() as free:
             free.bind(("localhost", 0))
             place = f"localhost:{free.getsockname()[1]}"
-        nodes = [
-            "--nnodes=2",
-            f"--nproc-per-node={count // 2}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={place}",
-        ]
-        commands = [[*torchrun, *nodes, f"--node-rank={node}"] for node in (0, 1)]
-    how = {
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
+        nodes = f"--nnodes=2 --nproc-per-node={count // 2} --rdzv-backend=c10d --rdzv-endpoint={place}"
+        commands = [[*torchrun, *nodes.split(), f"--node-rank={node}"] for node in (0, 1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([sys.executable, *command, *program, str(preset), *words], text=True, **how)
+        subprocess.Popen(
+            [sys.executable, *command, *program, str(preset), *words],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
         for command in commands
-    ]
+    ]  # fmt: skip
     try:
         said = [process.communicate(timeout=300) for process in started]
     finally:

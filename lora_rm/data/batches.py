@@ -71,9 +71,8 @@ class TreePlan:
     def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TreePlan":
         """The same plan with its indices moved, to another device for instance."""
         indices = {name: move(tensor) for name, tensor in self.indices.items()}
-        return replace(
-            self, ends=move(self.ends), indices=indices, masks={}
-        )  # which are made where they are used
+        # masks are made where they are used, and go with the plan that needed them
+        return replace(self, ends=move(self.ends), indices=indices, masks={})
 
     def with_core(self, core: Core) -> "TreePlan":
         """The same plan for another core, with what that core looks up.

@@ -191,9 +191,8 @@ def _quantize_weight(
     """What `bitsandbytes.functional.quantize_4bit` gives for the settings of `Quantization.config`."""
     assert settings == {"blocksize": 64, "quant_type": "nf4", "quant_storage": torch.uint8}, settings
     flat = weight.reshape(-1)
-    size = (
-        PIECE if weight.device.type == "cpu" else 2**24
-    )  # a GPU makes three numbers of 4 bytes of each value
+    # a GPU makes three numbers of 4 bytes of each value
+    size = PIECE if weight.device.type == "cpu" else 2**24
     parts = [quantize_4bit(flat[start : start + size]) for start in range(0, len(flat), size)]
     packed, constants = (torch.cat(part) for part in zip(*parts, strict=True))
     state = bnb_functional.QuantState(
