@@ -70,7 +70,7 @@ SHAPES = [
 ]
 """Family, quantisation, type of products, and what its config needs.
 
-Fewer layers in bfloat16: a CPU without units for it multiplies at a fiftieth of its speed.
+Fewer layers, and a third of the tokens, in bfloat16: a CPU without units for it multiplies at a fiftieth of its speed.
 """
 
 
@@ -126,7 +126,8 @@ def real_peak(base, settings):
         optimizer.step()
         return tokens
 
-    trees = [TokenTree(some(342), (some(170), some(170))) for _ in range(3)]
+    count = 1 if settings.model.compute_dtype == "bfloat16" else 3
+    trees = [TokenTree(some(342), (some(170), some(170))) for _ in range(count)]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its moments
@@ -165,8 +166,11 @@ def test_the_planned_peak_is_that_of_a_real_step(
 
 
 @pytest.mark.parametrize(("compute", "vocabulary"), [("bfloat16", 400), ("bfloat16", 3000), ("float32", 400)])
-def test_the_planned_peak_of_float32_checks_is_that_of_scoring(tmp_path, compute, vocabulary, show):
+def test_the_planned_peak_of_float32_checks_is_that_of_scoring(
+    tmp_path, monkeypatch, compute, vocabulary, show
+):
     """Where embeddings become float32, or the largest layer is dequantised, whichever is more."""
+    monkeypatch.setattr(plan_module, "MODES", MODES[-1:])  # what is kept for a backward pass counts nothing
     base = make_base(tmp_path / "llama", "llama", **WIDE, vocab_size=vocabulary)
     settings = settings_for(base, compute=compute)
     model = RewardModel.load(
