@@ -445,26 +445,30 @@ def show(capsys):
     return print_line
 
 
+def score_here(what, program, request, device="auto"):
+    """What `score_in_fresh_process` gives, without its 5 s of imports."""
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        file, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        file.write_text(json.dumps(request), encoding="utf-8")
+        patch.setattr(sys, "argv", ["-c", str(file), str(answer)])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.chdir(scratch)
+        give_back_rotary()
+        exec(program, {"__name__": "__main__"})
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
 @pytest.fixture
 def scored_here(monkeypatch):
     """What a merge and an export for transformers score in fresh processes is scored in this one.
 
-    Gives the devices that were asked for. A fresh process imports for 5 s; that rewards do not depend on this one's
-    state, test_workflow.py shows.
+    Gives the devices that were asked for. That rewards do not depend on this one's state, test_workflow.py shows.
     """
     devices = []
 
     def score(what, program, request, device="auto"):
         devices.append(device)
-        with tempfile.TemporaryDirectory() as scratch, monkeypatch.context() as patch:
-            file, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-            file.write_text(json.dumps(request), encoding="utf-8")
-            patch.setattr(sys, "argv", ["-c", str(file), str(answer)])
-            patch.setattr(sys, "path", [*sys.path])
-            patch.chdir(scratch)
-            give_back_rotary()
-            exec(program, {"__name__": "__main__"})
-            return json.loads(answer.read_text(encoding="utf-8"))
+        return score_here(what, program, request)
 
     for module in (verify, huggingface):
         monkeypatch.setattr(module, "score_in_fresh_process", score)

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -476,7 +477,8 @@ def test_a_killed_export_goes_on_with_the_same_bytes(merged, tmp_path):
     program = tmp_path / "export.py"
     program.write_text(KILLED_EXPORT)
     words = [sys.executable, program, merged, tmp_path]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Going on with an interrupted export") == 4  # twice each
     for to in ("huggingface", "gguf"):
@@ -491,10 +493,11 @@ def test_a_killed_export_goes_on_with_the_same_bytes(merged, tmp_path):
 
 
 KILLED_EXPORT = """
-import json, os, signal, subprocess, sys
+import os, signal, sys
 from pathlib import Path
 import torch
-import lora_rm.export.gguf, lora_rm.export.huggingface
+from conftest import notes_of, score_here, written
+from lora_rm.export import gguf, huggingface
 from lora_rm.unfinished import UnfinishedFolder
 from lora_rm.workflow import export_run
 
@@ -511,28 +514,20 @@ def run(to, name, where=None):
         finish = UnfinishedFolder.finish
         if where == "file":
             UnfinishedFolder.finish = lambda self, *files: (finish(self, *files), die())
-        if where == "verification":
-            subprocess.run = die
+        for module in (gguf, huggingface):
+            module.score_in_fresh_process = die if where == "verification" else score_here
         export_run(merged, to=to, out=folder / f"{to}-{name}")
         sys.stdout.flush()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-def finished(to):
-    partial = folder / f".{to}-other.partial"
-    notes = json.loads((partial / "progress.json").read_text())
-    return {file: written(partial / file) for files in notes["finished"].values() for file in files}
-
-def written(file):
-    return file.stat().st_ino, file.stat().st_mtime_ns
-
 for to in ("huggingface", "gguf"):
     assert run(to, "whole") == 0
     assert run(to, "other", "file") == -9
-    first = finished(to)
+    first = notes_of(folder / f"{to}-other")
     assert len(first) == 1
     assert run(to, "other", "verification") == -9
-    most = finished(to)
+    most = notes_of(folder / f"{to}-other")
     assert first.items() <= most.items()
     assert run(to, "other") == 0
     for file, was in most.items():

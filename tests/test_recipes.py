@@ -73,8 +73,14 @@ def test_there_is_a_preset_for_every_family_that_is_promised():
     }
 
 
+def run_here(monkeypatch, file, *words):
+    """Runs a recipe in this process."""
+    monkeypatch.setattr(sys, "argv", [str(file), *map(str, words)])
+    runpy.run_path(str(file), run_name="__main__")
+
+
 @pytest.mark.slow
-def test_every_recipe_runs_on_a_tiny_model(base, tmp_path):
+def test_every_recipe_runs_on_a_tiny_model(base, tmp_path, monkeypatch, scored_here):
     folder, run = ROOT / "recipes", tmp_path / "run"
     words = ["--model.base", base, "--data.train", "builtin:checkable", "--output-dir", run, *TINY]
     preset = [folder / "presets/quickstart.yaml", "--adapter.layers-to-transform", "[]"]
@@ -93,18 +99,17 @@ def test_every_recipe_runs_on_a_tiny_model(base, tmp_path):
     before = [path.stat().st_mtime_ns for path in made]
     docs = (folder / "merge_adapter.py").read_text()
     (words,) = re.findall(r"merge_adapter.py runs/quickstart (.*)", docs)
-    done = recipe(folder / "merge_adapter.py", run, *words.split())
-    assert done.returncode == 0, done.stderr
+    run_here(monkeypatch, folder / "merge_adapter.py", run, *words.split())
+    assert len(scored_here) == 3
     assert (run / "export/huggingface/model.safetensors").is_file()
     assert all(path.stat().st_mtime_ns > time for path, time in zip(made, before, strict=True))
 
 
 @pytest.mark.parametrize("words", [["qlora_reward_model.py"], ["merge_adapter.py", "run"]], ids="".join)
 def test_a_copy_of_a_recipe_finds_all_that_it_imports(tmp_path, monkeypatch, capsys, words):
-    copy = str(shutil.copy(ROOT / "recipes" / words[0], tmp_path / "mine.py"))
-    monkeypatch.setattr(sys, "argv", [copy, *words[1:], "--help"])
+    copy = shutil.copy(ROOT / "recipes" / words[0], tmp_path / "mine.py")
     with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(copy, run_name="__main__")
+        run_here(monkeypatch, copy, *words[1:], "--help")
     assert "usage: mine.py [PRESET]" in capsys.readouterr().out
 
 
