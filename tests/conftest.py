@@ -85,6 +85,12 @@ FAMILIES = {
 """Families the tree attention is tested with, and what their tiny configs need."""
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that one process is not left alone with such a file at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @cache
 def trained_tokenizer() -> str:
     """The byte-level BPE of the tiny tokenizers, which adds a BOS, as JSON."""

@@ -139,6 +139,7 @@ def real_peak(base, settings):
     return live.peak, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "quantization", "compute", "more", "use_dora"),
     [(*shape, False) for shape in SHAPES] + [(*SHAPES[0], True), (*SHAPES[3], True)],
@@ -298,6 +299,7 @@ def test_a_card_that_is_not_here_is_not_taken_for_the_one_that_was_measured(fold
     monkeypatch.setattr(
         "lora_rm.plan.machine_here", lambda device: Machine(kind="cuda", context=9e9, slack=9.0)
     )
+    monkeypatch.setattr(plan_module, "MODES", MODES[-1:])
     assert plan(settings_for(folder), 8 * GIB, gpu=True).machine == UNMEASURED["cuda"]
 
 
