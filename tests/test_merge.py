@@ -26,7 +26,7 @@ from conftest import (
     saved,
     shake,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -606,8 +606,17 @@ def bases(tmp_path_factory):
     return cache(lambda family: make_base(folder / family, family))
 
 
+LARGE_START = (
+    "llama",
+    {"quantization": "none", "load_dtype": "float32"},
+    {"rank": 1, "alpha": 34.0, "target_modules": ("all-linear",), "init": "olora"},
+)
+"""A start that takes ten times the base's largest values out of it."""
+
+
 @settings(max_examples=25, deadline=None)
 @given(run=runs(), shaken=st.integers(0, 9))
+@example(run=LARGE_START, shaken=0)
 def test_any_adapter_that_settings_can_make_is_the_dense_merge_in_float64(
     bases, tmp_path_factory, run, shaken
 ):
@@ -622,7 +631,10 @@ def test_any_adapter_that_settings_can_make_is_the_dense_merge_in_float64(
     for name, tensor in expected.items():
         found = written[name].double()
         error = (found.T if family == "gpt2" else found) - tensor
-        assert float(error.abs().max()) < 1e-6 * max(1.0, float(tensor.abs().max())), name
+        below = model.classifier.get_submodule(name.removesuffix(".weight")).get_base_layer().weight
+        # PiSSA and OLoRA leave W - scale B0 A0 below, rounded to float32 at a size that can be many times W's
+        largest = max(float(x.abs().max()) for x in (tensor, below) if x.is_floating_point())
+        assert float(error.abs().max()) < 1e-6 * max(1.0, largest), name
     check_weights(Plan(adapter, MergeSettings(dtype="float32")), folder / "merged")
     shutil.rmtree(folder)
 
