@@ -149,13 +149,15 @@ def _varlen(
 ) -> torch.Tensor:
     """One flash-attention call in which every answer has its own numbers of queries and keys.
 
-    The last query of an answer stands at its last key (causal from the lower right). Rotary positions held in
-    float32 leave queries and keys in float32; the kernel wants them in the values' type.
+    The last query of an answer stands at its last key (causal from the lower right). The kernel takes 16 bits and one
+    type; autocast does not know it, and rotary positions held in float32 leave queries and keys in float32.
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    kind = value_1GTD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value_1GTD.dtype
     query_THD, key_TGD, value_TGD = (
-        x[0].transpose(0, 1).to(value_1GTD.dtype) for x in (query_1HTD, key_1GTD, value_1GTD)
+        x[0].transpose(0, 1).to(dtype) for x in (query_1HTD, key_1GTD, value_1GTD)
     )
     keys = how.plan.indices["keys"]
     most_queries, most_keys = how.plan.longest
