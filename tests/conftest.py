@@ -238,13 +238,14 @@ def separate(model, trees):
     rewards = []
     for tree in trees:
         for ids in tree.conversations():
-            hidden = model.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+            input_ids = torch.tensor([ids], device=model.device)
+            hidden = model.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
             rewards.append(hidden[0, -1].float() @ model.head[0])
     return torch.stack(rewards)
 
 
 def gradients(model, rewards):
-    weights = torch.linspace(-1.0, 2.0, len(rewards))
+    weights = torch.linspace(-1.0, 2.0, len(rewards), device=rewards.device)
     model.zero_grad()
     (rewards * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
