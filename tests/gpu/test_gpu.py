@@ -97,6 +97,24 @@ def test_gradients_in_nf4_equal_separate_conversations(tmp_path, mode):
         assert float((gradient - found[1][name]).abs().max() / gradient.abs().max()) < 1e-3, name
 
 
+@pytest.mark.parametrize("core", ["answers", "gathered", "varlen"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_a_pass_waits_for_the_device_nowhere(tmp_path, core, mode):
+    """What is read of a step is read once, after its forward pass."""
+    base = make_base(tmp_path / "llama", "llama")
+    model = make_model(base, device="cuda")
+    model.set_compute_dtype(torch.bfloat16)
+    model.set_checkpointing([mode] * len(model.layers))
+    model.set_core(core)
+    batch = model.batch(some_trees())
+    model.train().rewards(batch).sum().backward()  # masks and whatever else is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.rewards(batch).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_the_planned_peak_is_what_the_device_measures(tmp_path, mode, monkeypatch):
     monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path / "cache"))
