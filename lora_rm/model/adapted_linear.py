@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear8bitLt as LoraLinear8bit
 from torch import nn
 
 from lora_rm.model.elementwise import made_again
-from lora_rm.model.quantization import ExactLinear4bit, ExactLinear8bit, dense_weight
+from lora_rm.model.quantization import ExactLinear4bit, ExactLinear8bit, autocast_dtype, dense_weight
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -81,8 +81,7 @@ class Adapted:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc] # of PEFT's class
         base, source = self.get_base_layer(), made_again(x)
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+        dtype = autocast_dtype(x, a.dtype)
         rows, scale = x.flatten(0, -2).to(dtype), self.scaling["default"]
         y: torch.Tensor = _AdaptedProduct.apply(
             rows,

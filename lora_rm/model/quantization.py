@@ -403,10 +403,15 @@ class ExactLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X W^T + bias."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = autocast_dtype(x, torch.float32)
         y = _ExactProduct.apply(x.to(dtype), dense_weight(self))
         return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+
+
+def autocast_dtype(x: torch.Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """The type autocast computes products in where the tensor lies, or `otherwise` if it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
 
 
 class StoredLinear(torch.nn.Linear):

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from lora_rm.data.batches import Core, Tree, TreePlan
+from lora_rm.model.quantization import autocast_dtype
 
 NAME = "lora_rm_tree"
 """Name under which the attention is registered with transformers.
@@ -154,8 +155,7 @@ def _varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    kind = value_1GTD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value_1GTD.dtype
+    dtype = autocast_dtype(value_1GTD, value_1GTD.dtype)
     query_THD, key_TGD, value_TGD = (
         x[0].transpose(0, 1).to(dtype) for x in (query_1HTD, key_1GTD, value_1GTD)
     )

@@ -140,6 +140,21 @@ const std::set<std::string> READ_ON_THE_HOST{
     "aten::_local_scalar_dense", "aten::equal", "aten::masked_select", "aten::nonzero"};
 const std::set<std::string> TAKE_TENSORS_OF_BOTH{"aten::_index_put_impl_", "aten::index", "aten::index_put_"};
 
+template <class Function>
+void replace_tensors(c10::IValue& value, const Function& by) {
+  if (value.isTensor()) {
+    value = by(value.toTensor());
+  } else if (value.isTensorList()) {
+    auto list = value.toTensorVector();
+    for (auto& x : list) x = by(x);
+    value = list;
+  } else if (value.isOptionalTensorList()) {
+    c10::List<Maybe> list;
+    for (const Maybe& x : value.toOptionalTensorVector()) list.push_back(x ? Maybe(by(*x)) : x);
+    value = list;
+  }
+}
+
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const std::string& name = op.schema().name();
   std::vector<std::pair<Tensor, Tensor>> seen;  // on the device, on the host
@@ -156,20 +171,8 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
   };
   size_t first = stack->size() - op.schema().arguments().size();
   for (size_t i = first; i < stack->size(); i++) {
-    c10::IValue& value = (*stack)[i];
-    if (value.isTensor()) {
-      value = in(value.toTensor());
-    } else if (value.isTensorList()) {
-      auto list = value.toTensorVector();
-      for (auto& x : list) x = in(x);
-      value = list;
-    } else if (value.isOptionalTensorList()) {
-      c10::List<Maybe> list;
-      for (const Maybe& x : value.toOptionalTensorVector()) list.push_back(x ? Maybe(in(*x)) : x);
-      value = list;
-    } else if (value.isDevice()) {
-      value = Device(at::kCPU);
-    }
+    replace_tensors((*stack)[i], in);
+    if ((*stack)[i].isDevice()) (*stack)[i] = Device(at::kCPU);
   }
   TORCH_CHECK(seen.empty() || !has_host_tensor || TAKE_TENSORS_OF_BOTH.count(name), name,
               ": Expected all tensors to be on the same device, but found cuda:0 and cpu (simulated)");
@@ -191,16 +194,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
     return to_device(x);
   };
   first = stack->size() - op.schema().returns().size();
-  for (size_t i = first; i < stack->size(); i++) {
-    c10::IValue& value = (*stack)[i];
-    if (value.isTensor()) {
-      value = out(value.toTensor());
-    } else if (value.isTensorList()) {
-      auto list = value.toTensorVector();
-      for (auto& x : list) x = out(x);
-      value = list;
-    }
-  }
+  for (size_t i = first; i < stack->size(); i++) replace_tensors((*stack)[i], out);
 }
 
 // -- making, copying and resizing -------------------------------------------------------------------------
