@@ -1,6 +1,7 @@
 """A training step of ours beside the step of TRL's RewardTrainer, on the same model, data, order and precision.
 
     python benchmarks/training.py [--quick] [--json FILE] [--work hh uf ...] [--quantization nf4 none]
+    python benchmarks/training.py --checkpointing [--work hh uf ...] [--quantization nf4 none]
     python benchmarks/training.py --growth growth.svg
 
 Both train the same adapter on SmolLM2-135M from the same start, in one process, turn by turn: ours, TRL as it comes
@@ -12,6 +13,9 @@ are real files of ../shared/data.
 
 Shapes (medians of prompt and answer, in tokens): hh 144 / 67, tldr 334 / 31, long 589 / 137, uf 117 / 302; `lists`
 has 8 answers of 67 tokens to one prompt of 144, compared in all 28 pairs.
+
+`--checkpointing` times our step alone, turn by turn with every mode of `train.checkpointing`, whose losses must be equal to
+the bit.
 
 `--growth` times our step alone: milliseconds a token over the tokens of a row, and over the length of a conversation.
 It draws with matplotlib: `pip install matplotlib`.
@@ -47,6 +51,7 @@ from lora_rm.data.batches import training_order
 from lora_rm.data.split import Data, Side, read_side
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model.base import BUILTIN, find_base
+from lora_rm.model.checkpointing import Mode
 from lora_rm.model.quantization import Quantization
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
@@ -83,6 +88,7 @@ def main() -> None:
         default=[1, 2, 4, 8],
         help="sizes of TRL's batches without checkpointing, of which the fastest counts",
     )
+    parser.add_argument("--checkpointing", action="store_true", help="our step alone, with every mode")
     parser.add_argument(
         "--growth",
         type=Path,
@@ -105,8 +111,12 @@ def main() -> None:
         with Contest(quantization, layers) as contest:
             for name in work:
                 pairs = 28 if name == "lists" else wanted.pairs or (4 if wanted.quick else 8)
-                rows.append(contest.run(name, pairs, wanted.steps, wanted.batches))
-                show(rows)
+                if wanted.checkpointing:
+                    rows += contest.run_modes(name, pairs, wanted.steps)
+                    show_modes(rows)
+                else:
+                    rows.append(contest.run(name, pairs, wanted.steps, wanted.batches))
+                    show(rows)
                 if wanted.json:
                     wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
@@ -123,6 +133,19 @@ def show(rows: list[dict[str, Any]]) -> None:
                 row["peak_mb"], row["trl_peak_mb"],
                 f"{row['ratio_defaults']:.2f}", f"{row['ratio_best']:.2f}", f"{row['loss_difference']:.0e}",
             ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def show_modes(rows: list[dict[str, Any]]) -> None:
+    """Prints what is known of the modes so far."""
+    show_table(
+        f"Our optimizer steps, {rows[0]['layers']} layers, {rows[0]['dtype']}, {torch.get_num_threads()} CPU threads, by mode of "
+        "train.checkpointing",
+        ["data", "base", "mode", "seconds", "x none", "peak MB"],
+        [
+            [row["work"], row["quantization"], row["mode"], f"{row['seconds']:.2f}", f"{row['ratio_none']:.2f}", row["peak_mb"]]
             for row in rows
         ],
     )  # fmt: skip
@@ -200,11 +223,38 @@ class Contest:
             "trl_peak_mb": round(peaks[best][0]), "trl_defaults_peak_mb": round(peaks["defaults"][0]),
         }  # fmt: skip
 
+    def run_modes(self, name: str, per_step: int, steps: int) -> list[dict[str, Any]]:
+        """A row for every mode of checkpointing, all of the same steps."""
+        trees = make_trees(name, per_step * steps, self.ours.chat)
+        modes: tuple[Mode, ...] = ("none", "selective", "full")
+        seconds: dict[Mode, list[float]] = {mode: [] for mode in modes}
+        peaks: dict[Mode, float] = {}
+        losses = []
+        for mode in modes * 2:  # the machine may change meanwhile
+            say(f"{name}, {self.quantization}: {mode} ...")
+            with peak_memory() as peak:
+                found, taken, _ = self.train_ours(trees, per_step, steps, mode)
+            losses.append(found)
+            seconds[mode] += taken
+            peaks[mode] = peak[0]
+        if any(found != losses[0] for found in losses):
+            raise SystemExit(f"{name}: modes differ in their losses: {losses}")
+        median = {mode: statistics.median(seconds[mode]) for mode in modes}
+        return [
+            {
+                "work": name, "quantization": self.quantization, "dtype": str(self.dtype).removeprefix("torch."),
+                "layers": len(self.ours.layers), "pairs_per_step": per_step, "steps": steps - 1, "mode": mode,
+                "seconds": median[mode], "ratio_none": median[mode] / median["none"], "peak_mb": round(peaks[mode]),
+            }
+            for mode in modes
+        ]  # fmt: skip
+
     def train_ours(
-        self, trees: list[TokenTree], per_step: int, steps: int
+        self, trees: list[TokenTree], per_step: int, steps: int, checkpointing: Mode = "none"
     ) -> tuple[list[float], list[float], int]:
         """Our losses of every step, and the seconds and tokens of all but the first."""
         put(self.start, self.ours.model)
+        self.ours.set_checkpointing([checkpointing] * len(self.ours.layers))
         settings = run_settings(Path(self.scratch.name) / f"run{time.monotonic_ns()}", per_step, steps)
         run = RunFolder.create(settings)
         train(self.ours, Data(Side([], trees), Side([], [])), settings, run)
