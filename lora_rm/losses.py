@@ -79,13 +79,11 @@ def pair_losses(difference: torch.Tensor, probability: torch.Tensor, settings: L
         settings: Model of a pair, label smoothing and the strength of ties.
     """
     smoothing = settings.label_smoothing
-    if settings.pair == "rao_kupper":
-        wins, losses, ties = rao_kupper(difference, settings.tie_strength)
-    elif settings.pair == "davidson":
-        wins, losses, ties = davidson(difference, settings.tie_strength)
-    else:
-        return bradley_terry(difference, probability * (1 - smoothing) + (1 - probability) * smoothing)
     label = probability * (1 - smoothing) + (1 - probability) * smoothing
+    if settings.pair == "bradley_terry":
+        return bradley_terry(difference, label)
+    outcomes = rao_kupper if settings.pair == "rao_kupper" else davidson
+    wins, losses, ties = outcomes(difference, settings.tie_strength)
     decided = -(label * wins + (1 - label) * losses)
     return torch.where(probability == 0.5, -ties, decided)
 

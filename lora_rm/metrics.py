@@ -75,13 +75,15 @@ def sum_steps(parts: Sequence[StepSums]) -> StepSums:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl but those that cannot be read: a kill can leave half of one."""
+    """The lines of a metrics.jsonl but those that cannot be read or tell no step: a kill can leave half of one."""
     lines: list[dict[str, Any]] = []
     if not file.is_file():
         return lines
     for line in file.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, TypeError):
-            lines.append(dict(json.loads(line)))
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                lines.append(found)
     return lines
 
 
@@ -111,17 +113,13 @@ class MetricsLog:
         if not IS_FIRST:
             file = Path(os.devnull)
         self.file = file
-        self.written: set[tuple[int, bool]] = set()
         with storing(file):
             self.stream = file.open("a+b", buffering=0)
             self.stream.seek(0)
             lines = self.stream.readlines()
             if lines and not lines[-1].endswith(b"\n"):
                 self.stream.truncate(self.stream.tell() - len(lines.pop()))
-            for line in lines:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    found = json.loads(line)
-                    self.written.add((found["step"], "eval" in found))
+        self.written = {(line["step"], "eval" in line) for line in read_metrics(file)}
         self.bar: Progress | None = None
 
     @contextmanager

@@ -37,9 +37,8 @@ from lora_rm.data.batches import (
     TreeBatch,
     build_batch,
     microbatches,
-    num_passes,
     prefetched,
-    share_of_rows,
+    shares_of_rows,
     training_order,
 )
 from lora_rm.data.split import Data
@@ -70,6 +69,15 @@ class Progress:
     """State of the loss scale of float16 products; empty for other types."""
     core: str = ""
     """How the attention of shared prompts was computed: another way would round otherwise."""
+
+
+class _Optimization(NamedTuple):
+    """What makes a step out of gradients."""
+
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
 
 
 class _Step(NamedTuple):
@@ -110,20 +118,11 @@ def train(
     wanted = settings.train
     num_steps = count_steps(len(data.train.trees), settings)
     accelerator = _trackers(settings, model.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(model, settings)
-    # the first step of a warm-up has the rate 0: a run of one step has none, or it would train nothing
-    num_warmup = round(wanted.warmup_share * num_steps) if num_steps > 1 else 0
-    # transformers' plain "constant" has no warm-up
-    schedule = "constant_with_warmup" if wanted.schedule == "constant" else wanted.schedule
-    scheduler = get_scheduler(schedule, optimizer, num_warmup, num_steps)
+    optimization = _optimization(model, settings, num_steps)
     begun_with = model.changed_base.sha256 if model.changed_base else ""
     progress = Progress(changed_base=begun_with)
     if resume:
-        progress = _resume(model, optimizer, scheduler, run) or progress
-    scaler = _loss_scale(model)
-    if progress.scaler:
-        scaler.load_state_dict(progress.scaler)
+        progress = _resume(model, optimization, run) or progress
     progress.core = _one_core(model, progress.core)
     if any(other != progress.changed_base for other in processes.gather(begun_with)):
         raise ModelError(
@@ -132,7 +131,7 @@ def train(
         )
     if settings.adapter.init == "eva" and not progress.step:
         model.start_from_data(data.train.trees, wanted.row)
-    processes.copy_from_first(parameters)
+    processes.copy_from_first(optimization.parameters)
     if not progress.step:  # whether the evaluation before was skipped must not matter
         set_seed(_seed(settings.seed, 0, 0))
     metrics = MetricsLog(
@@ -150,8 +149,8 @@ def train(
         save_checkpoint(
             run.checkpoints / name,
             model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            optimizer=optimization.optimizer,
+            scheduler=optimization.scheduler,
             progress=asdict(progress),
         )
         remove_old(run.checkpoints, wanted.keep_checkpoints, progress.best_step)
@@ -162,7 +161,7 @@ def train(
     model.train()
     with metrics.display(), _stop_signals() as stop, _sums_in_order(model):
         for own in _steps(model, data, settings, progress, num_steps):
-            found = _take_step(model, parameters, own, settings, progress, optimizer, scheduler, scaler)
+            found = _take_step(model, own, settings, progress, optimization)
             if found is None:
                 continue
             step = progress.step = own.number
@@ -194,14 +193,7 @@ def train(
 
 
 def _take_step(
-    model: RewardModel,
-    parameters: list[torch.nn.Parameter],
-    step: _Step,
-    settings: Settings,
-    progress: Progress,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
+    model: RewardModel, step: _Step, settings: Settings, progress: Progress, optimization: _Optimization
 ) -> dict[str, Any] | None:
     """An optimizer step of all processes together; its numbers, or None if a device had too little memory.
 
@@ -209,6 +201,7 @@ def _take_step(
         ModelError: If `max_skipped_steps` steps in a row had a non-finite loss or gradient.
     """
     wanted, started = settings.train, time.monotonic()
+    parameters, optimizer, scheduler, scaler = optimization
     if processes.count() > 1:
         # dropout of this step in this process, whatever was drawn before: a checkpoint holds one state only
         torch.manual_seed(_seed(settings.seed, step.number, processes.rank()))
@@ -279,6 +272,21 @@ def count_steps(num_preferences: int, settings: Settings) -> int:
     return min(steps, settings.train.max_steps) if settings.train.max_steps else steps
 
 
+def _optimization(model: RewardModel, settings: Settings, num_steps: int) -> _Optimization:
+    wanted = settings.train
+    optimizer = build_optimizer(model, settings)
+    # the first step of a warm-up has the rate 0: a run of one step has none, or it would train nothing
+    num_warmup = round(wanted.warmup_share * num_steps) if num_steps > 1 else 0
+    # transformers' plain "constant" has no warm-up
+    schedule = "constant_with_warmup" if wanted.schedule == "constant" else wanted.schedule
+    return _Optimization(
+        parameters=[p for p in model.parameters() if p.requires_grad],
+        optimizer=optimizer,
+        scheduler=get_scheduler(schedule, optimizer, num_warmup, num_steps),
+        scaler=_loss_scale(model),
+    )
+
+
 def build_optimizer(model: RewardModel, settings: Settings) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; the B matrices have a rate of their own with LoRA+.
 
@@ -342,8 +350,9 @@ def _rows(
     """Every step after the first `done`, cut into rows of at most `budget` tokens."""
     found = rows_of_steps(data.train.trees, settings, num_steps, model.batching, budget, done)
     for step, rows in enumerate(found, start=done + 1):
-        own = share_of_rows(rows, model.batching, processes.rank(), processes.count())
-        num_idle = num_passes(rows, model.batching, processes.count()) - len(own)
+        shares = shares_of_rows(rows, model.batching, processes.count())
+        own = shares[processes.rank()]
+        num_idle = max(map(len, shares)) - len(own)
         can_be_cut = any(len(row) > 1 for row in rows)
         num_preferences = sum(map(len, rows))
         batches = [build_batch(row, model.batching, model.core) for row in own]
@@ -464,12 +473,8 @@ def _is_enough(progress: Progress, settings: Settings) -> bool:
     return bool(allowed) and progress.evaluations_since_best >= allowed
 
 
-def _resume(
-    model: RewardModel,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    run: RunFolder,
-) -> Progress | None:
+def _resume(model: RewardModel, optimization: _Optimization, run: RunFolder) -> Progress | None:
+    """Loads the newest whole checkpoint, if there is one."""
     checkpoint, passed_over = newest_checkpoint(run.checkpoints)
     for sentence in passed_over:
         say(sentence)
@@ -486,7 +491,11 @@ def _resume(
             f"It was saved with other libraries ({'; '.join(changed)}): what comes is as good, but not the same bit for bit. "
             "For that, install those versions again."
         )
-    return Progress(**load_checkpoint(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler))
+    _, optimizer, scheduler, scaler = optimization
+    progress = Progress(**load_checkpoint(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler))
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
+    return progress
 
 
 def _trackers(settings: Settings, device: torch.device) -> Accelerator:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -251,6 +251,19 @@ def test_the_order_keeps_groups_together_and_loses_nothing():
     changes = sum(one != other for one, other in pairwise(names))
     assert changes == 5 + 3 - 1
     assert list(training_order(23, 6, 4, 0)) == list(training_order(23, 6, 4, 0, [""] * 23))
+
+
+def test_a_group_larger_than_a_step_is_shuffled_and_cut_into_steps():
+    """In the order of the file, a step would have the answers of one time, and many steps in a row the same prompt."""
+    groups = ["a"] * 40 + [f"b{n // 2}" for n in range(40)]
+    steps = list(training_order(80, 20, 8, 0, groups))
+    order = [number for step in steps for number in step]
+    assert sorted(order[:80]) == sorted(order[80:]) == list(range(80))
+    of_a = [number for number in order[:80] if number < 40]
+    assert of_a != sorted(of_a)
+    assert of_a != [number for number in order[80:] if number < 40]
+    names = [name for name, _ in groupby(groups[number] for number in order[:80])]
+    assert names.count("a") > 1
 
 
 def test_padded_rows_can_be_pinned():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_rm import processes
 from lora_rm.config import Settings, save_settings
-from lora_rm.data.batches import microbatches, num_tokens, share_of_rows
+from lora_rm.data.batches import microbatches, num_tokens, shares_of_rows
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError
@@ -127,27 +127,33 @@ def test_the_recipe_runs_in_two_processes_and_one_of_them_merges(settings, tmp_p
 
 @pytest.mark.slow
 def test_resume_with_another_number_of_processes(settings, tmp_path, capsys):
-    whole = with_values(settings, tmp_path / "whole", max_steps=4)
-    train_run(whole)
-    cut = with_values(settings, tmp_path / "cut", max_steps=4, save_every_steps=2)
-    assert launched(cut, tmp_path, 2).returncode == 0
-    back_to(tmp_path / "cut", 2)
-    train_run(cut, resume=True)
+    """Two processes and then one, and the other way round."""
+    folders = tmp_path / "one", tmp_path / "two"
+    one, two = (with_values(settings, folder, max_steps=4, save_every_steps=2) for folder in folders)
+    for count, wanted in ((1, one), (2, two)):  # this process would keep the lock of a run
+        assert launched(wanted, tmp_path, count).returncode == 0
+    expected = [line["loss"] for line in numbers(folders[0])[0]]
+    found = [numbers(folders[1])[0]]
+    for folder in folders:
+        back_to(folder, 2)
+    done = launched(one, tmp_path, 2, "--resume")
+    assert "step-000002" in done.stdout, done.stderr[-3000:]
+    train_run(two, resume=True)
     assert "step-000002" in capsys.readouterr().out
-    one, other = numbers(tmp_path / "whole")[0], numbers(tmp_path / "cut")[0]
-    assert [line["step"] for line in other] == [1, 2, 3, 4]
-    for expected, found in zip(one, other, strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    found += [numbers(folder)[0] for folder in folders]
+    for lines in found:
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_are_shared_out_by_tokens_and_every_process_has_some(trees):
     rows = microbatches(trees[:40], 10_000, "shared", 4)
     assert len(rows) == 4
-    shares = [share_of_rows(rows, "shared", rank, 4) for rank in range(4)]
+    shares = shares_of_rows(rows, "shared", 4)
     assert sorted(id(t) for share in shares for row in share for t in row) == sorted(map(id, trees[:40]))
     loads = [sum(num_tokens(row, "shared") for row in share) for share in shares]
     assert max(loads) < 1.1 * min(loads)
-    assert share_of_rows(rows, "shared", 0, 1) == rows
+    assert shares_of_rows(rows, "shared", 1) == [rows]
 
 
 def test_a_lone_process_is_the_first_whatever_rank_a_job_system_left_it():

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lora_rm import processes
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import AdapterSettings, ConfigError, LossSettings, ModelSettings, check_settings
-from lora_rm.data.batches import Batching, microbatches, num_passes, share_of_rows
+from lora_rm.data.batches import Batching, microbatches, shares_of_rows
 from lora_rm.data.checkable import checkable_preferences
 from lora_rm.data.tokens import tokenize
 from lora_rm.losses import preference_losses
@@ -56,7 +56,8 @@ def step(model: RewardModel, trees, *, alone: bool) -> tuple[float, dict[str, to
     """Loss and gradients of a step over rows that the processes have unequal numbers of."""
     count = 1 if alone else processes.count()
     rows = microbatches(trees, 400, model.batching, count)
-    own = share_of_rows(rows, model.batching, processes.rank() if count > 1 else 0, count)
+    shares = shares_of_rows(rows, model.batching, count)
+    own = shares[processes.rank() if count > 1 else 0]
     loss = 0.0
     for row in own:
         batch = model.batch(row)
@@ -65,7 +66,7 @@ def step(model: RewardModel, trees, *, alone: bool) -> tuple[float, dict[str, to
         loss += float(losses.detach().sum())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not alone:
-        model.idle(num_passes(rows, model.batching, count) - len(own))
+        model.idle(max(map(len, shares)) - len(own))
         processes.sum_gradients(trained.values())
         loss = sum(processes.gather(loss))
     gradients = {name: p.grad.clone() for name, p in trained.items()}
@@ -140,7 +141,7 @@ def compare(
     count = processes.count()
     rows = [microbatches(trees, budget, batching, count) for budget in (400, 300)]
     return {
-        "loads": [[len(share_of_rows(own, batching, rank, count)) for rank in range(count)] for own in rows],
+        "loads": [[len(share) for share in shares_of_rows(own, batching, count)] for own in rows],
         "loss": [expected, loss, again],
         "gradients": max(float((gradients[n] - g).norm() / g.norm()) for n, g in expected_gradients.items()),
         "score": max(abs(a - b) for x, y in zip(*scores, strict=True) for a, b in zip(x, y, strict=True)),

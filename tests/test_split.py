@@ -78,6 +78,14 @@ def test_the_split_does_not_depend_on_the_order_of_rows():
     assert again == held_out[::-1]
 
 
+def test_data_with_a_single_prompt_needs_other_data_to_evaluate_on(chat, tmp_path):
+    train = write(tmp_path / "train.jsonl", [row("Question?", f"answer {n}") for n in range(20)])
+    with pytest.raises(DataError, match=r"All 20 rows of data.train have the same prompt.*Give data.eval"):
+        load(chat, train)
+    held_out = write(tmp_path / "eval.jsonl", [row("Another?")])
+    assert len(load(chat, train, eval=held_out).train.trees) == 20
+
+
 def test_prompts_of_both_files_leave_training_and_are_counted(chat, tmp_path):
     train = write(tmp_path / "train.jsonl", [row(f"Question {n % 5}?", f"answer {n}") for n in range(20)])
     held_out = write(tmp_path / "eval.jsonl", [row("Question 3?"), row("Question 9?")])
@@ -88,12 +96,6 @@ def test_prompts_of_both_files_leave_training_and_are_counted(chat, tmp_path):
     check_counts(data)
     with pytest.raises(DataError, match="20% of the train rows were dropped"):
         load(chat, train, eval=held_out, max_dropped_share=0.19)
-
-
-def test_one_prompt_alone_cannot_be_split(chat, tmp_path):
-    train = write(tmp_path / "train.jsonl", [row("Why?", f"answer {n}") for n in range(5)])
-    with pytest.raises(DataError, match=r"No eval preferences are left.*data\.eval_share"):
-        load(chat, train)
 
 
 def test_the_built_in_set_has_sides_of_its_own(chat):

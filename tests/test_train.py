@@ -693,7 +693,7 @@ def test_lines_of_metrics_after_an_unreadable_one_stay(tmp_path):
     good = [b'{"step": 1}', b'{"step": 2}', b'{"step": 2, "eval": {}}']
     whole = b"\n".join([good[0], *bad, *good[1:], b""])
     file.write_bytes(whole + b'{"step": 3, "loss"')
-    assert [line["step"] for line in read_metrics(file) if line["step"] != [1]] == [1, 2, 2]
+    assert [line["step"] for line in read_metrics(file)] == [1, 2, 2]
     log = MetricsLog(file, 3)
     for step in (1, 2, 3):
         log._write({"step": step})

@@ -64,10 +64,6 @@ class TreePlan:
             for number, length in enumerate(tree.answer_lengths)
         ]
 
-    def for_ends(self) -> "TreePlan":
-        """The plan of the last layer; shares the record of calls."""
-        return replace(self, only_ends=True)
-
     def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TreePlan":
         """The same plan with its indices moved, to another device for instance."""
         indices = {name: move(tensor) for name, tensor in self.indices.items()}
@@ -233,7 +229,7 @@ def _trees(preferences: Sequence[TokenTree], batching: Batching) -> Iterator[tup
             for place, answer in enumerate(preference.answer_ids):
                 yield preference.prompt_ids, {tuple(answer): [(number, place)]}
         return
-    for family in families(preferences):
+    for family in families(p.group for p in preferences):
         members = [preferences[number] for number in family]
         prompt = members[0].prompt_ids
         if len(members) > 1:
@@ -253,11 +249,11 @@ def _stem(prompts: Sequence[list[int]], batching: Batching) -> int:
     return common_length(prompts) if batching == "shared" else 0
 
 
-def families(preferences: Sequence[TokenTree]) -> list[list[int]]:
-    """Preferences by number, those of one group together, in the order of their first."""
+def families(groups: Iterable[str]) -> list[list[int]]:
+    """Numbers of preferences, those of one group together, in the order of their first; "" is no group."""
     found: dict[str | int, list[int]] = {}
-    for number, preference in enumerate(preferences):
-        found.setdefault(preference.group or number, []).append(number)
+    for number, group in enumerate(groups):
+        found.setdefault(group or number, []).append(number)
     return list(found.values())
 
 
@@ -321,7 +317,11 @@ def microbatches(
         return _padded_rows(
             sorted(preferences, key=lambda p: num_tokens([p], batching), reverse=True), budget
         )
-    together = families(preferences) if batching == "shared" else [[n] for n in range(len(preferences))]
+    together = (
+        families(p.group for p in preferences)
+        if batching == "shared"
+        else [[n] for n in range(len(preferences))]
+    )
     pieces = [
         piece
         for family in together
@@ -348,26 +348,20 @@ def microbatches(
     return alone
 
 
-def share_of_rows(
-    rows: Sequence[list[TokenTree]], batching: Batching, rank: int, count: int
-) -> list[list[TokenTree]]:
-    """The rows that one of `count` processes computes: about the same number of tokens each."""
+def shares_of_rows(
+    rows: Sequence[list[TokenTree]], batching: Batching, count: int
+) -> list[list[list[TokenTree]]]:
+    """The rows that each of `count` processes computes: about the same number of tokens each."""
     if count == 1:
-        return list(rows)
+        return [list(rows)]
     costs = [num_tokens(row, batching) for row in rows]
+    shares: list[list[list[TokenTree]]] = [[] for _ in range(count)]
     loads = [0] * count
-    own = []
     for number in sorted(range(len(rows)), key=lambda n: -costs[n]):
         emptiest = loads.index(min(loads))
         loads[emptiest] += costs[number]
-        if emptiest == rank:
-            own.append(rows[number])
-    return own
-
-
-def num_passes(rows: Sequence[list[TokenTree]], batching: Batching, count: int) -> int:
-    """The most rows that any of `count` processes computes."""
-    return max(len(share_of_rows(rows, batching, rank, count)) for rank in range(count))
+        shares[emptiest].append(rows[number])
+    return shares
 
 
 T = TypeVar("T")
@@ -416,7 +410,8 @@ def training_order(
 
     Every epoch is a new shuffle that depends on seed and epoch alone, so step n is the same list however the
     run came to it. Preferences of one group follow each other, so that one step computes their prompt once
-    and an epoch's later steps have not seen their answers before (Ouyang et al. 2022, arXiv 2203.02155, 3.5).
+    and an epoch's later steps have not seen their answers before (Ouyang et al. 2022, arXiv 2203.02155, 3.5); those of a
+    group larger than a step are shuffled and cut into steps.
     An epoch's last step may be smaller: no preference is lost and none is seen twice.
 
     Args:
@@ -426,14 +421,17 @@ def training_order(
         seed: Of the shuffles.
         groups: The group of each preference, "" for none of them; empty: no groups.
     """
-    found: dict[str | int, list[int]] = {}
-    for number in range(num_preferences):
-        found.setdefault((groups[number] if groups else "") or number, []).append(number)
+    together = families(groups or [""] * num_preferences)
     step = epoch = 0
     while step < num_steps:
-        shuffled = list(found.values())
-        random.Random(f"{seed} epoch {epoch}").shuffle(shuffled)
-        order = [number for members in shuffled for number in members]
+        generator = random.Random(f"{seed} epoch {epoch}")
+        pieces: list[list[int]] = []
+        for members in together:
+            if len(members) > per_step:
+                members = generator.sample(members, len(members))
+            pieces += [members[start : start + per_step] for start in range(0, len(members), per_step)]
+        generator.shuffle(pieces)
+        order = [number for piece in pieces for number in piece]
         for start in range(0, num_preferences, per_step):
             if step == num_steps:
                 return

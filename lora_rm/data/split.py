@@ -151,8 +151,17 @@ def both_sides(
 def split_by_prompt(
     preferences: Sequence[Preference], eval_share: float, seed: int
 ) -> tuple[list[Preference], list[Preference]]:
-    """Holds out all rows of a share of the prompts; at least one prompt stays on each side if there are two."""
+    """Holds out all rows of a share of the prompts, at least one prompt on each side.
+
+    Raises:
+        DataError: If all rows have the same prompt.
+    """
     prompts = sorted({preference.prompt_key for preference in preferences})
+    if len(prompts) == 1 and len(preferences) > 1:
+        raise DataError(
+            f"All {len(preferences)} rows of data.train have the same prompt, and a prompt is held out with all its rows, so none can "
+            "be. Give data.eval, with other prompts."
+        )
     random.Random(f"{seed} split").shuffle(prompts)
     num_eval = min(max(1, round(len(prompts) * eval_share)), len(prompts) - 1)
     chosen = set(prompts[:num_eval])

@@ -18,6 +18,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -328,7 +329,7 @@ class LastLayer:
         """Notes where the ends are and tells the attention that only they are wanted."""
         plan: TreePlan | None = kwargs.get("tree_plan")
         self.ends = None if plan is None else plan.ends
-        return args, kwargs if plan is None else {**kwargs, "tree_plan": plan.for_ends()}
+        return args, kwargs if plan is None else {**kwargs, "tree_plan": replace(plan, only_ends=True)}
 
     def _select(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if self.ends is None or not args:  # called by keyword: lengths then differ, and the check says no
