@@ -724,7 +724,7 @@ KINDS: dict[str, Kind] = {
         _adapter,
     ),
     "gguf": (damaged(gguf), _gguf),
-    "held-out answers": (json_file | spoiled([{"ids": [1, 2], "prompt": 0}] * 2), _held_out),
+    "held-out answers": (json_file | spoiled([{"ids": [1, 2], "prompt": 0, "text": "a"}] * 2), _held_out),
     "renamed columns": (pair(jsonl, st.dictionaries(names, names, max_size=3)), _columns),
     "parity files": (json_file | spoiled(PARITY), _parity),
     "scored lines": (

@@ -34,7 +34,7 @@ from lora_rm.config import MergeSettings
 from lora_rm.console import plain_errors, show_table
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.merge import merge
-from lora_rm.model.base import BUILTIN, BaseModel, find_base
+from lora_rm.model.base import BUILTIN, find_base
 from lora_rm.model.quantization import Quantization
 from lora_rm.model.record import HEAD_KEY, write_record
 
@@ -173,7 +173,7 @@ def measure(adapter: str, out: str, way: str, base_folder: str) -> dict[str, flo
             merge_with_peft(adapter, out, base_folder)
         else:
             settings = MergeSettings(base=way, dtype="float16")  # type: ignore[arg-type]
-            merge(Path(adapter), Path(out), settings, base=BaseModel(name="random", path=Path(base_folder)))
+            merge(Path(adapter), Path(out), settings)
         seconds = time.monotonic() - started
         used = processor_seconds(resource.RUSAGE_SELF) - used
     finally:
@@ -258,7 +258,7 @@ def make_adapter(
     ChatTokenizer.load(find_base(BUILTIN).path).save(folder)
     record = {
         "format": 1,
-        "base": {"name": "random", "revision": None, "files": {}},
+        "base": {"name": str(base), "revision": None, "files": {}},
         "load_dtype": "bfloat16",
         "quantization": {"kind": kind, "double": True, "codes": codes},
     }

@@ -38,7 +38,7 @@ from lora_rm.model.base import file_sha256
 from lora_rm.model.record import RECORD
 from lora_rm.model.tensor_files import load_tensors, save_tensors
 from lora_rm.processes import IS_FIRST, wait
-from lora_rm.unfinished import has_lock
+from lora_rm.unfinished import has_lock, write_atomically
 
 HARMLESS = (
     "train.log_every_steps",
@@ -230,25 +230,6 @@ class RunFolder:
             return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         except ValueError as error:
             raise ConfigError(f"{file}: is damaged ({error}). Make it anew, or copy the run again.") from None
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes a text file so that a reader finds the old one or the new one, never a part.
-
-    Raises:
-        StorageError: If the disk is full or the folder cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with storing(file):
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
-    finally:
-        with contextlib.suppress(OSError):  # a disk that is read-only
-            partial.unlink(missing_ok=True)
 
 
 def _check_same(run: RunFolder, settings: Settings, allow: bool) -> None:

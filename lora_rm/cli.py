@@ -34,7 +34,7 @@ commands
 
 settings
   Precedence: default < preset file < flag. `lora-rm COMMAND --help` shows the settings of a command with
-  its unit and default. Several mistakes are reported together; nothing starts before all are mended.
+  their units and defaults. Several mistakes are reported together; nothing starts before all are mended.
   `lora-rm --version` prints the version.
 
 examples
@@ -126,7 +126,7 @@ def merge(words: Sequence[str]) -> None:
         action="append",
         dest="others",
         default=[],
-        help="combine with the adapter of another run on the same base; may be repeated; needs --out",
+        help="combine with the adapter of another run on the same base; may be repeated; needs --out, and makes (or replaces) OUT-adapter",
     )
     parser.add_argument(
         "--weights", metavar="W,W,...", help="of RUN and of every --with (default: their average)"
@@ -182,7 +182,12 @@ def export(words: Sequence[str]) -> None:
         help="weights of onnx (float32, int8), torch-export (float32, float16, bfloat16), gguf (float32, float16, Q8_0, ...)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--push", metavar="REPOSITORY", help="also upload to this hub repository (private)")
+    parser.add_argument(
+        "--push",
+        metavar="REPOSITORY",
+        help="also upload to this hub repository; a new one is private, one that exists stays as it is. Its parity.json holds "
+        "held-out conversations as text",
+    )
     options, _ = _parse(parser, words, only=None)
     from lora_rm.workflow import export_run
 
@@ -199,7 +204,11 @@ def export(words: Sequence[str]) -> None:
 def evaluate(words: Sequence[str]) -> None:
     """`lora-rm eval MODEL [settings]`."""
     parser = _parser("eval", "MODEL", "Counts how many held-out pairs a model puts in the right order.")
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run, adapter, merged model, export to huggingface, vllm or gguf, or hub id",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     options, flags = _parse(parser, words, only=("data",))
     _settings_of(options.model, flags)  # flags that cannot be are told before torch is imported
@@ -215,7 +224,11 @@ def score(words: Sequence[str]) -> None:
     parser = _parser(
         "score", "MODEL [FILE]", "Prints the reward of every conversation, one JSON object a line."
     )
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, merged model, export, or hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run, adapter, merged model, export to huggingface, vllm or gguf, or hub id",
+    )
     parser.add_argument(
         "file",
         nargs="?",
@@ -297,7 +310,8 @@ def doctor(words: Sequence[str]) -> None:
         "source",
         nargs="?",
         metavar="DATA FILE|MODEL|RUN",
-        help="preferences; a base, adapter, merged model or export; or a run folder. None: this machine",
+        help="preferences (of the hub with their part, org/name:part); a base, adapter, merged model or export to huggingface or "
+        "vllm; or a run folder. None: this machine",
     )
     parser.add_argument("--json", metavar="FILE", help="write the findings there too")
     options, flags = _parse(parser, words, only=("model", "data"))

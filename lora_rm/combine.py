@@ -25,6 +25,7 @@ from lora_rm.model.record import (
     write_record,
 )
 from lora_rm.model.tensor_files import save_tensors
+from lora_rm.unfinished import unfinished_folder
 
 
 def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) -> None:
@@ -85,12 +86,8 @@ def combine(adapters: Sequence[Path], weights: Sequence[float], folder: Path) ->
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat(a)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat(b, dim=1)
     ranks = {name: sum(len(matrix) for matrix in a) for name, (a, _) in stacked.items()}
-    partial = folder.with_name(f".{folder.name}.partial")
-    with storing(folder):
-        _write_combined(partial, adapters[0], records, weights, tensors, ranks)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+    with unfinished_folder(folder, None, "combination") as made, storing(folder):
+        _write_combined(made.path, adapters[0], records, weights, tensors, ranks)
 
 
 def _write_combined(
@@ -104,8 +101,7 @@ def _write_combined(
     """Writes the adapter that `combine` found; the record comes last."""
     rank = max(ranks.values())
     others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(first, folder)
+    shutil.copytree(first, folder, dirs_exist_ok=True)
     (folder / RECORD).unlink()
     (folder / "adapter_config.json").unlink()
     LoraConfig(
@@ -119,7 +115,6 @@ def _write_combined(
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_tensors(tensors, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)
     combined = {
         "canaries": [{**canary, "reward": None} for canary in records[0]["canaries"]],
         "combined": [

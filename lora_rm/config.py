@@ -97,13 +97,15 @@ class ModelSettings(_Section):
     """Quantise NF4's block constants too: 4.127 instead of 4.5 bits a weight."""
 
     load_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type the base's weights are read in before they are quantised; it decides the NF4 codes."""
+    """Type the base's weights are read in; with nf4 it decides the codes, with quantization none it is the type they are
+    rounded to."""
 
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of matrix products in training; auto: bfloat16 where the machine has it, else float32."""
 
     head_init: Literal["normal", "zero"] = "normal"
-    """Start of the score head: normal with standard deviation 1/sqrt(hidden + 1), or zero."""
+    """Start of the score head: normal with standard deviation 1/sqrt(hidden + 1), or zero. A base that is a reward model
+    already keeps its head."""
 
     device: str = "auto"
     """Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
@@ -143,8 +145,8 @@ class AdapterSettings(_Section):
 
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
     """Start of the LoRA matrices. loftq (arXiv 2310.08659) makes up for 4-bit storage and needs nf4; pissa
-    (arXiv 2404.02948) and olora (arXiv 2406.01775) change the base and need quantization none; eva
-    (arXiv 2410.07170) looks at the activations over the data first, which takes a while."""
+    (arXiv 2404.02948) and olora (arXiv 2406.01775) change the base and need model.quantization none with model.load_dtype
+    float32; orthogonal needs even ranks; eva (arXiv 2410.07170) looks at the activations over the data first, which takes a while."""
 
     start_from: TextOrNone = None
     """Run or adapter of lora_rm, on the same base, whose matrices and score head training starts from."""
@@ -269,7 +271,8 @@ class TrainSettings(_Section):
 
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Activations kept for the backward pass. none: all; selective: results of matrix products and attention, about two
-    thirds of the memory of all; full: each layer's input, least memory, steps up to half longer; auto: as much as the
+    thirds of the memory of all; full: each layer's input, least memory, steps longer by about half (by 80 % where rows
+    are small for a fast card); auto: as much as the
     planned memory allows, layer by layer."""
 
     batching: Literal["auto", "shared", "packed", "padded"] = "auto"
@@ -347,10 +350,12 @@ class Settings(_Section):
     """Settings of a run."""
 
     output_dir: str = "runs/reward-model"
-    """Run folder; everything that the run makes lies in it."""
+    """Run folder; all that the run makes lies in it, but for token ids and converted models in the cache
+    ($LORA_RM_CACHE)."""
 
     seed: Annotated[int, Interval(gt=-(2**32), lt=2**32)] = 0
-    """Seed of the head, the adapter, the order of the data and dropout."""
+    """Seed of the head, the adapter, the order of the data, dropout, and of which prompts are held out and which rows a limit
+    takes: give data.eval to compare seeds."""
 
     overwrite: bool = False
     """Remove an earlier run in output_dir first."""
@@ -406,15 +411,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: cannot be read (it is no file). Give the path of a .yaml file.")
+            raise OSError("it is no file")
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not YAML: {error}. Write one `key: value` a line.") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read ({reason}). Give the path of a .yaml file.") from None
     if len(text) > MAX_YAML:
         raise ConfigError(

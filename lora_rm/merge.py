@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from peft.utils.other import get_pattern_key
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
@@ -47,7 +47,7 @@ from lora_rm.model.record import (
     recorded_quantization,
 )
 from lora_rm.model.reward_model import RewardModel
-from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors
+from lora_rm.model.tensor_files import StoredTensor, TensorWriter, stored_tensors, tensors_by_name
 from lora_rm.unfinished import UnfinishedFolder, unfinished_folder
 
 OVERFLOWING = ("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "t5gemma")
@@ -96,6 +96,57 @@ class Update:
     transposed: bool
     """Whether the checkpoint stores the weight as (in, out), as GPT-2's Conv1D does."""
 
+    def adder(
+        self, values: Values, shape: tuple[int, ...]
+    ) -> tuple[Callable[[int, torch.Tensor], None], Callable[[], float]]:
+        """What adds the update in place, given the first stored row of a part of the weight and that part, in float32.
+
+        Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; DoRA, Liu et al. 2024 (arXiv 2402.09353), eq. 5.
+
+        Args:
+            values: Of the weight, from a first to a last one.
+            shape: Of the weight as it is stored.
+
+        Returns:
+            That function, and another for the squared norm of all that was added.
+        """
+        a, b = self.a.read().float(), self.b.read().float()
+        left, right = (a.T.contiguous(), b.T) if self.transposed else (b, a)
+
+        def add(row: int, part: torch.Tensor) -> None:
+            part.addmm_(left[row : row + len(part)], right, alpha=self.scale)
+
+        def square() -> float:
+            """|s B A|^2 = s^2 tr(B^T B A A^T), which costs next to nothing."""
+            wide, narrow = a.double(), b.double()
+            return self.scale**2 * float(((narrow.T @ narrow) * (wide @ wide.T)).sum())
+
+        if self.magnitude is None:
+            return add, square
+        magnitude = self.magnitude.read().float()
+        squares: list[float] = []
+
+        def scale(row: int, part: torch.Tensor) -> None:
+            before = part.clone()
+            add(row, part)
+            if self.transposed:
+                part.mul_(of_columns)
+            else:
+                rows = slice(row, row + len(part))
+                part.mul_((magnitude[rows] / torch.linalg.norm(part, dim=1))[:, None])
+            squares.append(float(before.sub_(part).square_().sum(dtype=torch.float64)))
+
+        if self.transposed:
+            # a column of the stored weight is an output row: its norm is known only when all rows have been read
+            norms = torch.zeros(shape[1], dtype=torch.float64)
+            rows = max(1, PIECE // shape[1])
+            for row in range(0, shape[0], rows):
+                part = values(row * shape[1], min(row + rows, shape[0]) * shape[1]).float().view(-1, shape[1])
+                add(row, part)
+                norms += part.double().square_().sum(0)
+            of_columns = (magnitude / norms.sqrt()).float()
+        return scale, lambda: math.fsum(squares)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
@@ -112,7 +163,7 @@ class MergeReport:
     num_updated: int
 
 
-class Plan:
+class MergePlan:
     """Everything about a merge that is known before the first tensor is read.
 
     Attributes say which stored tensor goes where under which name, what update it gets, and how it is stored.
@@ -121,12 +172,12 @@ class Plan:
         MergeError: If base and adapter do not fit, or the adapter holds something that cannot be merged.
     """
 
-    def __init__(self, adapter: Path, settings: MergeSettings, base: BaseModel | None = None) -> None:
+    def __init__(self, adapter: Path, settings: MergeSettings) -> None:
         self.adapter = adapter
         self.record = read_record(adapter)
         check_files(adapter, self.record)
         self.quantization: Quantization = recorded_quantization(self.record)
-        self.base = base or recorded_base(adapter)
+        self.base = recorded_base(adapter)
         self.head = read_head(adapter)
         self.config, self.transposed, renamings = target_of(self.base)
         self.updates, biases = read_updates(adapter, self.transposed)
@@ -152,17 +203,14 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the shards of two merges to be the same bytes."""
-        files = [file.stat() for file in self.base.weight_files]
+        stats = {file.name: file.stat() for file in self.base.weight_files}
         return {
             "version": 2,  # of the arithmetic
             "adapter": {
                 **{file: self.record["files"][file] for file in (WEIGHTS, "adapter_config.json")},
                 RECORD: file_sha256(self.adapter / RECORD),
             },
-            "base": [
-                [file.name, stat.st_size, stat.st_mtime_ns]
-                for file, stat in zip(self.base.weight_files, files, strict=True)
-            ],
+            "base": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
             "mode": self.mode,
             "rounding": self.rounding,
         }
@@ -219,7 +267,7 @@ class Plan:
         num_rows, rows = math.prod(tensor.shape) // columns, max(1, PIECE // columns)
         with tensor.open() as read:
             values, finished = self._values(name, tensor, read, workers)
-            add, square = (None, float) if update is None else self._change(update, values, tensor.shape)
+            add, square = (None, float) if update is None else update.adder(values, tensor.shape)
 
             def piece(row: int) -> T:
                 part = values(row * columns, min(row + rows, num_rows) * columns).float()
@@ -238,21 +286,17 @@ class Plan:
         dtype = self.load_dtype or tensor.dtype
         if not self.is_quantized(name):
             return (lambda start, stop: read(start, stop).to(dtype)), lambda: None
-        # not by pieces
-        if (
-            isinstance(tensor, StoredCodes)
-            or self.transposed[name]
-            or not self.quantization.by_rows(tensor.shape)
-        ):
-            if isinstance(tensor, StoredCodes):
-                weight, found = tensor.dequantize()
-            elif self.transposed[name]:
-                weight, found = self.quantization.round_trip(tensor.read().T.contiguous())
-                weight = weight.T.contiguous()
-            else:
-                weight, found = self.quantization.round_trip(tensor.read())
-            self._check_codes(name, found)
-            flat = weight.view(-1)
+        whole: tuple[torch.Tensor, str] | None = None  # what cannot be done by pieces
+        if isinstance(tensor, StoredCodes):
+            whole = tensor.dequantize()
+        elif self.transposed[name]:
+            weight, found = self.quantization.round_trip(tensor.read().T.contiguous())
+            whole = weight.T.contiguous(), found
+        elif not self.quantization.by_rows(tensor.shape):
+            whole = self.quantization.round_trip(tensor.read())
+        if whole:
+            self._check_codes(name, whole[1])
+            flat = whole[0].view(-1)
             return (lambda start, stop: flat[start:stop].clone()), lambda: None
         num_rows, columns = tensor.shape
         rows = max(1, QUANTIZED_PIECE // columns)
@@ -271,59 +315,12 @@ class Plan:
             lambda: self._check_codes(name, hashing.result()),
         )
 
-    def _change(
-        self, update: Update, values: Values, shape: tuple[int, ...]
-    ) -> tuple[Callable[[int, torch.Tensor], None], Callable[[], float]]:
-        """Adds an update in place, given the first stored row of a part of the weight and that part, in float32.
-
-        Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; DoRA, Liu et al. 2024 (arXiv 2402.09353), eq. 5.
-
-        Returns:
-            That function, and another for the squared norm of all that was added.
-        """
-        a, b = update.a.read().float(), update.b.read().float()
-        left, right = (a.T.contiguous(), b.T) if update.transposed else (b, a)
-
-        def add(row: int, part: torch.Tensor) -> None:
-            part.addmm_(left[row : row + len(part)], right, alpha=update.scale)
-
-        def square() -> float:
-            """|s B A|^2 = s^2 tr(B^T B A A^T), which costs next to nothing."""
-            wide, narrow = a.double(), b.double()
-            return update.scale**2 * float(((narrow.T @ narrow) * (wide @ wide.T)).sum())
-
-        if update.magnitude is None:
-            return add, square
-        magnitude = update.magnitude.read().float()
-        squares: list[float] = []
-
-        def scale(row: int, part: torch.Tensor) -> None:
-            before = part.clone()
-            add(row, part)
-            if update.transposed:
-                part.mul_(of_columns)
-            else:
-                rows = slice(row, row + len(part))
-                part.mul_((magnitude[rows] / torch.linalg.norm(part, dim=1))[:, None])
-            squares.append(float(before.sub_(part).square_().sum(dtype=torch.float64)))
-
-        if update.transposed:
-            # a column of the stored weight is an output row: its norm is known only when all rows have been read
-            norms = torch.zeros(shape[1], dtype=torch.float64)
-            rows = max(1, PIECE // shape[1])
-            for row in range(0, shape[0], rows):
-                part = values(row * shape[1], min(row + rows, shape[0]) * shape[1]).float().view(-1, shape[1])
-                add(row, part)
-                norms += part.double().square_().sum(0)
-            of_columns = (magnitude / norms.sqrt()).float()
-        return scale, lambda: math.fsum(squares)
-
     def _check_codes(self, name: str, found: str) -> None:
         if found != self.record["quantization"]["codes"][name.removesuffix(".weight")]:
             raise MergeError(
                 f"{name}: its {self.quantization.kind} codes are not those the adapter was trained on. The base has "
-                f"changed since, or this machine quantises differently. Find the base of {self.record['base']}, or "
-                "use --merge.base original, which makes another model."
+                f"changed since, or this machine quantises differently. Give an unchanged copy of {self.record['base']['name']} "
+                "(`lora-rm merge RUN --model.base FOLDER`), or merge on the machine that trained it."
             )
 
     def _check_base(self, biases: dict[str, StoredTensor]) -> None:
@@ -342,9 +339,7 @@ class Plan:
                 )
 
 
-def merge(
-    adapter: Path, output: Path, settings: MergeSettings | None = None, *, base: BaseModel | None = None
-) -> MergeReport:
+def merge(adapter: Path, output: Path, settings: MergeSettings | None = None) -> MergeReport:
     """Writes the merged model as a transformers folder.
 
     Memory: the 4-bit codes of one adapted tensor, its matrices A and B, and a few MiB a thread. The folder appears
@@ -355,7 +350,6 @@ def merge(
         adapter: Folder written by `RewardModel.save`.
         output: Folder to make.
         settings: Base, storage type, overwriting.
-        base: Where the base lies now, if not where it lay at training.
 
     Raises:
         MergeError: If the output exists, base and adapter do not fit, the disk is too small, another process
@@ -364,7 +358,7 @@ def merge(
     settings = settings or MergeSettings()
     if output.exists() and not settings.overwrite:
         raise MergeError(f"{output}: exists already. Remove it, or use --merge.overwrite True.")
-    plan = Plan(adapter, settings, base)
+    plan = MergePlan(adapter, settings)
     check_replaceable(output, adapter, plan.base.path)
     try:
         return _merge(plan, output)
@@ -374,7 +368,7 @@ def merge(
                 f"{overflow.name}: a value of {overflow.value:.4g} does not fit float16. Use --merge.dtype float32."
             ) from None
         say(f"{overflow.name} holds {overflow.value:.4g}, too large for float16: storing float32 instead.")
-    return _merge(Plan(adapter, replace(settings, dtype="float32"), base), output)
+    return _merge(MergePlan(adapter, replace(settings, dtype="float32")), output)
 
 
 def check_replaceable(out: Path, *sources: Path) -> None:
@@ -427,14 +421,14 @@ def is_unverified(adapter: Path, output: Path, settings: MergeSettings) -> bool:
     file = output / MERGE_RECORD
     if settings.overwrite or not file.is_file() or (output / "parity.json").is_file():
         return False
-    plan, made = Plan(adapter, settings), read_json(file)
+    plan, made = MergePlan(adapter, settings), read_json(file)
     # auto ends with float32 where a value does not fit float16
     roundings = (plan.rounding, "float32" if settings.dtype == "auto" else plan.rounding)
     is_same = made.get("adapter_sha256") == plan.record["files"][WEIGHTS]
     return is_same and made.get("base_weights") == plan.mode and made.get("dtype") in roundings
 
 
-def _merge(plan: Plan, output: Path) -> MergeReport:
+def _merge(plan: MergePlan, output: Path) -> MergeReport:
     with unfinished_folder(output, plan.identity(), "merge") as folder:
         _check_space(plan, output, folder)
         with storing(output):
@@ -444,7 +438,7 @@ def _merge(plan: Plan, output: Path) -> MergeReport:
     return report
 
 
-def _check_space(plan: Plan, output: Path, folder: UnfinishedFolder) -> None:
+def _check_space(plan: MergePlan, output: Path, folder: UnfinishedFolder) -> None:
     needed = sum(
         math.prod(tensor.shape) * plan.dtype.itemsize
         for file, tensors in plan.shards.items()
@@ -459,7 +453,7 @@ def _check_space(plan: Plan, output: Path, folder: UnfinishedFolder) -> None:
         )
 
 
-def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
+def check_weights(plan: MergePlan, merged: Path) -> dict[str, float]:
     """Compares what lies on the disk with the exact merge, tensor by tensor, without a forward pass.
 
     Returns:
@@ -468,11 +462,7 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
     Raises:
         MergeError: If a tensor or the head is missing, left over, not finite or wrong.
     """
-    written = {
-        tensor.name: tensor
-        for file in sorted(merged.glob("*.safetensors"))
-        for tensor in stored_tensors(file)
-    }
+    written = tensors_by_name(sorted(merged.glob("*.safetensors")))
     expected = {name: tensor for shard in plan.shards.values() for name, tensor in shard.items()}
     differing = written.keys() ^ {*(plan.stored_as[name] for name in expected), "score.weight"}
     if differing:
@@ -488,7 +478,7 @@ def check_weights(plan: Plan, merged: Path) -> dict[str, float]:
 
 
 def _distance(
-    plan: Plan, name: str, source: StoredTensor, written: StoredTensor, workers: "Workers"
+    plan: MergePlan, name: str, source: StoredTensor, written: StoredTensor, workers: "Workers"
 ) -> float:
     """Of an updated tensor, the error's share of the update; a wrong or broken tensor is an error."""
     if written.shape != source.shape:
@@ -560,7 +550,7 @@ def _compute_alone() -> None:
                 ctypes.CDLL(line.split(maxsplit=5)[5]).omp_set_num_threads(1)
 
 
-def _write(plan: Plan, unfinished: UnfinishedFolder) -> MergeReport:
+def _write(plan: MergePlan, unfinished: UnfinishedFolder) -> MergeReport:
     """Writes all shards but those that are finished, and what else belongs to a model."""
     folder = unfinished.path
     index: dict[str, str] = {}
@@ -621,7 +611,7 @@ def _finish(folder: UnfinishedFolder, writer: TensorWriter) -> None:
 
 
 def _write_tensor(
-    plan: Plan, name: str, tensor: StoredTensor, writer: TensorWriter, workers: Workers
+    plan: MergePlan, name: str, tensor: StoredTensor, writer: TensorWriter, workers: Workers
 ) -> None:
     """Writes one tensor."""
     own_name = plan.stored_as[name]
@@ -771,7 +761,7 @@ def _shards(
     return {name: own for name, own in shards.items() if own}, stored_as
 
 
-def _write_config(plan: Plan, chat: ChatTokenizer, folder: Path) -> None:
+def _write_config(plan: MergePlan, chat: ChatTokenizer, folder: Path) -> None:
     config = plan.config
     config.problem_type = "regression"  # else the pipeline and vLLM return sigmoid(reward)
     config.dtype = plan.dtype
@@ -779,7 +769,37 @@ def _write_config(plan: Plan, chat: ChatTokenizer, folder: Path) -> None:
     config.pad_token_id = text.pad_token_id = chat.pad_id
     text.dtype = plan.dtype
     config.save_pretrained(folder)
+    _tell_older_readers(folder)
     chat.save(folder)
+
+
+def _tell_older_readers(folder: Path) -> None:
+    """Writes a model's rotary positions in the words of transformers 4 too, for it takes the default for what it cannot read.
+
+    (4.57 opened a Llama of `rope_theta` 100,000 with 10,000.) Left out where version 5 would read something else then.
+    """
+    file = folder / "config.json"
+    before, text = _read_rope(folder), file.read_text(encoding="utf-8")
+    values = json.loads(text)
+    own = values.get("text_config", values)
+    rope = own.get("rope_parameters") or {}
+    if "full_attention" in rope:  # Gemma 3
+        if rope.get("sliding_attention"):
+            own["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    apart = ("rope_theta", "partial_rotary_factor")
+    own |= {name: rope[name] for name in apart if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        own["rope_scaling"] = {name: value for name, value in rope.items() if name not in apart}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if _read_rope(folder) != before:
+        file.write_text(text, encoding="utf-8")
+
+
+def _read_rope(folder: Path) -> Any:
+    return getattr(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(), "rope_parameters", None
+    )
 
 
 class _DoesNotFit(MergeError):

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from lora_rm import processes
-from lora_rm.checkpoint import RunFolder, write_atomically
+from lora_rm.checkpoint import RunFolder
 from lora_rm.config import ModelSettings, Settings, with_whole_paths
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
@@ -49,6 +49,7 @@ from lora_rm.model.memory import (
 )
 from lora_rm.model.quantization import DTYPES
 from lora_rm.train import count_steps, rows_of_steps
+from lora_rm.unfinished import write_atomically
 
 GIB = 2**30
 
@@ -441,8 +442,7 @@ def _time(planned: Plan) -> str:
         return f"{text}; give --data.train for the time of a run"
     try:
         folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
-        allowed = settings.data.allow_special_tokens
-        chat = ChatTokenizer.load(folder, settings.data.chat_template, allow_special_tokens=allowed)
+        chat = ChatTokenizer.load(folder, settings.data)
         data = load_data(settings.data, chat, seed=settings.seed, cache=cache_folder())
     except (LoraRmError, OSError, ValueError) as error:
         return f"{text}; the data cannot be counted ({first_line(error)})"

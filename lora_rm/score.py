@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.data.conversations import read_answer, read_conversation, read_messages, read_prompt
-from lora_rm.data.fields import check_objects, check_text, wrong_type
+from lora_rm.data.fields import check_objects, check_text, read_tools, wrong_type
 from lora_rm.data.preference import Message, Messages
-from lora_rm.data.tokens import TokenTree
+from lora_rm.data.tokens import Conversation, TokenTree
 from lora_rm.errors import DataError, ModelError
 from lora_rm.evaluate import check_finite
 from lora_rm.export import TARGETS
@@ -69,7 +69,7 @@ def export_target(folder: Path) -> str | None:
 
 def reward_function(
     path: str | Path, *, name: str | None = None, device: str = "auto", compute_dtype: str = "auto"
-) -> Callable[..., list[float]]:
+) -> Callable[..., list[float | None]]:
     """A function that TRL's GRPOTrainer and RLOOTrainer take in `reward_funcs`.
 
     >>> trainer = GRPOTrainer(model, reward_funcs=reward_function("runs/quickstart"), ...)  # doctest: +SKIP
@@ -81,10 +81,11 @@ def reward_function(
         compute_dtype: As in `load_reward_model`.
 
     Returns:
-        `reward(prompts, completions, **columns) -> list[float]`. Prompts and completions are lists of messages, or
-        texts: a text is taken as one user message, or one assistant message; a completion may be empty, for a policy
-        may write nothing. Columns of the data and TRL's own (`completion_ids` are of the policy's tokenizer) are not
-        used.
+        `reward(prompts, completions, tools=None, **columns) -> list[float | None]`. Prompts and completions are lists of
+        messages, or texts: a text is taken as one user message, or one assistant message; a completion may be empty, for
+        a policy may write nothing. One that was cut after a tool's message has no answer, and its reward is None, which
+        TRL takes for no reward. `tools` is a column of the data, as in training. Other columns, and TRL's own
+        (`completion_ids` are of the policy's tokenizer), are not used.
 
     Raises:
         ModelError: As `load_reward_model` does.
@@ -92,16 +93,27 @@ def reward_function(
     scorer = load_reward_model(path, device=device, compute_dtype=compute_dtype)
 
     def reward(
-        prompts: Sequence[str | Sequence[Message]], completions: Sequence[str | Sequence[Message]], **_: Any
-    ) -> list[float]:
+        prompts: Sequence[str | Sequence[Message]],
+        completions: Sequence[str | Sequence[Message]],
+        tools: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
         """Rewards of completions, each of its own prompt; what completions of one prompt share is computed once."""
-        conversations, groups = [], []
-        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        conversations: dict[int, Conversation] = {}
+        groups = []
+        shown = tools or [None] * len(prompts)
+        for number, (prompt, completion, own) in enumerate(zip(prompts, completions, shown, strict=True)):
             before = read_prompt({f"prompts[{number}]": prompt}, f"prompts[{number}]")
-            answer = read_messages(completion, f"completions[{number}]", "assistant", may_be_empty=True)
-            conversations.append(before + answer)
-            groups.append(str(before))
-        return scorer.score_ids(scorer.ids(conversations), groups)
+            name = f"completions[{number}]"
+            answer = (
+                () if completion == [] else read_messages(completion, name, "assistant", may_be_empty=True)
+            )
+            if answer and answer[-1]["role"] == "assistant":
+                conversations[number] = before + answer, read_tools({"tools": own or ()})
+                groups.append(str(before))
+        rewards = scorer.score_ids(scorer.model.chat.ids(list(conversations.values())), groups)
+        found = dict(zip(conversations, rewards, strict=True))
+        return [found.get(number) for number in range(len(prompts))]
 
     reward.__name__ = name or _own_name(path)  # by which TRL tells reward functions apart
     return reward

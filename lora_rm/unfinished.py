@@ -1,6 +1,6 @@
-"""A folder that is written beside its place and gets its name when it is whole.
+"""A file or a folder that is written beside its place and gets its name when it is whole.
 
-What interrupts the writing (a kill, a full disk) leaves the folder; the same call then goes on after the last file
+What interrupts the writing (a kill, a full disk) leaves an unfinished folder; the same call then goes on after the last file
 that was finished, and ends with the bytes that it would have had.
 """
 
@@ -85,6 +85,25 @@ def has_lock(descriptor: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a text file so that a reader finds the old one or the new one, never a part.
+
+    Raises:
+        StorageError: If the disk is full or the folder cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with storing(file):
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+    finally:
+        with suppress(OSError):  # a disk that is read-only
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lora_rm.checkpoint import write_atomically
 from lora_rm.config import MergeSettings, ModelSettings, VerifySettings
 from lora_rm.console import say, show_table
 from lora_rm.data.batches import pad_rows
-from lora_rm.data.tokens import ChatTokenizer, TokenTree
+from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import MergeError
-from lora_rm.merge import OVERFLOWING, Plan, check_weights
+from lora_rm.merge import OVERFLOWING, MergePlan, check_weights
 from lora_rm.model.base import BaseModel, check_shape, read_json
 from lora_rm.model.classifier import has_absolute_positions
 from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.record import CANARIES, MERGE_RECORD, RECORD, read_record
 from lora_rm.model.reward_model import RewardModel
-from lora_rm.model.tensor_files import stored_tensors
+from lora_rm.model.tensor_files import tensors_by_name
+from lora_rm.unfinished import write_atomically
 
 REQUANTIZED = "loaded in NF4 again"
 """A way of scoring a merged model."""
@@ -137,9 +137,9 @@ def verify(
             merged model's rewards changed by more than allowed.
     """
     settings = settings or VerifySettings()
-    merge_record: dict[str, Any] = read_json(merged / MERGE_RECORD)
+    merge_record = read_json(merged / MERGE_RECORD)
     check_shape(merged / MERGE_RECORD, merge_record, {"base_weights": str, "dtype": str})
-    plan = Plan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
+    plan = MergePlan(adapter, MergeSettings(base=merge_record["base_weights"], dtype=merge_record["dtype"]))
     rounding = max(check_weights(plan, merged).values(), default=0.0)
     say(f"The weights are those of the merge; storing them took at most {rounding:.2%} of a tensor's update.")
     canaries = _read_canaries(adapter)
@@ -153,7 +153,6 @@ def verify(
         after |= score_folder(merged, rows, "requantized", device)
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
-    chat = ChatTokenizer.load(adapter)
     fault = _fault(
         remembered,
         changes if plan.is_trained_model else {},
@@ -174,15 +173,13 @@ def verify(
         "allowed": asdict(settings),
         "answers": [
             {
-                "text": _text(chat, ids),
-                "ids": ids,
-                "prompt": prompt,
+                **{key: answer[key] for key in ("text", "ids", "prompt")},
                 "reward": reward,
                 "merged": merged_reward,
                 "without_adapter": bare,
             }
-            for ids, prompt, reward, merged_reward, bare in zip(
-                rows, prompts, before, after["library"], untrained, strict=True
+            for answer, reward, merged_reward, bare in zip(
+                answers, before, after["library"], untrained, strict=True
             )
         ],
     }
@@ -383,8 +380,7 @@ def _device_for(folder: Path) -> str:
     # embeddings, experts and norms are held in float32
     size = sum(
         tensor.num_bytes * (1 if len(tensor.shape) == 2 and "embed" not in tensor.name else 2)
-        for file in folder.glob("*.safetensors")
-        for tensor in stored_tensors(file)
+        for tensor in tensors_by_name(folder.glob("*.safetensors")).values()
     )
     is_small = torch.cuda.is_available() and 1.25 * size < torch.cuda.mem_get_info()[0]
     return "auto" if is_small else "cpu"
@@ -441,9 +437,3 @@ def standard_deviation(values: Sequence[float]) -> float:
     """Of a population."""
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-
-
-def _text(chat: ChatTokenizer, ids: list[int]) -> str:
-    """The text that gives these ids in a plain tokenizer call, which adds the BOS itself if it adds one."""
-    own = ids[1:] if chat.adds_bos else ids
-    return chat.tokenizer.decode(own, clean_up_tokenization_spaces=False)

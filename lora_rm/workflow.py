@@ -43,12 +43,13 @@ from lora_rm.model.base import (
 )
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import check_length, longest_conversation, read_config
-from lora_rm.model.quantization import code_hashes
+from lora_rm.model.quantization import code_hashes, dtype_name
 from lora_rm.model.record import MERGE_RECORD, RECORD, check_files, move_base, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import Plan, fit
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.train import train
+from lora_rm.unfinished import write_atomically
 from lora_rm.verify import verify
 
 NUM_CANARIES = 32
@@ -146,13 +147,18 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         settings.model.base,
         settings=settings.model,
         adapter=settings.adapter,
-        chat_template=settings.data.chat_template,
+        data=settings.data,
         seed=settings.seed,
         sharded=settings.train.sharding == "full" and processes.count() > 1,
     )
     check_length(model.classifier.config, settings.data.max_length, "A conversation of data.max_length")
+    positions = getattr(model.classifier.config.get_text_config(), "max_position_embeddings", None)
+    if positions and settings.data.max_length > positions:
+        say(
+            f"data.max_length is {settings.data.max_length}, and the base was made for {positions} tokens: what it makes of longer "
+            "conversations is not known, and servers may refuse them."
+        )
     check_mergeable(model)
-    model.chat.allow_special_tokens = settings.data.allow_special_tokens
     wanted = settings.train.checkpointing
     # unplanned: the way that is nearly as fast as keeping all where the device has enough to do, for half of the memory
     mode: Mode = "selective" if wanted == "auto" else wanted
@@ -163,10 +169,15 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
             f"The processes compute batches in different ways ({model.batching} here). Use machines of one kind, or set "
             "train.batching to one that all can do."
         )
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3 and p.is_floating_point())
+    if experts and settings.model.quantization != "none":
+        say(
+            f"{experts / 2**30:.1f} GiB of experts stay in 16 bits: bitsandbytes quantises linear layers only."
+        )
     count = model.trainable()
     say(
         f"{count.total:,} parameters, of which trained: {count.adapter:,} in the adapter, {count.head:,} in the head. "
-        f"Batches {model.batching}, products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}."
+        f"Batches {model.batching}, products in {dtype_name(model.compute_dtype)} on {model.device}."
     )
     return model
 
@@ -198,6 +209,11 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     run.write_json("inputs.json", inputs)
     run.write_json("data.json", data.report)
     data.show()
+    if next(_answers(model, data), None) is None:
+        raise DataError(
+            "Every held-out answer holds the name of a special token, so no merged model could be compared by texts. "
+            "Give a data.eval without such names, or set data.allow_special_tokens True."
+        )
     return data
 
 
@@ -226,19 +242,7 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
 
     Every process calls it, for a sharded base computes with all of them; the first one writes.
     """
-    held_out: Iterator[dict[str, Any]] = (
-        {"ids": ids, "prompt": number}
-        for number, tree in enumerate(data.eval.trees)
-        for ids in tree.conversations()
-    )
-    # other programs are given texts, and cannot tell a control token's name in a message from the token
-    plain = (answer for answer in held_out if model.chat.is_plain(answer["ids"]))
-    answers = list(islice(plain, NUM_CANARIES + max(settings.verify.num_answers, 64)))
-    if not answers:
-        raise DataError(
-            "Every held-out answer holds the name of a special token, so no merged model could be compared by texts. "
-            "Give a data.eval without such names, or set data.allow_special_tokens True."
-        )
+    answers = list(islice(_answers(model, data), NUM_CANARIES + max(settings.verify.num_answers, 64)))
     canaries = answers[:NUM_CANARIES]
     model.eval()
     with model.precise():
@@ -253,6 +257,15 @@ def save_adapter(model: RewardModel, data: Data, settings: Settings, run: RunFol
         with storing(run.adapter):
             model.save(run.adapter, record)
     run.write_json("held_out.json", answers[NUM_CANARIES:])
+
+
+def _answers(model: RewardModel, data: Data) -> Iterator[dict[str, Any]]:
+    """Held-out answers that other programs can be given as texts, with the number of their prompt."""
+    for number, (preference, tree) in enumerate(zip(data.eval.preferences, data.eval.trees, strict=True)):
+        for answer, ids in zip(preference.answers, tree.conversations(), strict=True):
+            text = model.chat.plain_text((preference.prompt + answer, preference.tools), ids)
+            if text is not None:
+                yield {"ids": ids, "prompt": number, "text": text}
 
 
 def combine_runs(
@@ -281,7 +294,7 @@ def combine_runs(
     rewards = Scorer(model.eval()).score_ids([canary["ids"] for canary in record["canaries"]])
     for canary, reward in zip(record["canaries"], rewards, strict=True):
         canary["reward"] = reward
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_atomically(folder / RECORD, json.dumps(record, indent=1))
     say(f"The combined adapter lies in {folder}.")
     return folder
 
@@ -305,14 +318,14 @@ def _check_folder(path: Path) -> None:
 
 
 def read_held_out(run: RunFolder) -> list[dict[str, Any]]:
-    """Held-out answers of a run, as token ids with the number of their prompt; none if there is no such file.
+    """Held-out answers of a run, as token ids and text with the number of their prompt; none if there is no such file.
 
     Raises:
         LoraRmError: If the file is damaged.
     """
     answers: list[dict[str, Any]] = run.read_json("held_out.json") or []
     if answers:
-        check_shape(run.path / "held_out.json", answers, [{"ids": [int], "prompt": int}])
+        check_shape(run.path / "held_out.json", answers, [{"ids": [int], "prompt": int, "text": str}])
     return answers
 
 

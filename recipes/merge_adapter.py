@@ -25,8 +25,8 @@ def main(path: Path, settings: Settings) -> None:
 
 if __name__ == "__main__":
     with plain_errors():
-        if len(sys.argv) < 2:
-            raise ConfigError("no adapter given. Write: python recipes/merge_adapter.py RUN_OR_ADAPTER")
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+            raise ConfigError("Give an adapter. Write: python recipes/merge_adapter.py RUN_OR_ADAPTER")
         run = Path(sys.argv[1])
         preset = [str(run / "config.yaml")] if (run / "config.yaml").is_file() else []
         main(run, settings_from_command_line([sys.argv[0], *preset, *sys.argv[2:]]))

@@ -271,7 +271,8 @@ def saved(model, folder, rows=ROWS):
     with model.precise():
         rewards = Scorer(model).score_ids(rows)
     record["canaries"] = [
-        {"ids": ids, "prompt": 0, "reward": reward} for ids, reward in zip(rows, rewards, strict=True)
+        {"ids": ids, "prompt": 0, "text": model.chat.tokenizer.decode(ids[1:]), "reward": reward}
+        for ids, reward in zip(rows, rewards, strict=True)
     ]
     model.save(folder, record)
     return folder

@@ -1,8 +1,11 @@
 """Where the adapter starts, and that what it was trained to is what is saved, opened and merged."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import make_base, make_model, shake
+from conftest import make_base, make_model, saved, shake
+from peft import PeftConfig
 
 from lora_rm.checkpoint import RunFolder
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
@@ -253,3 +256,10 @@ def test_training_starts_from_a_saved_adapter(base, trees, variant, tmp_path):
         ModelError, match="trained with model.quantization nf4.*; this run has quantization none"
     ):
         make_model(base, quantization="none", adapter=AdapterSettings(start_from=start, **shape))
+
+
+def test_a_saved_adapter_names_its_base_on_the_hub_and_not_the_folder_it_was_fetched_to(base, tmp_path):
+    model = shake(make_model(base))
+    model.base = replace(model.base, name="org/model", revision="abc")
+    config = PeftConfig.from_pretrained(saved(model, tmp_path / "adapter"))
+    assert (config.base_model_name_or_path, config.revision) == ("org/model", "abc")

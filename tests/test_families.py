@@ -73,7 +73,9 @@ def test_a_conversation_longer_than_the_positions_is_refused_before_it_gives_a_n
         model=replace(settings.model, base=str(base)),
         data=replace(settings.data, max_length=17),
     )
-    with pytest.raises(ModelError, match=r"data.max_length is 17 tokens long.*Set data.max_length 16"):
+    with pytest.raises(
+        ModelError, match=r"data.max_length is 17 tokens long.*data.max_length 16 leaves such out"
+    ):
         open_model(wanted)
 
 
@@ -152,3 +154,20 @@ def test_dropout_of_the_base_is_off_in_training(tmp_path):
     model = unquantised(base).train()
     trees = some_trees(model.classifier.config.vocab_size)
     assert torch.equal(model.rewards(model.batch(trees)), model.rewards(model.batch(trees)))
+
+
+def test_experts_in_16_bits_and_lengths_that_the_base_was_not_made_for_are_told(tmp_path, settings, capsys):
+    more = {"num_local_experts": 4, "sliding_window": 8, "max_position_embeddings": 64}
+    base = of_family(tmp_path / "base", "gpt_oss", **more)
+    for length, is_told in ((64, False), (65, True)):
+        wanted = replace(
+            settings,
+            model=replace(settings.model, base=str(base)),
+            adapter=QUERIES_AND_VALUES,
+            data=replace(settings.data, max_length=length),
+        )
+        model = open_model(wanted)
+        said = capsys.readouterr().out
+        assert ("data.max_length is 65, and the base was made for 64 tokens" in said) == is_told
+        assert "GiB of experts stay in 16 bits" in said
+    assert sum(p.dim() == 3 for p in model.parameters()) == 2 * SHAPE["num_hidden_layers"]

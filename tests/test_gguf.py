@@ -26,7 +26,7 @@ from lora_rm.export.gguf import (
     export_gguf,
     write,
 )
-from lora_rm.export.gguf_model import HEAD, SMALL_BATCH, GGUFModel, read_chat, read_fields
+from lora_rm.export.gguf_model import ALLOW_SPECIAL, HEAD, SMALL_BATCH, GGUFModel, read_chat, read_fields
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +279,22 @@ def test_files_that_are_no_reward_model(tmp_path, base):
     writer.close()
     with pytest.raises(ModelError, match=r"no lora_rm.score.weight.*--to gguf"):
         read_fields(tmp_path / "y.gguf")
+
+
+def test_a_head_that_is_longer_than_the_model_is_wide_is_refused(tmp_path):
+    """It would be multiplied with what lies behind llama.cpp's buffer."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_embedding_length(64)
+    writer.add_context_length(64)
+    writer.add_array(HEAD, [1.0] * 65)
+    writer.add_bool(ALLOW_SPECIAL, False)
+    writer.add_string("tokenizer.huggingface.json", "{}")
+    writer.add_chat_template("x")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"score head has 65 values, the model 64. Export it again"):
+        read_fields(tmp_path / "x.gguf")
 
 
 class FakeLlama:

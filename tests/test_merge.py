@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -48,7 +49,7 @@ from lora_rm.combine import combine
 from lora_rm.config import AdapterSettings, MergeSettings, check_settings
 from lora_rm.errors import MergeError, ModelError, StorageError
 from lora_rm.merge import (
-    Plan,
+    MergePlan,
     Update,
     Workers,
     _write_tensor,
@@ -257,7 +258,7 @@ def test_a_merged_model_reloaded_under_another_seed_gives_the_rewards(tmp_path, 
         found = torch.tensor(Scorer(opened).score_ids([canary["ids"] for canary in canaries]))
         allowed = {"float16": 1e-2, "float32": 2e-4}[report.dtype]  # float16 keeps 2^-11 of every weight
         assert float((found - expected).abs().max() / expected.std()) < allowed
-    check_weights(Plan(adapter, MergeSettings(dtype=report.dtype)), tmp_path / "merged")
+    check_weights(MergePlan(adapter, MergeSettings(dtype=report.dtype)), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
@@ -291,7 +292,7 @@ def test_trained_biases_replace_those_of_the_base(tmp_path, family):
     merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32").eval()
     assert Scorer(merged).score_ids(ROWS) == pytest.approx(Scorer(by_peft).score_ids(ROWS), abs=1e-5)
     assert Scorer(merged).score_ids(ROWS) != pytest.approx(Scorer(model.eval()).score_ids(ROWS), abs=1e-2)
-    check_weights(Plan(adapter, MergeSettings(dtype="float32")), tmp_path / "merged")
+    check_weights(MergePlan(adapter, MergeSettings(dtype="float32")), tmp_path / "merged")
     with pytest.raises(MergeError, match="has trained biases"):
         combine([adapter, adapter], (0.5, 0.5), tmp_path / "combined")
     save_file(load_file(file) | {next(iter(biases)): torch.ones(7)}, file, {"format": "pt"})
@@ -332,7 +333,7 @@ def test_rounding_is_measured_per_tensor(base, tmp_path, dtype, highest, kind):
     model = shake(make_model(base, adapter=ADAPTERS[kind]))
     adapter = saved(model, tmp_path / "adapter")
     merge(adapter, tmp_path / "merged", MergeSettings(dtype=dtype))
-    found = check_weights(Plan(adapter, MergeSettings(dtype=dtype)), tmp_path / "merged")
+    found = check_weights(MergePlan(adapter, MergeSettings(dtype=dtype)), tmp_path / "merged")
     assert max(found.values()) < highest
     assert (max(found.values()) > 1e-5) == (dtype != "float32")
     written = load_file(tmp_path / "merged" / "model.safetensors")
@@ -532,7 +533,7 @@ def test_any_piece_of_any_shape_is_the_dense_merge_in_float64(
         {tensor.name: tensor for tensor in stored_tensors(tmp_path / f"{file}.safetensors")}
         for file in ("base", "adapter")
     )
-    plan = object.__new__(Plan)
+    plan = object.__new__(MergePlan)
     plan.quantization = quantization.Quantization(kind="nf4", double=double, load_dtype=torch.bfloat16)
     values, found = plan.quantization.round_trip(weight)
     plan.record = {"quantization": {"codes": {"w": found}}}
@@ -635,7 +636,7 @@ def test_any_adapter_that_settings_can_make_is_the_dense_merge_in_float64(
         # PiSSA and OLoRA leave W - scale B0 A0 below, rounded to float32 at a size that can be many times W's
         largest = max(float(x.abs().max()) for x in (tensor, below) if x.is_floating_point())
         assert float(error.abs().max()) < 1e-6 * max(1.0, largest), name
-    check_weights(Plan(adapter, MergeSettings(dtype="float32")), folder / "merged")
+    check_weights(MergePlan(adapter, MergeSettings(dtype="float32")), folder / "merged")
     shutil.rmtree(folder)
 
 
@@ -732,7 +733,7 @@ def test_a_merge_of_anything_else_has_another_identity(tmp_path):
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
 
     def identity(**settings):
-        return json.dumps(Plan(adapter, MergeSettings(**settings)).identity())
+        return json.dumps(MergePlan(adapter, MergeSettings(**settings)).identity())
 
     found = [identity()]
     assert identity() == found[0]
@@ -1152,7 +1153,45 @@ def test_damage_to_the_merged_weights_is_found(base, tmp_path, damage):
             "head": "head",
         }[damage],
     ):
-        check_weights(Plan(adapter, MergeSettings(dtype="float16")), tmp_path / "merged")
+        check_weights(MergePlan(adapter, MergeSettings(dtype="float16")), tmp_path / "merged")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "expected"),
+    [
+        ("llama", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        (
+            "phi3",
+            {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
+        ),
+        ("llama", LLAMA3 | {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (
+            "gemma3_text",
+            {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+            },
+            {
+                "rope_theta": 2e6,
+                "rope_local_base_freq": 3e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+    ],
+)
+def test_rotary_positions_are_told_in_the_words_of_transformers_4_too(tmp_path, family, rope, expected):
+    """Which takes 10,000 for a `rope_theta` that it does not find, without a word."""
+    base = make_base(tmp_path / "base", family, rope_parameters=rope)
+    merge(saved(shake(make_model(base)), tmp_path / "adapter"), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    names = {"rope_theta", "rope_local_base_freq", "rope_scaling", "partial_rotary_factor"} & config.keys()
+    assert {name: config[name] for name in names} == expected
+    read = [AutoConfig.from_pretrained(tmp_path / name).rope_parameters for name in ("base", "merged")]
+    assert read[0] == read[1]
 
 
 def test_the_report_lies_in_the_folder(base, tmp_path):

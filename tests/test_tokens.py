@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from conftest import CHAT, assistant, make_tokenizer, user
+from conftest import CHAT, assistant, make_tokenizer, trained_tokenizer, user
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_rm.data import tokens
 from lora_rm.data.preference import Preference
@@ -102,7 +103,7 @@ def test_the_plain_template_writes_lines_and_an_eos_after_every_answer():
         assistant("So long"),
     )
     text = "Be brief.\n\nHuman: Hi\n\nAssistant: Hello</s>\n\nHuman: Bye\n\nAssistant: So long</s>"
-    assert chat.render(messages) == text
+    assert chat.render(messages) == "<s>" + text
     assert chat.ids([(messages, ())]) == [[BOS, *encode(chat, text)]]
     assert encode(chat, text)[-1] == EOS
 
@@ -111,7 +112,7 @@ def test_a_template_may_come_from_a_file_and_is_saved_with_the_tokenizer(tmp_pat
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}")
     chat = ChatTokenizer(make_tokenizer(), str(file))
-    assert chat.render((user("a"), assistant("b"))) == "[a]</s>[b]</s>"
+    assert chat.render((user("a"), assistant("b"))) == "<s>[a]</s>[b]</s>"
     chat.save(tmp_path / "saved")
     again = ChatTokenizer.load(tmp_path / "saved")
     assert (again.identity(), again.template_hash, again.pad_id) == (
@@ -153,13 +154,13 @@ def test_a_conversation_that_the_template_refuses_is_named():
 )
 def test_a_template_takes_the_same_day_for_today_every_day(call, day, tmp_path):
     template = (
-        "\n{% set form = '%d %b %Y %H:%M:%S.%f' %}{% if strftime_now is defined %}{{ "
+        "{{ bos_token }}\n{% set form = '%d %b %Y %H:%M:%S.%f' %}{% if strftime_now is defined %}{{ "
         + call
         + " }}{% endif %}"
     )
-    chat = make_chat(template + CHAT)
+    chat = make_chat(template + BARE)
     messages = (user("a"), assistant("b"))
-    assert chat.render(messages) == f"\n{day}<s><|user|>a</s><|assistant|>b</s>"
+    assert chat.render(messages) == f"<s>\n{day}<|user|>a</s><|assistant|>b</s>"
     chat.save(tmp_path)
     for again in (ChatTokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         text = getattr(again, "tokenizer", again).apply_chat_template(messages, tokenize=False)
@@ -392,6 +393,153 @@ def test_line_breaks_and_reasoning_marks_are_text_though_they_are_added_tokens()
     assert chat.ids([(talk, ())]) == [tokenizer(text, add_special_tokens=False).input_ids]
     (turn,) = tokenizer("<|turn|>", add_special_tokens=False).input_ids
     assert chat.ids([((user("<|turn|>"), assistant("3")), ())])[0].count(turn) == 2  # what the template wrote
+
+
+# What other programs make of the saved tokenizer.
+
+
+@pytest.mark.parametrize("template", ["plain", "tokenizer"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_programs_that_render_with_the_template_get_the_ids_of_training(template, adds_bos):
+    """TRL and vLLM's chat requests render first, and then add no BOS."""
+    tokenizer = make_chat(adds_bos=adds_bos).tokenizer
+    chat = ChatTokenizer(tokenizer, template)
+    talk = (user("a"), assistant("b"), user("c"), assistant("d"))
+    text = chat.tokenizer.apply_chat_template(list(talk), tokenize=False)
+    (row,) = chat.ids([(talk, ())])
+    assert chat.tokenizer(text, add_special_tokens=False).input_ids == row
+
+
+def test_an_eos_that_a_tokenizer_adds_to_every_text_is_taken_off(tmp_path):
+    """`add_eos_token`: a plain call would read the reward at another token than training."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    tokenizer.init_kwargs["add_eos_token"] = True
+    assert tokenizer("a").input_ids[-1] == EOS
+    chat = ChatTokenizer(tokenizer)
+    talk = (user("a"), assistant("b"))
+    assert chat.ids([(talk, ())]) == make_chat().ids([(talk, ())])
+    chat.save(tmp_path)
+    for again in (chat.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert again("a").input_ids == [BOS, *encode(chat, "a")]
+
+
+def test_a_padding_token_is_no_word_that_texts_hold(tmp_path):
+    """Of a tokenizer with one special token, as GPT-2's; saved, a named pad token becomes a special one."""
+    state = json.loads(trained_tokenizer())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == "</s>"]
+    state["post_processor"] = None
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="</s>", eos_token="</s>"
+    )
+    chat = ChatTokenizer(tokenizer, "plain")
+    assert chat.tokenizer.pad_token.startswith("Ġ")
+    chat.save(tmp_path)
+    again = ChatTokenizer.load(tmp_path)
+    assert again.pad_id == chat.pad_id
+    word = chat.tokenizer.pad_token.removeprefix("Ġ")
+    for text in ("Hi!!", "a != b", f"a {word}{word} {word}", "".join(map(chr, range(33, 127)))):
+        talk = ((user(text), assistant(text)), ())
+        rows = [one.ids([talk])[0] for one in (chat, again)]
+        assert rows[0] == rows[1], text
+        assert again.plain_text(talk, rows[0]) is not None
+
+
+def test_the_text_of_a_conversation_is_that_which_gives_its_ids():
+    """SentencePiece puts a space before a text: decoded, the ids are not the text that was tokenised."""
+    backend = Tokenizer.from_str(trained_tokenizer())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    )
+    chat = ChatTokenizer(tokenizer)
+    talk = ((user("a b"), assistant("c"), user("d"), assistant("e f")), ())
+    (row,) = chat.ids([talk])
+    decoded = chat.tokenizer.decode(row[1:], clean_up_tokenization_spaces=False)
+    assert chat.tokenizer(decoded).input_ids != row  # else this would show nothing
+    assert chat.tokenizer(chat.plain_text(talk, row)).input_ids == row
+
+
+def test_the_saved_tokenizer_speaks_as_transformers_4_does(tmp_path):
+    """Version 4 knows neither the class of 5 nor its list of further special tokens."""
+    chat = make_chat(additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    chat.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert config["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    assert "extra_special_tokens" not in config
+    assert ChatTokenizer.load(tmp_path).identity() == chat.identity()
+
+
+# What a template leaves out.
+
+
+def said_of(chat, messages, capsys):
+    """What is said when three such conversations are tokenised."""
+    *prompt, answer = messages
+    rating = Preference(prompt=tuple(prompt), answers=((answer,),), kind="rating", scores=(1.0,))
+    tokenize([rating] * 3, chat, max_length=512)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_messages_that_the_template_leaves_out_are_told(role, capsys):
+    chat = make_chat(
+        CHAT.replace("for m in messages", "for m in messages if m.role in ('user', 'assistant')")
+    )
+    for content, is_told in (("x", True), ("", False)):
+        talk = user("a"), {"role": role, "content": content}, assistant("b")
+        told = f"leaves out {role} messages after the first message (3 preferences)"
+        assert (told in said_of(chat, talk, capsys)) == is_told
+        assert not said_of(make_chat(), talk, capsys)
+
+
+def test_a_system_message_that_is_printed_only_at_the_start_is_told_later(capsys):
+    """As by the template of gpt-oss."""
+    only_first = "{% if m.role != 'system' or loop.first %}{{ m['content'] }}{% endif %}"
+    chat = make_chat(CHAT.replace("{{ m['content'] }}", only_first))
+    system = {"role": "system", "content": "x"}
+    assert not said_of(chat, (system, user("a"), assistant("b")), capsys)
+    told = "leaves out system messages after the first message (3 preferences)"
+    assert told in said_of(chat, (system, system, user("a"), assistant("b")), capsys)
+
+
+@pytest.mark.parametrize(
+    ("answer", "printed", "told"),
+    [
+        (
+            {"content": "<think>so</think>b"},
+            "m.content.split('</think>')[-1]",
+            "what answers hold in <think>",
+        ),
+        ({"content": "<think>so</think>b"}, "m.content", None),
+        ({"content": "b", "reasoning_content": "so"}, "m.content", "the answers' reasoning_content"),
+        ({"content": "b", "reasoning_content": "so"}, "m.reasoning_content ~ m.content", None),
+    ],
+)
+def test_reasoning_that_the_template_leaves_out_is_told(answer, printed, told, capsys):
+    chat = make_chat("{% for m in messages %}{{ " + printed + " }}{{ eos_token }}{% endfor %}")
+    said = said_of(chat, (user("a"), {"role": "assistant", **answer}), capsys)
+    assert f"leaves out {told} (3 preferences)" in said if told else not said
+
+
+def test_equal_ids_are_one_object(chat, preferences, tmp_path):
+    """Python's integers above 256 take 28 bytes each."""
+    for _ in range(2):  # tokenised, and out of the cache
+        trees, _ = tokenize(preferences[0], chat, max_length=512, cache=tmp_path)
+        objects = {id(n) for tree in trees for row in tree.conversations() for n in row}
+        values = {n for tree in trees for row in tree.conversations() for n in row}
+        assert max(values) > 256
+        assert len(objects) == len(values)
 
 
 # Cache and workers.

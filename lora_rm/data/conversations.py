@@ -21,7 +21,7 @@ from lora_rm.data.fields import (
     shown,
     wrong_type,
 )
-from lora_rm.data.preference import Message, Messages
+from lora_rm.data.preference import REASONING, Message, Messages
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -36,7 +36,7 @@ SHAREGPT_ROLES = {
 QUESTIONS = ("question", "instruction", "query")
 """Other names of the prompt, where the answers are texts; alpaca's `instruction` goes on with its `input`."""
 
-KEPT = ("tool_call_id", "name", "reasoning_content", "thinking")
+KEPT = ("tool_call_id", "name", *REASONING)
 """Keys of a message, all texts, that chat templates read beside role, content and tool calls."""
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -22,16 +22,16 @@ prompt or context, response1, response2, and   PKU-SafeRLHF (0, 1); arena's     
   better_response_id or winner                 model_a, model_b or tie
 conversation_a, conversation_b, winner         two whole conversations of an    pair
                                                arena
-prompt, chosen, rejected (lists of texts)      RewardBench 2: each chosen one   ranking
-                                               is better than each rejected
+prompt, chosen, rejected (lists of texts,      RewardBench 2: each chosen one   ranking
+  or a text and a list)                        is better than each rejected
 prompt, response or completion, and            one answer and its number        rating
   rating, score or label
 
 An answer is a text or a list of messages, a prompt likewise. A list may repeat the prompt, and so may HH text; any
 other text is the answer as it stands. A prompt may be HH text too, with "\n\nAssistant:" at its end. `response_a` and `response_b` are other
 names of `response1` and `response2`, and so are `response_1` and `response_2`, `response_0` and `response_1`;
-`question`, `instruction` (with `input`) and `query` of a text `prompt`. `rejected_response` is ms-swift's name of
-`rejected`, beside `response` or `messages`. A message is
+`question`, `instruction` (with `input`) and `query` of a text `prompt`. ms-swift's `rejected_response`, beside `response`
+or `messages`, and `rejected_messages`, beside `messages`, are read as `rejected`. A message is
 {role, content} or {from, value}; its content may be a list of texts, which are joined. `tool_calls`,
 `tool_call_id`, `name`, `reasoning_content` and `thinking` reach the chat template, other keys do not. Rows with images, videos or
 sounds are refused.
@@ -224,7 +224,7 @@ def _known(values: Mapping[str, Any]) -> Fields:
 
 
 def _parse(row: Fields, source: str) -> Preference:
-    if "rejected_response" in row:
+    if row.keys() & {"rejected_response", "rejected_messages"}:
         row = _from_swift(row)
     if "chosen" in row or "rejected" in row:
         fields = _parse_chosen_rejected(row)
@@ -263,8 +263,11 @@ def _parse(row: Fields, source: str) -> Preference:
 def _parse_chosen_rejected(row: Fields) -> dict[str, Any]:
     require(row, "chosen")
     require(row, "rejected")
-    if _is_texts(row["chosen"]) and _is_texts(row["rejected"]):
-        return _two_lists(row)
+    sides = {
+        name: [row[name]] if isinstance(row[name], str) else row[name] for name in ("chosen", "rejected")
+    }
+    if all(map(_is_texts, sides.values())) and any(sides[name] is row[name] for name in sides):
+        return _two_lists({**row, **sides})
     prompt, answers = _chosen_rejected_messages(row)
     advantage, probability = 0.0, 1.0
     scores = next((names for names in SCORES if row.keys() >= set(names)), None)
@@ -318,7 +321,10 @@ def _two_lists(row: Fields) -> dict[str, Any]:
 
 
 def _from_swift(row: Fields) -> Fields:
-    """ms-swift's `response` or last message beside `rejected_response`, as chosen and rejected."""
+    """ms-swift's ways of naming the rejected answer, or the whole rejected conversation, as chosen and rejected."""
+    if "rejected_messages" in row:
+        require(row, "messages")
+        return {**row, "chosen": row["messages"], "rejected": row["rejected_messages"]}
     if "messages" in row:
         *prompt, chosen = read_list(row, "messages")
         return {**row, "prompt": prompt, "chosen": [chosen], "rejected": row["rejected_response"]}

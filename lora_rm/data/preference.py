@@ -18,6 +18,9 @@ class Message(TypedDict):
     thinking: NotRequired[str]
 
 
+REASONING = ("reasoning_content", "thinking")
+"""Keys of a message that hold what was thought before it was said."""
+
 Messages: TypeAlias = tuple[Message, ...]
 Kind: TypeAlias = Literal["pair", "ranking", "rating"]
 

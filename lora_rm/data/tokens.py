@@ -1,4 +1,4 @@
-"""The one place where text becomes token ids; training, evaluation, scoring and serving all come here.
+"""The one place where text becomes token ids; training, evaluation and scoring all come here.
 
 A conversation is rendered by the chat template and tokenised without further special tokens; then it gets
 exactly one BOS if the tokenizer is one that adds a BOS. The reward is read at its last token.
@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lora_rm import processes
+from lora_rm.config import DataSettings
 from lora_rm.console import progress, say
-from lora_rm.data.preference import Kind, Messages, Preference
+from lora_rm.data.preference import REASONING, Kind, Messages, Preference
 from lora_rm.errors import DataError, ModelError
 
 Conversation: TypeAlias = tuple[Messages, Sequence[dict[str, Any]]]
@@ -50,6 +51,12 @@ DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([\w %.,:/-]*)\1\s*\)""", re.A
 
 ALLOW_SPECIAL = "lora_rm_allow_special_tokens"
 """Entry of tokenizer_config.json that takes `data.allow_special_tokens` along with adapter, merge and export."""
+
+ANOTHER = "another data.chat_template (in training; a trained model keeps its own)"
+"""What many errors advise."""
+
+STAND_IN = "controltoken"
+"""A word that passes through any template, and tells what the template does with what stands there."""
 
 PARALLEL_FROM = 5000
 """Conversations from which on further processes pay: each takes about 4 s to start."""
@@ -106,9 +113,14 @@ class ChatTokenizer:
                 "Set data.chat_template to plain (Human/Assistant lines) or to the path of a .jinja file."
             )
         tokenizer.chat_template = _without_clock(tokenizer.chat_template)
+        _end_texts_bare(tokenizer)
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         sample: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        # programs that render with the template (TRL, vLLM's chat requests) then add no BOS themselves
+        with suppress(DataError):
+            if self.adds_bos and not self.render(sample).startswith(tokenizer.bos_token):
+                tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
         self._control = self._control_tokens(sample)
         names = sorted(self._control, key=len, reverse=True)  # the longest wins, as in the tokenizer
         self._control_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -121,15 +133,12 @@ class ChatTokenizer:
         tokenizer.padding_side = "right"
 
     @classmethod
-    def load(
-        cls, folder: Path, template: str = "tokenizer", *, allow_special_tokens: bool | None = None
-    ) -> "ChatTokenizer":
+    def load(cls, folder: Path, data: DataSettings | None = None) -> "ChatTokenizer":
         """Opens the tokenizer of a model folder.
 
         Args:
             folder: Of the model.
-            template: As in `data.chat_template`.
-            allow_special_tokens: As in `data.allow_special_tokens`; None: as it was saved.
+            data: Whose template and special tokens hold; None: those that were saved.
 
         Raises:
             ModelError: If the folder has no tokenizer that transformers can open.
@@ -137,14 +146,16 @@ class ChatTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # mistral-common, where it is installed, has no chat template
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
         except Exception as error:  # of any kind: the tokenizers library raises bare `Exception`
             raise ModelError(
                 f"{folder}: its tokenizer cannot be opened ({str(error)[:500]}). Fetch the folder again."
             ) from None
-        chat = cls(tokenizer, template)
-        if allow_special_tokens is not None:
-            chat.allow_special_tokens = allow_special_tokens
+        if data is None:
+            return cls(tokenizer)
+        chat = cls(tokenizer, data.chat_template)
+        chat.allow_special_tokens = data.allow_special_tokens
         return chat
 
     @property
@@ -196,7 +207,7 @@ class ChatTokenizer:
         except Exception as error:  # a template is a program: 1/0, a missing key, range(10**9)
             raise DataError(
                 f"the chat template refuses a conversation of roles {[m['role'] for m in messages]}: {error}. "
-                "Change the conversation, or choose another data.chat_template."
+                f"Change the conversation, or choose {ANOTHER}."
             ) from None
 
     def ids(self, conversations: Sequence[Conversation]) -> list[list[int]]:
@@ -212,7 +223,7 @@ class ChatTokenizer:
         if not all(rows):
             raise DataError(
                 "the chat template makes no tokens of a conversation, so there is none to read a reward at. "
-                "Choose another data.chat_template."
+                f"Choose {ANOTHER}."
             )
         return [
             self._ids_as_text(text, spans) if spans else row
@@ -234,9 +245,20 @@ class ChatTokenizer:
                 continue
             if is_left_out:
                 raise DataError(
-                    f"the chat template prints no {name}, and a conversation has some. Choose another "
-                    "data.chat_template, which prints them, or leave such rows out."
+                    f"the chat template prints no {name}, and a conversation has some. Choose {ANOTHER} that "
+                    "prints them, or leave such rows out."
                 )
+
+    def prints(
+        self, messages: Messages, tools: Sequence[dict[str, Any]], place: int, key: str, value: str
+    ) -> bool:
+        """Whether the template prints the word `STAND_IN` where a message has this value; True if it refuses it."""
+        changed: list[Any] = [*messages]
+        changed[place] = {**messages[place], key: value}
+        try:
+            return STAND_IN in self.render(tuple(changed), tools)
+        except DataError:
+            return True
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that are rendered already; their special tokens count, whoever wrote them."""
@@ -273,7 +295,7 @@ class ChatTokenizer:
         if self.allow_special_tokens or not _holds(self._control_pattern, (messages, tools)):
             return self.render(messages, tools), []
         # a stand-in in letters and digits passes through any template, and tells what it did to the message
-        stand_in = "controltoken"
+        stand_in = STAND_IN
         while _holds(re.compile(stand_in), (messages, tools)):
             stand_in += "x"
         names = list(self._control)
@@ -327,25 +349,45 @@ class ChatTokenizer:
                 )
         return self._as_text[name]
 
-    def is_plain(self, ids: Sequence[int]) -> bool:
-        """Whether the decoded text, given to a plain tokenizer call, has these control tokens and no more.
+    def plain_text(self, conversation: Conversation, ids: Sequence[int]) -> str | None:
+        """The text that gives a conversation's ids in a plain tokenizer call, which adds the BOS itself if it adds one.
 
-        It has not if a message holds the name of one: other programs cannot tell it from the token.
+        None if there is none: where a message holds the name of a control token, other programs cannot tell it from the
+        token.
         """
-        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        control = set(self._control.values())
-        own, again = (
-            [n for n in row if n in control]
-            for row in (ids, self.tokenizer(text, add_special_tokens=False).input_ids)
-        )
-        return own == again
+        tokenizer, own = self.tokenizer, list(ids)
+        start = tokenizer.bos_token if self.adds_bos else ""
+        # a conversation whose prompt was cut is known by its ids alone; SentencePiece's do not tell every space
+        decoded = tokenizer.decode(own[1:] if self.adds_bos else own, clean_up_tokenization_spaces=False)
+        for text in (self.render(*conversation), decoded):
+            while start and text.startswith(start):
+                text = text.removeprefix(start)
+            if tokenizer(text).input_ids == own:
+                return text
+        return None
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer and template so that `AutoTokenizer.from_pretrained(folder)` opens them."""
+        """Writes tokenizer and template so that `AutoTokenizer.from_pretrained(folder)` opens them.
+
+        In the words of transformers 4, which version 5 reads too, while version 4 fails on those of 5.
+        """
         self.tokenizer.save_pretrained(folder)
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            # without them version 4 gives GPT-2 token types, which it adds to its embeddings
+            config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _safe_pad_id(self) -> int:
         """The tokenizer's own pad id if nothing ends with it, else a special token that nothing ends with.
+
+        Where there is no such token, the longest of the words with a space before them: as a pad token it becomes a
+        special one, which texts would hold if it were "!" (the first of GPT-2's), but not with the vocabulary's sign for a
+        space.
 
         `*ForSequenceClassification` pools at the last token that is not the pad id, so with pad = EOS it reads
         the token before a final EOS (transformers 5.23, modeling_layers.py).
@@ -358,7 +400,13 @@ class ChatTokenizer:
         special = [number for number, token in added if token.special and number not in ends]
         named = [number for number, token in added if number in special and "pad" in token.content.lower()]
         others = [number for number in special if number != tokenizer.bos_token_id]
-        return next(iter(named + others + special + [n for n in range(len(ends) + 1) if n not in ends]))
+        # the signs of byte-level vocabularies and of SentencePiece's
+        words = [
+            (len(word), word, n) for word, n in tokenizer.get_vocab().items() if word[0] in "\u0120\u2581"
+        ]
+        longest = [n for _, _, n in sorted(words, reverse=True) if n not in ends][:1]
+        anything = [n for n in range(len(ends) + 1) if n not in ends]
+        return next(iter(named + others + special + longest + anything))
 
 
 def tokenize(
@@ -389,6 +437,7 @@ def tokenize(
         DataError: If a conversation ends with the padding id, or the template refuses one (with `on_bad_row` raise).
     """
     ids = _all_ids(preferences, chat, num_workers, cache)
+    _tell_left_out(preferences, chat)
     counts: Counter[str] = Counter()
     trees: list[TokenTree | None] = []
     for preference, rows in zip(preferences, ids, strict=True):
@@ -412,6 +461,44 @@ def tokenize(
         if reason:
             counts[reason] += 1
     return trees, counts
+
+
+def _tell_left_out(preferences: Sequence[Preference], chat: ChatTokenizer) -> None:
+    """Says what the template leaves out: system or tool messages with some, the reasoning of answers with others.
+
+    As that of DeepSeek-R1's distilled models does, or gpt-oss's with all system messages but the first.
+    """
+    examples: dict[str, tuple[Conversation, int, str, str]] = {}
+    counts: Counter[str] = Counter()
+    for preference in preferences:
+        own: dict[str, tuple[Conversation, int, str, str]] = {}
+        for answer in preference.answers:
+            messages = preference.prompt + answer
+            conversation, last, text = (
+                (messages, preference.tools),
+                len(messages) - 1,
+                messages[-1]["content"],
+            )
+            for place, message in enumerate(messages):
+                if message["content"] and "tool_calls" not in message:  # beside calls some print no content
+                    what = (
+                        f"{message['role']} messages {'after the first message' if place else 'at the start'}"
+                    )
+                    own[what] = conversation, place, "content", STAND_IN
+            for key in REASONING:
+                if messages[-1].get(key):
+                    own[f"the answers' {key}"] = conversation, last, key, STAND_IN
+            if "</think>" in text:
+                thought = f"<think>\n{STAND_IN}\n</think>{text.rpartition('</think>')[2]}"
+                own["what answers hold in <think>"] = conversation, last, "content", thought
+        counts.update(own.keys())
+        examples = own | examples
+    for what, ((messages, tools), place, key, value) in examples.items():
+        if not chat.prints(messages, tools, place, key, value):
+            say(
+                f"The chat template leaves out {what} ({counts[what]} preferences): the rewards will know nothing of it. "
+                "If they should, choose another data.chat_template, which prints it."
+            )
 
 
 def _tree(
@@ -488,7 +575,8 @@ def _all_ids(
     if file is not None and file.is_file():
         try:
             stored = load_file(file)
-            flat = [part.tolist() for part in np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])]
+            parts = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
+            flat = list(_interned((part.tolist() for part in parts), {}))
         except (OSError, SafetensorError, KeyError) as error:
             say(f"{file}: is damaged ({error}); the texts are tokenised again.")
     if flat is None or len(flat) != len(conversations):
@@ -512,13 +600,14 @@ def _all_ids(
 def _tokenize_all(
     conversations: list[Conversation], chat: ChatTokenizer, num_workers: int
 ) -> list[list[int]]:
-    chunks = [list(chunk) for chunk in _batched(conversations, 256)]
+    chunks = [conversations[start : start + 256] for start in range(0, len(conversations), 256)]
     workers = num_workers or processes.num_cores()
     flat: list[list[int]] = []
+    known: dict[int, int] = {}
     with progress("tokenising", len(conversations)) as advance:
         if workers == 1 or len(conversations) < PARALLEL_FROM:
             for chunk in chunks:
-                flat += _ids_if_rendered(chat, chunk)
+                flat += _interned(_ids_if_rendered(chat, chunk), known)
                 advance(len(chunk))
             return flat
         # spawn, not fork: a forked child would inherit torch's and the tokenizer's threads in unknown states
@@ -526,7 +615,7 @@ def _tokenize_all(
         try:
             with ProcessPoolExecutor(workers, mp_context=context) as pool:
                 for rows in pool.map(partial(_ids_if_rendered, chat), chunks):
-                    flat += rows
+                    flat += _interned(rows, known)
                     advance(len(rows))
         except BrokenProcessPool:
             raise DataError(
@@ -535,6 +624,11 @@ def _tokenize_all(
                 "imported: put it under `if __name__ == '__main__':`. Nothing was written."
             ) from None
     return flat
+
+
+def _interned(rows: Iterable[list[int]], known: dict[int, int]) -> Iterator[list[int]]:
+    """The rows with one object for each id: Python's take 8 bytes a token then, and 36 otherwise."""
+    return ([known.setdefault(number, number) for number in row] for row in rows)
 
 
 def _ids_if_rendered(chat: ChatTokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
@@ -569,8 +663,22 @@ def _replaced(pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str],
     return value
 
 
-def _batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _end_texts_bare(tokenizer: Any) -> None:
+    """Keeps a tokenizer from ending every text with an EOS of its own, as `add_eos_token` makes it.
+
+    The template alone says how a conversation ends, and plain calls of other programs must give the same.
+    """
+    if tokenizer("a").input_ids[-1:] == tokenizer("a", add_special_tokens=False).input_ids[-1:]:
+        return
+    tokenizer.init_kwargs.pop("add_eos_token", None)  # by which it would be made so again when it is opened
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    processor = state["post_processor"]
+    for part in (processor, *processor.get("processors", ())):
+        if part["type"] == "TemplateProcessing":
+            last = max(n for n, piece in enumerate(part["single"]) if "Sequence" in piece)
+            del part["single"][last + 1 :]
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
 
 
 def _without_clock(template: str) -> str:

@@ -7,7 +7,7 @@ runs the checks that apply; nothing is written but caches.
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from lora_rm.data.files import HUB_ID, SAVED, SUFFIXES, find_files
 from lora_rm.data.preference import Preference
 from lora_rm.data.split import BUILTIN
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.doctor.finding import NUM_SCORED, Finding, Kind, attempt, judge, unchecked
+from lora_rm.doctor.finding import AGAIN, NUM_SCORED, Finding, Kind, attempt, judge, unchecked
 from lora_rm.doctor.machine import (
     check_bfloat16,
     check_bitsandbytes,
@@ -159,9 +159,7 @@ def examine_machine(settings: Settings) -> Iterator[Finding]:
     try:
         device = pick_device(settings.model.device)
     except ModelError as error:
-        yield Finding(
-            check="device", status="fault", found=str(error), remedy="Set model.device to auto or cpu."
-        )
+        yield judge("device", str(error), "Set model.device to auto or cpu.", fault=True)
         return
     yield attempt("bitsandbytes", check_bitsandbytes, device)
     yield attempt("bfloat16", check_bfloat16, device, settings.model.compute_dtype)
@@ -172,18 +170,21 @@ def examine_machine(settings: Settings) -> Iterator[Finding]:
         yield attempt("memory for the model", check_fit, settings)
 
 
-def examine_data(wanted: DataSettings, settings: Settings) -> Iterator[Finding]:
-    """Rows, copies, contradictions, lengths, ties and the split; with a base model also its tokens."""
+def examine_data(wanted: DataSettings, settings: Settings) -> Generator[Finding, None, list[Preference]]:
+    """Rows, copies, contradictions, lengths, ties and the split; with a base model also its tokens.
+
+    Returns:
+        The training side; empty if the data cannot be read.
+    """
     try:
         train_side, eval_side, bad = read_sides(wanted, settings.seed)
     except LoraRmError as error:
-        remedy = "Do what the message says, then run the doctor again."
-        yield Finding(check="rows", status="fault", found=str(error), remedy=remedy)
-        return
+        yield judge("rows", str(error), AGAIN, fault=True)
+        return []
     everything = [*train_side, *eval_side]
     yield attempt("rows", check_rows, len(everything), bad, wanted)
     if not everything:
-        return
+        return []
     yield attempt("copies", check_duplicates, everything)
     yield attempt("contradictions", check_conflicts, everything)
     yield attempt("ties", check_ties, everything)
@@ -194,29 +195,25 @@ def examine_data(wanted: DataSettings, settings: Settings) -> Iterator[Finding]:
     if not settings.model.base:
         for name in names:
             yield unchecked(name, "needs the tokenizer of a model", "Add --model.base MODEL.")
-        return
+        return train_side
     try:
         folder = find_config(settings.model.base, settings.model.revision, tokenizer=True).path
-        allowed = wanted.allow_special_tokens
-        chat = ChatTokenizer.load(folder, wanted.chat_template, allow_special_tokens=allowed)
+        chat = ChatTokenizer.load(folder, wanted)
     except LoraRmError as error:
-        yield Finding(
-            check="tokenizer", status="fault", found=str(error), remedy="Give another --model.base."
-        )
-        return
+        yield judge("tokenizer", str(error), "Give another --model.base.", fault=True)
+        return train_side
     yield attempt(names[0], check_length, everything, chat, wanted)
     yield attempt(names[1], check_prefix, chat, everything)
+    return train_side
 
 
 def examine_base(settings: Settings) -> Iterator[Finding]:
     """Template, memory, and a small training: does everything move, and can sixteen pairs be learnt."""
     try:
         base = find_base(settings.model.base, settings.model.revision)
-        allowed = settings.data.allow_special_tokens
-        chat = ChatTokenizer.load(base.path, settings.data.chat_template, allow_special_tokens=allowed)
+        chat = ChatTokenizer.load(base.path, settings.data)
     except LoraRmError as error:
-        remedy = "Do what the message says, then run the doctor again."
-        yield Finding(check="base model", status="fault", found=str(error), remedy=remedy)
+        yield judge("base model", str(error), AGAIN, fault=True)
         return
     samples = checkable_preferences(400, 100)[0]
     yield from template_findings(chat, samples)
@@ -251,7 +248,7 @@ def examine_saved(folder: Path, settings: Settings, own: Sequence[Preference] = 
         ).model
     except (LoraRmError, torch.OutOfMemoryError, OSError, ValueError, KeyError, RuntimeError) as error:
         remedy = "Do what the message says. If a file is damaged, copy the folder again or save it anew."
-        yield Finding(check="opens", status="fault", found=str(error)[:600], remedy=remedy)
+        yield judge("opens", str(error)[:600], remedy, fault=True)
         return
     built_in = checkable_preferences(400, 100)[1]
     yield from template_findings(model.chat, list(own) or built_in)
@@ -272,7 +269,7 @@ def examine_saved(folder: Path, settings: Settings, own: Sequence[Preference] = 
 
 def examine_run(run: RunFolder, settings: Settings) -> Iterator[Finding]:
     """The run's data, its course, what training changed, its adapter, and whether its pairs can be learnt."""
-    yield from examine_data(settings.data, settings)
+    own = yield from examine_data(settings.data, settings)
     yield attempt("course of training", lambda: check_course(read_metrics(run.metrics)))
     yield attempt("evaluation", lambda: check_evaluation(run.read_json("eval.json")))
     yield attempt("merge", lambda: check_merge(run.read_json("merged/parity.json")))
@@ -284,16 +281,13 @@ def examine_run(run: RunFolder, settings: Settings) -> Iterator[Finding]:
             fault=True,
         )
         return
-    try:
-        own, _, _ = read_sides(settings.data, settings.seed)
-        base = find_base(settings.model.base, settings.model.revision)
-    except LoraRmError:  # the data was found at fault above
-        own = []
-        base = None
     yield from examine_saved(run.adapter, settings, own)
-    if base is not None:
-        allowed = settings.data.allow_special_tokens
-        chat = ChatTokenizer.load(base.path, settings.data.chat_template, allow_special_tokens=allowed)
+    try:
+        base = find_base(settings.model.base, settings.model.revision)
+        chat = ChatTokenizer.load(base.path, settings.data)
+    except LoraRmError:  # the adapter, which needs it too, was found at fault above
+        return
+    if own:
         trees = usable_trees(own, chat, settings.data)
         yield from training_findings(settings, base, trees, run.adapter)
 

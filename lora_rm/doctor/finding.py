@@ -18,8 +18,7 @@ NUM_PAIRS = 16
 NUM_SCORED = 64
 """Preferences scored both ways round."""
 
-ASK, REPLY = "Kumquat?", "Persimmon."
-"""A question and an answer that no chat template has in its own words."""
+AGAIN = "Do what the message says, then run the doctor again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ def attempt(check: str, function: Callable[..., Finding], *arguments: Any) -> Fi
         found = "the device has too little memory for this check"
         remedy = "Close other programs that use the device; `lora-rm plan` says what the model needs."
     except LoraRmError as error:
-        found, remedy = str(error), "Do what the message says, then run the doctor again."
+        found, remedy = str(error), AGAIN
     except Exception as error:  # a doctor that ends with a traceback helps nobody
         found = f"{type(error).__name__}: {first_line(error, 300)}"
         remedy = "This is not foreseen. The file may be damaged: make or fetch it again; if it stays, report this line."

@@ -18,7 +18,7 @@ from lora_rm.config import Settings
 from lora_rm.doctor.finding import Finding, judge
 from lora_rm.errors import first_line
 from lora_rm.model.device import host_memory, pick_compute_dtype, pick_device
-from lora_rm.model.quantization import make_exact
+from lora_rm.model.quantization import dtype_name, make_exact
 from lora_rm.plan import GIB, Plan, plan, remedies
 
 
@@ -136,7 +136,7 @@ def check_bfloat16(
     """
     seconds = seconds or {dtype: time_product(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     chosen = pick_compute_dtype(wanted, device)
-    name = str(chosen).removeprefix("torch.")
+    name = dtype_name(chosen)
     times = seconds[torch.bfloat16] / seconds[torch.float32]
     speed = f"{1 / times:.1f} times as fast as" if times < 1 else f"{times:.1f} times as slow as"
     found = f"products run in {name} (model.compute_dtype {wanted}); here bfloat16 is {speed} float32"

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,8 @@ from lora_rm.evaluate import evaluate, ordered_pairs
 from lora_rm.model import base as bases
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.classifier import has_absolute_positions
-from lora_rm.model.record import HEAD_KEY
+from lora_rm.model.quantization import dtype_name
+from lora_rm.model.record import HEAD_KEY, RECORD, read_record
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import find_tensor
 from lora_rm.score import Scorer
@@ -38,7 +38,7 @@ def check_head(head: torch.Tensor | None) -> Finding:
     if head is None:
         found = "there is no score head in the files; a program that opens them draws a random one"
         return judge("score head", found, again, fault=True, value=0)
-    dtype = str(head.dtype).removeprefix("torch.")
+    dtype = dtype_name(head.dtype)
     if not head.is_floating_point():
         found = f"it is stored as {dtype} of shape {list(head.shape)}: it was quantised"
         return judge("score head", found, f"Leave the head out of the quantisation. {again}", fault=True)
@@ -142,11 +142,11 @@ def remembered_rewards(folder: Path, model: RewardModel) -> tuple[list[float], l
     Raises:
         ModelError: If it has none.
     """
-    if model.record:
-        answers = [(answer["ids"], answer["reward"]) for answer in model.record.get("canaries", [])]
+    if (folder / RECORD).is_file():
+        answers = [(answer["ids"], answer["reward"]) for answer in read_record(folder).get("canaries", [])]
     else:
         parity = bases.read_json(folder / "parity.json") if (folder / "parity.json").is_file() else {}
-        stored: Any = parity.get("answers", [])
+        stored = parity.get("answers", [])
         # of a merge, or of an export, which scored some of its answers
         keys = ("merged", "exported")
         answers = [(answer["ids"], answer[key]) for answer in stored for key in keys if key in answer]

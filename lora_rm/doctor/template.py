@@ -5,8 +5,11 @@ from collections.abc import Iterator, Sequence
 
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import ChatTokenizer, common_length
-from lora_rm.doctor.finding import ASK, REPLY, Finding, attempt, judge, unchecked
+from lora_rm.doctor.finding import Finding, attempt, judge, unchecked
 from lora_rm.errors import LoraRmError, ModelError
+
+ASK, REPLY = "Kumquat?", "Persimmon."
+"""A question and an answer that no chat template has in its own words."""
 
 
 def template_findings(chat: ChatTokenizer, preferences: Sequence[Preference]) -> Iterator[Finding]:

@@ -14,12 +14,13 @@ from lora_rm.console import console, say
 from lora_rm.data.preference import Preference
 from lora_rm.data.split import Data, Side
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
-from lora_rm.doctor.finding import NUM_PAIRS, NUM_SCORED, Finding, attempt, judge, unchecked
+from lora_rm.doctor.finding import AGAIN, NUM_PAIRS, NUM_SCORED, Finding, attempt, judge, unchecked
 from lora_rm.doctor.rewards import check_head, check_padding, check_swap, padded_rewards
 from lora_rm.errors import LoraRmError
 from lora_rm.evaluate import evaluate, ordered_pairs
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import BaseModel
+from lora_rm.model.quantization import dtype_name
 from lora_rm.model.record import HEAD_KEY
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import load_tensors
@@ -62,13 +63,12 @@ def training_findings(
             base,
             settings=settings.model,
             adapter=dataclasses.replace(settings.adapter, start_from=None) if adapter else settings.adapter,
-            chat_template=settings.data.chat_template,
+            data=settings.data,
             seed=settings.seed,
         )
         model.choose_batching(settings.train.batching)
     except (LoraRmError, torch.OutOfMemoryError, OSError, ValueError, KeyError, RuntimeError) as error:
-        remedy = "Do what the message says, then run the doctor again."
-        yield Finding(check="opens", status="fault", found=str(error)[:600], remedy=remedy)
+        yield judge("opens", str(error)[:600], AGAIN, fault=True)
         return
     if adapter is None:
         yield attempt("score head", check_head, model.head.detach())
@@ -183,7 +183,7 @@ def check_values_move(
         )
     still = sum(int((before[name].to(after[name].dtype) == after[name]).sum()) for name in names)
     share = still / total
-    kinds = sorted({str(after[name].dtype).removeprefix("torch.") for name in names})
+    kinds = sorted({dtype_name(after[name].dtype) for name in names})
     found = f"{share:.1%} of {total:,} trained values ({', '.join(kinds)}) are exactly what they were, at a learning rate of {rate:g}"
     remedy = (
         "Hold trained values in float32 (lora-rm does by itself; do not cast the model). If they are in float32, the "
@@ -214,6 +214,6 @@ def check_overfit(
     )
     remedy = (
         "Look at the faults above first: a head or adapter that does not move, contradictions, answers identical after "
-        "cutting. If there are none, try --adapter.rank 16 and --model.compute-dtype float32."
+        "cutting. If there are none, try a larger --adapter.rank and --model.compute-dtype float32."
     )
     return judge("16 pairs learnt", text, remedy, fault=accuracy != 1.0, value=accuracy)

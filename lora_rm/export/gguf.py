@@ -30,7 +30,7 @@ from lora_rm.export.proof import (
     usage_page,
     write_parity,
 )
-from lora_rm.model.tensor_files import StoredTensor, stored_tensors
+from lora_rm.model.tensor_files import StoredTensor, tensors_by_name
 from lora_rm.verify import PACKAGE, score_in_fresh_process
 
 FILE = "model.gguf"
@@ -120,8 +120,7 @@ class Source:
         self.config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
         self.arch = _architecture(self.config)
         self.chat = ChatTokenizer.load(merged)
-        files = sorted(merged.glob("*.safetensors"))
-        self.tensors = {tensor.name: tensor for file in files for tensor in stored_tensors(file)}
+        self.tensors = tensors_by_name(sorted(merged.glob("*.safetensors")))
         self.head: Any = self.tensors.pop("score.weight").read().float().flatten().numpy()
         self.names = self._names()
 
@@ -517,7 +516,7 @@ json.dump(found, open(sys.argv[2], "w"))
 USAGE = f"""\
 # Reward model, as a GGUF file
 
-`{FILE}` holds backbone, score head and tokenizer. After `pip install '.[gguf]' llama-cpp-python` in the folder of
+`{FILE}` holds backbone, score head and tokenizer. After `pip install '.[gguf]'` in the folder of
 lora_rm's source:
 
 ```python

@@ -37,9 +37,18 @@ def read_fields(file: Path) -> Mapping[str, Any]:
         fields: Mapping[str, Any] = GGUFReader(file).fields
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise ModelError(f"{file}: cannot be read as GGUF ({error}).") from None
-    if HEAD not in fields:
+    arch = fields["general.architecture"].contents() if "general.architecture" in fields else None
+    needed = (HEAD, ALLOW_SPECIAL, "tokenizer.huggingface.json", "tokenizer.chat_template")
+    sizes = (f"{arch}.embedding_length", f"{arch}.context_length")
+    missing = [name for name in (*needed, *sizes) if name not in fields]
+    if missing:
         raise ModelError(
-            f"{file}: holds no {HEAD}: it is no reward model of lora_rm. Make one with `lora-rm export RUN --to gguf`."
+            f"{file}: holds no {missing[0]}: it is no reward model of lora_rm. Make one with `lora-rm export RUN --to gguf`."
+        )
+    size = int(fields[sizes[0]].contents())
+    if len(fields[HEAD].contents()) != size:  # llama.cpp's buffer has as many values as the model is wide
+        raise ModelError(
+            f"{file}: its score head has {len(fields[HEAD].contents())} values, the model {size}. Export it again."
         )
     return fields
 

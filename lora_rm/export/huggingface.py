@@ -196,6 +196,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
         "```python",
         "from transformers import pipeline",
         'reward = pipeline("text-classification", model=".")  # this folder: its path, or its name on the hub',
+        '# on a CPU dtype="float32" is faster, and closer',
         'messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]',
         "text = reward.tokenizer.apply_chat_template(messages, tokenize=False)  # ends with the answer",
         *bos,

@@ -63,7 +63,7 @@ def need(target: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigError(
-            f"--to {target} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            f"{target} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
             f"Run in the folder of lora_rm's source: pip install '.[{target}]'"
         )
 
@@ -91,7 +91,7 @@ def read_parity(merged: Path) -> dict[str, Any]:
         raise MergeError(
             f"{merged}: has no parity.json, so its rewards were never compared. Run `lora-rm merge` first."
         )
-    parity: dict[str, Any] = read_json(file)
+    parity = read_json(file)
     if parity.get("passed") is False:
         raise MergeError(
             f"{merged}: its rewards changed by more than was allowed. `lora-rm merge RUN --merge.overwrite True` merges again; if that "

@@ -17,7 +17,7 @@ from lora_rm.errors import MergeError
 from lora_rm.export.huggingface import export_huggingface
 from lora_rm.export.proof import read_parity
 from lora_rm.model.base import read_json
-from lora_rm.model.tensor_files import stored_tensors
+from lora_rm.model.tensor_files import tensors_by_name
 
 KNOWN = (
     "Bloom", "Exaone4", "Falcon", "GPT2", "GPTBigCode", "GPTJ", "GPTNeoX", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4",
@@ -64,15 +64,12 @@ def check_servable(folder: Path, parity: Mapping[str, Any]) -> None:
         MergeError: With everything that is wrong, and what vLLM would make of it.
     """
     config = read_json(folder / "config.json")
-    text: Any = config.get("text_config") or config
-    architectures: Any = config.get("architectures") or ["none"]
+    text = config.get("text_config") or config
+    architectures = config.get("architectures") or ["none"]
     family = str(architectures[0]).removesuffix("ForSequenceClassification")
-    shapes = {
-        tensor.name: tensor.shape
-        for file in sorted(folder.glob("*.safetensors"))
-        for tensor in stored_tensors(file)
-    }
-    pad: Any = text.get("pad_token_id")
+    stored = tensors_by_name(sorted(folder.glob("*.safetensors")))
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    pad = text.get("pad_token_id")
     faults = []
     if family == architectures[0] or len(architectures) != 1:
         faults.append(
@@ -139,7 +136,7 @@ def _has_template(folder: Path) -> bool:
 USAGE = """
 ## Serving with vLLM
 
-Where this folder lies:
+In the folder that holds this one (for a copy from the hub, its name there in place of the path):
 
 ```bash
 {command}

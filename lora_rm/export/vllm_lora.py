@@ -8,7 +8,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -97,7 +96,7 @@ def check_adapter(adapter: Path) -> int:
     Raises:
         MergeError: If not; with the reason.
     """
-    config: dict[str, Any] = read_json(adapter / CONFIG)
+    config = read_json(adapter / CONFIG)
     reasons = []
     if config.get("use_dora"):
         reasons.append("it was trained with DoRA, whose magnitudes vLLM does not apply")
@@ -168,6 +167,7 @@ curl localhost:8000/classify -H 'Content-Type: application/json' \\
 ```
 
 The reward is `data[0].probs[0]`; a request that names no adapter gets 0. Further adapters trained on the same quantised
-base are served beside it with their own heads: `--max-loras 2 --lora-modules reward=adapter other=OTHER/adapter`.
+base are served beside it with their own heads: `--max-loras 2 --lora-modules reward=adapter other=OTHER/adapter`, with
+`--max-lora-rank` of the largest rank among them.
 """
 """README of an export."""

@@ -1,6 +1,5 @@
 """The LoRA adapter: its configuration, where its matrices start, and the form it is saved in."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_rm.config import AdapterSettings
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BaseModel
-from lora_rm.model.tensor_files import load_tensors, save_tensors, stored_tensors
+from lora_rm.model.quantization import hash_tensors
+from lora_rm.model.tensor_files import load_tensors, save_tensors, tensors_by_name
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -97,7 +97,7 @@ def check_stored_by_rows(model: PeftModel, init: str) -> None:
         if isinstance(base, Conv1D) or getattr(base, "source_cls", None) is Conv1D:
             raise ModelError(
                 f"adapter.init is {init}, which takes weights for (out, in), but {name} stores its own as (in, out). "
-                "Use adapter.init default or pissa."
+                "Use adapter.init default."
             )
 
 
@@ -137,7 +137,7 @@ def start_from_residual(model: PeftModel, base: BaseModel) -> None:
     Raises:
         ModelError: If a weight is not in the base's files under its name.
     """
-    stored = {tensor.name: tensor for file in base.weight_files for tensor in stored_tensors(file)}
+    stored = tensors_by_name(base.weight_files)
     prefix = f"{model.get_base_model().base_model_prefix}."
     for name, layer in lora_layers(model):
         weight = layer.get_base_layer().weight
@@ -197,11 +197,7 @@ class ChangedBase:
     @property
     def sha256(self) -> str:
         """Of all matrices: a run goes on only from the start it was begun with."""
-        digest = hashlib.sha256()
-        for pair in self.matrices.values():
-            for matrix in pair:
-                digest.update(matrix.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors(*(matrix for pair in self.matrices.values() for matrix in pair))
 
     def convert(self, folder: Path) -> None:
         """Rewrites a saved adapter to one of twice the rank that fits the unchanged base."""

@@ -317,7 +317,7 @@ def _known_sha256(path: Path, _size: int, _changed: int) -> str:
     return file_sha256(path)
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:

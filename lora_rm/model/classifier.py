@@ -154,7 +154,7 @@ def check_length(config: Any, length: int, what: str) -> None:
     if longest and length > longest[0]:
         raise ModelError(
             f"{what} is {length} tokens long; this model takes at most {longest[0]}: {longest[1]}. "
-            f"Set data.max_length {longest[0]} or less, or shorten the conversation."
+            f"Shorten it; in training and evaluation data.max_length {longest[0]} leaves such out."
         )
 
 

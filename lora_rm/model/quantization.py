@@ -23,6 +23,11 @@ PIECE = 2**17
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A type's name as settings and files spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
 Storage: TypeAlias = Literal["nf4", "int8", "none"]
 """How the weights of linear layers are stored."""
 
@@ -124,7 +129,7 @@ class Codes4bit:
 
     def sha256(self) -> str:
         """The hash that `code_hashes` takes of the live layer; 0.4 ns a value on a CPU with SHA instructions."""
-        return _hash_tensors(*self.hashed)
+        return hash_tensors(*self.hashed)
 
     def dequantize(self, row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
         """The values of rows that begin with a block, (num_rows, columns)."""
@@ -155,7 +160,7 @@ class Codes8bit:
 
     def sha256(self) -> str:
         """The hash that `code_hashes` takes of the live layer."""
-        return _hash_tensors(self.packed, self.scales)
+        return hash_tensors(self.packed, self.scales)
 
     def dequantize(self, row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor:  # noqa: ARG002
         """The values of some rows, in float32 whatever `dtype`, as in the 8-bit product."""
@@ -369,7 +374,7 @@ def code_hashes(model: torch.nn.Module) -> dict[str, str]:
         if isinstance(module, bnb.nn.Linear4bit):
             hashes[name] = _hash_4bit(_whole(weight), quant_state(module))
         else:
-            hashes[name] = _hash_tensors(*codes_8bit(module))
+            hashes[name] = hash_tensors(*codes_8bit(module))
     return hashes
 
 
@@ -488,11 +493,12 @@ def codes_8bit(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _hash_4bit(codes: torch.Tensor, state: Any) -> str:
     if state.nested:
-        return _hash_tensors(codes, state.absmax, state.state2.absmax, state.offset)
-    return _hash_tensors(codes, state.absmax)
+        return hash_tensors(codes, state.absmax, state.state2.absmax, state.offset)
+    return hash_tensors(codes, state.absmax)
 
 
-def _hash_tensors(*tensors: torch.Tensor) -> str:
+def hash_tensors(*tensors: torch.Tensor) -> str:
+    """SHA-256 of the bytes of tensors, one after another."""
     digest = hashlib.sha256()
     for tensor in tensors:
         array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

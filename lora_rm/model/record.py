@@ -7,11 +7,12 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 
-from lora_rm.errors import ModelError, first_line, storing
+from lora_rm.errors import ModelError, first_line
 from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import BaseModel, check_shape, file_sha256, find_base, read_json
-from lora_rm.model.quantization import DTYPES, Quantization, Storage, code_hashes
+from lora_rm.model.quantization import DTYPES, Quantization, Storage, code_hashes, dtype_name
 from lora_rm.model.tensor_files import load_tensors
+from lora_rm.unfinished import write_atomically
 
 RECORD = "lora_rm.json"
 """File beside the adapter that holds what adapter_config.json does not: see `RewardModel.save`."""
@@ -27,7 +28,7 @@ SHAPE = {
 }
 """What is read of the record."""
 
-CANARIES = [{"ids": [int], "prompt": int, "reward": float | int}]
+CANARIES = [{"ids": [int], "prompt": int, "text": str, "reward": float | int}]
 """Of these answers the adapter gave these rewards."""
 
 HEAD_KEY = "base_model.model.score.weight"
@@ -51,7 +52,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder}: has no {RECORD}, so it is no adapter that lora_rm saved. Adapters of other tools lack what a proof needs; "
             "train it with `lora-rm train`, or merge it with PEFT."
         )
-    record: dict[str, Any] = read_json(folder / RECORD)
+    record = read_json(folder / RECORD)
     if record.get("format") != 1:
         raise ModelError(
             f"{folder / RECORD}: format {record.get('format')} is unknown. Install a newer lora_rm."
@@ -65,9 +66,9 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
     It comes last: an adapter that has one is whole.
     """
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != RECORD)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and RECORD not in file.name)
     record = {**record, "files": {file.name: file_sha256(file) for file in files}}
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_atomically(folder / RECORD, json.dumps(record, indent=1))
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -121,10 +122,7 @@ def move_base(folder: Path, name: str) -> None:
         return
     check_base(folder, record, base)
     record["base"] = {**known, "name": base.name, "revision": base.revision}
-    partial = folder / f".{RECORD}.partial"
-    with storing(folder / RECORD):
-        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        partial.replace(folder / RECORD)
+    write_atomically(folder / RECORD, json.dumps(record, indent=1))
 
 
 def check_base(folder: Path, record: dict[str, Any], base: BaseModel) -> None:
@@ -248,7 +246,7 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
     check_base(folder, record, base)
     if recorded_quantization(record) != quantization:
         stored, wanted = (
-            f"quantization {q.kind}, double_quantization {q.double}, load_dtype {str(q.load_dtype).removeprefix('torch.')}"
+            f"quantization {q.kind}, double_quantization {q.double}, load_dtype {dtype_name(q.load_dtype)}"
             for q in (recorded_quantization(record), quantization)
         )
         raise ModelError(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lora_rm import processes
-from lora_rm.config import AdapterSettings, ModelSettings
+from lora_rm.config import AdapterSettings, DataSettings, ModelSettings
 from lora_rm.console import progress, say
 from lora_rm.data.batches import (
     Batching,
@@ -25,9 +25,8 @@ from lora_rm.data.batches import (
     TreeBatch,
     build_batch,
     microbatches,
-    num_passes,
     num_tokens,
-    share_of_rows,
+    shares_of_rows,
 )
 from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ModelError, first_line
@@ -56,6 +55,7 @@ from lora_rm.model.quantization import (
     DTYPES,
     Quantization,
     StoredLinear,
+    dtype_name,
     keep_stored,
     make_exact,
     quant_state,
@@ -107,14 +107,12 @@ class RewardModel(nn.Module):
         base: BaseModel,
         quantization: Quantization,
         compute_dtype: torch.dtype,
-        record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.chat = chat
         self.base = base
         self.quantization = quantization
-        self.record = record or {}
         self.batching: Batching = "padded"
         self.changed_base: ChangedBase | None = None
         self.is_sharded = False
@@ -132,7 +130,7 @@ class RewardModel(nn.Module):
         *,
         settings: ModelSettings | None = None,
         adapter: AdapterSettings | None = None,
-        chat_template: str = "tokenizer",
+        data: DataSettings | None = None,
         seed: int = 0,
         sharded: bool = False,
     ) -> "RewardModel":
@@ -142,7 +140,7 @@ class RewardModel(nn.Module):
             base: Hub id, local folder, GGUF file or built-in name; or a base found before.
             settings: Quantisation, types, head start and device.
             adapter: LoRA settings; None: no adapter, and every weight frozen but the head.
-            chat_template: As in `data.chat_template`.
+            data: Whose chat template and special tokens hold; None: those of the base.
             seed: Of head and adapter.
             sharded: Share the frozen weights out over the processes, which must all call this and whatever computes
                 rewards after it.
@@ -152,7 +150,7 @@ class RewardModel(nn.Module):
         """
         settings = settings or ModelSettings()
         found = base if isinstance(base, BaseModel) else find_base(base, settings.revision)
-        chat = ChatTokenizer.load(found.path, chat_template)
+        chat = ChatTokenizer.load(found.path, data)
         quantization = wanted_quantization(settings)
         device = pick_device(settings.device)
         compute_dtype = pick_compute_dtype(settings.compute_dtype, device)
@@ -161,7 +159,7 @@ class RewardModel(nn.Module):
             raise ModelError(
                 f"{found.name}: is a merged model of lora_rm. Stored in {quantization.kind} anew it would lose what was trained (in "
                 "nf4 rewards moved by 163 % of their spread in one measurement). To train on, give the run's own model.base and "
-                "adapter.start_from RUN; or set model.quantization none."
+                "adapter.start_from RUN; or set model.quantization none and model.load_dtype float32."
             )
         load = partial(load_classifier, found, config, quantization, compute_dtype)
         shell = Shell(load, device) if sharded else None
@@ -229,9 +227,7 @@ class RewardModel(nn.Module):
                 f"{folder}: its matrices do not fit adapter_config.json or the base {found.name} ({first_line(error)}). Copy the folder "
                 "again."
             ) from None
-        opened = cls(
-            peft_model, chat=chat, base=found, quantization=quantization, compute_dtype=dtype, record=record
-        )
+        opened = cls(peft_model, chat=chat, base=found, quantization=quantization, compute_dtype=dtype)
         opened.head.data.copy_(head)  # PEFT casts it to the base's type when it loads
         return opened._ready()
 
@@ -257,7 +253,7 @@ class RewardModel(nn.Module):
             raise ModelError(
                 f"{base.path}: has no score.weight. It is no reward model; a fresh head would be random."
             )
-        stored = DTYPES.get(str(read_auto_config(base).dtype).removeprefix("torch."), torch.float32)
+        stored = DTYPES.get(dtype_name(read_auto_config(base).dtype), torch.float32)
         if compute_dtype == "auto" and dtype == torch.bfloat16 != stored:
             dtype = stored if target.type == "cuda" and stored == torch.float16 else torch.float32
         load_dtype = stored if dtype == torch.float32 else dtype
@@ -320,13 +316,13 @@ class RewardModel(nn.Module):
         with progress("scoring", len(once)) as advance:
             for start in range(0, len(once), 512):
                 rows = microbatches(once[start : start + 512], tokens_per_microbatch, self.batching, count)
-                own = share_of_rows(rows, self.batching, rank, count)
-                for group in own:
+                shares = shares_of_rows(rows, self.batching, count)
+                for group in shares[rank]:
                     rewards = iter(self.rewards(self.batch(group)).tolist())
                     for tree in group:
                         found[numbers[id(tree)]] = [next(rewards) for _ in tree.answer_ids]
                     advance(len(group))
-                self.idle(num_passes(rows, self.batching, count) - len(own))
+                self.idle(max(map(len, shares)) - len(shares[rank]))
         self.train(was_training)
         if count > 1:
             found = {number: rewards for own in processes.gather(found) for number, rewards in own.items()}
@@ -636,7 +632,10 @@ class RewardModel(nn.Module):
         self._check_head()
         folder.mkdir(parents=True, exist_ok=True)
         # matrices are saved as they are: any other value would make PEFT start them anew when it opens the folder
-        self.model.peft_config["default"].init_lora_weights = True
+        config = self.model.peft_config["default"]
+        config.init_lora_weights = True
+        if self.base.revision:  # of the hub: the folder it was fetched to is on this machine alone
+            config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.save_pretrained(str(folder))
@@ -667,7 +666,7 @@ class RewardModel(nn.Module):
                 "revision": self.base.revision,
                 "files": self.base.file_hashes(),
             },
-            "load_dtype": _dtype_name(self.quantization.load_dtype),
+            "load_dtype": dtype_name(self.quantization.load_dtype),
             "quantization": {
                 "kind": self.quantization.kind,
                 "double": self.quantization.double,
@@ -714,10 +713,6 @@ class RewardModel(nn.Module):
             and not head.requires_grad
         ):
             raise ModelError("The score head is frozen while the adapter is trained.")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _num_windowed(text: Any) -> int:

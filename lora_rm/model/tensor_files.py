@@ -214,6 +214,15 @@ class TensorWriter:
         self.flush()
 
 
+def tensors_by_name(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Where the tensors of several files lie.
+
+    Raises:
+        ModelError: If a file is damaged.
+    """
+    return {tensor.name: tensor for file in files for tensor in stored_tensors(file)}
+
+
 def find_tensor(files: Iterable[Path], name: str) -> torch.Tensor | None:
     """The tensor of a name in the first file that has one, or None.
 

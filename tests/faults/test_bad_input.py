@@ -151,8 +151,9 @@ def test_allowed_special_tokens_are_control_tokens_here_and_after_saving(tmp_pat
     assert chat.identity() != earlier, "the cache of token ids would not tell the two apart"
     (allowed,) = chat.ids([(conversation, ())])
     assert (guarded.count(2), allowed.count(2)) == (2, 3)
-    assert not chat.is_plain(guarded)
-    assert chat.is_plain(allowed)
+    text = chat.plain_text((conversation, ()), allowed)
+    assert chat.tokenizer(text).input_ids == allowed
+    assert chat.plain_text((conversation, ()), guarded) is None
     chat.save(tmp_path / "saved")
     assert ChatTokenizer.load(tmp_path / "saved").ids([(conversation, ())]) == [allowed]
     assert ChatTokenizer.load(tmp_path / "guarded").ids([(conversation, ())]) == [guarded]

@@ -215,7 +215,7 @@ def test_a_template_cannot_reach_out(tmp_path, base):
     ):
         file.write_text("{{ " + expression + " }}{% for m in messages %}{{ m.content }}{% endfor %}")
         with pytest.raises(ModelError, match="template"):
-            ChatTokenizer.load(base, str(file))
+            ChatTokenizer.load(base, DataSettings(chat_template=str(file)))
         assert not sentinel.exists()
 
 

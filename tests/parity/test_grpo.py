@@ -60,7 +60,22 @@ def test_both_forms_of_a_prompt_are_the_same_conversation(adapter):
     )
     assert texts == pytest.approx(messages, abs=1e-6)
     assert texts[0] != pytest.approx(texts[1], abs=1e-3)
-    with pytest.raises(DataError, match="does not end with an assistant message"):
-        reward(["Hi"], [[{"role": "tool", "content": "42"}]])
     with pytest.raises(ValueError, match="zip"):
         reward(["Hi"], [])
+
+
+def test_a_completion_that_was_cut_after_a_tool_has_no_reward(adapter):
+    """TRL's GRPOTrainer with tools gives such ones, and takes None for no reward."""
+    reward = reward_function(adapter, compute_dtype="float32")
+    cut = [{"role": "assistant", "content": "x"}, {"role": "tool", "content": "42"}]
+    found = reward(["Hi", "Hi", "Hi"], [cut, "Hello", []])
+    assert found[0] is found[2] is None
+    assert found[1:2] == pytest.approx(reward(["Hi"], ["Hello"]), abs=1e-6)
+    assert reward(["Hi"], [cut]) == [None]
+
+
+def test_tools_come_from_their_column(adapter):
+    reward = reward_function(adapter, compute_dtype="float32")
+    with pytest.raises(DataError, match="the chat template prints no tools"):
+        reward(["Hi"] * 2, ["Hello"] * 2, tools=[None, [{"name": "add"}]])
+    assert reward(["Hi"], ["Hello"], tools=["[]"]) == pytest.approx(reward(["Hi"], ["Hello"]), abs=1e-6)
