@@ -781,18 +781,24 @@ def _tell_older_readers(folder: Path) -> None:
     file = folder / "config.json"
     before, text = _read_rope(folder), file.read_text(encoding="utf-8")
     values = json.loads(text)
-    own = values.get("text_config", values)
+    own = values.get("text_config") or values
     rope = own.get("rope_parameters") or {}
     if "full_attention" in rope:  # Gemma 3
-        if rope.get("sliding_attention"):
+        if "rope_theta" in (rope.get("sliding_attention") or ()):
             own["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     apart = ("rope_theta", "partial_rotary_factor")
     own |= {name: rope[name] for name in apart if name in rope}
     if rope.get("rope_type", "default") != "default":
         own["rope_scaling"] = {name: value for name, value in rope.items() if name not in apart}
+    if rope.get("rope_type") == "longrope":  # version 4 allows no other keys
+        own["rope_scaling"] = {"type": "longrope"} | {n: rope[n] for n in ("short_factor", "long_factor")}
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if _read_rope(folder) != before:
+    try:
+        is_same = _read_rope(folder) == before
+    except Exception:  # of any kind: version 5 mixes its own words with those of 4, and asks for others
+        is_same = False
+    if not is_same:
         file.write_text(text, encoding="utf-8")
 
 

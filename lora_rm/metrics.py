@@ -75,7 +75,7 @@ def sum_steps(parts: Sequence[StepSums]) -> StepSums:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl but those that cannot be read or tell no step: a kill can leave half of one."""
+    """The lines of a metrics.jsonl but those that cannot be read or have no step: a kill can leave half of one."""
     lines: list[dict[str, Any]] = []
     if not file.is_file():
         return lines

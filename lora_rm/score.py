@@ -88,7 +88,8 @@ def reward_function(
         (`completion_ids` are of the policy's tokenizer), are not used.
 
     Raises:
-        ModelError: As `load_reward_model` does.
+        ModelError: As `load_reward_model` does. The function itself raises a DataError, for tools for instance that the
+            model's template does not print: leave that column out then.
     """
     scorer = load_reward_model(path, device=device, compute_dtype=compute_dtype)
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_rm.config import MergeSettings, ModelSettings, VerifySettings
 from lora_rm.console import say, show_table
 from lora_rm.data.batches import pad_rows
-from lora_rm.data.tokens import TokenTree
+from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import MergeError
 from lora_rm.merge import OVERFLOWING, MergePlan, check_weights
 from lora_rm.model.base import BaseModel, check_shape, read_json
@@ -153,6 +153,7 @@ def verify(
         after |= score_folder(merged, rows, "requantized", device)
     remembered = measure_change([canary["reward"] for canary in canaries], before[: len(canaries)])
     changes = {way: measure_change(before, rewards, prompts) for way, rewards in after.items()}
+    chat = ChatTokenizer.load(adapter)  # adapters had no texts before 2026-11-27
     fault = _fault(
         remembered,
         changes if plan.is_trained_model else {},
@@ -173,7 +174,9 @@ def verify(
         "allowed": asdict(settings),
         "answers": [
             {
-                **{key: answer[key] for key in ("text", "ids", "prompt")},
+                "text": answer.get("text") or chat.decoded(answer["ids"]),
+                "ids": answer["ids"],
+                "prompt": answer["prompt"],
                 "reward": reward,
                 "merged": merged_reward,
                 "without_adapter": bare,

@@ -169,10 +169,13 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
             f"The processes compute batches in different ways ({model.batching} here). Use machines of one kind, or set "
             "train.batching to one that all can do."
         )
-    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3 and p.is_floating_point())
+    experts = [
+        p for n, p in model.named_parameters() if ".experts." in n and p.is_floating_point() and p.dim() == 3
+    ]
     if experts and settings.model.quantization != "none":
+        size = sum(p.nbytes for p in experts) / 2**30
         say(
-            f"{experts / 2**30:.1f} GiB of experts stay in 16 bits: bitsandbytes quantises linear layers only."
+            f"{size:.1f} GiB of experts stay in {dtype_name(experts[0].dtype)}: bitsandbytes quantises linear layers only."
         )
     count = model.trainable()
     say(
@@ -325,7 +328,7 @@ def read_held_out(run: RunFolder) -> list[dict[str, Any]]:
     """
     answers: list[dict[str, Any]] = run.read_json("held_out.json") or []
     if answers:
-        check_shape(run.path / "held_out.json", answers, [{"ids": [int], "prompt": int, "text": str}])
+        check_shape(run.path / "held_out.json", answers, [{"ids": [int], "prompt": int}])
     return answers
 
 

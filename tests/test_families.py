@@ -169,5 +169,5 @@ def test_experts_in_16_bits_and_lengths_that_the_base_was_not_made_for_are_told(
         model = open_model(wanted)
         said = capsys.readouterr().out
         assert ("data.max_length is 65, and the base was made for 64 tokens" in said) == is_told
-        assert "GiB of experts stay in 16 bits" in said
+        assert "GiB of experts stay in float32" in said
     assert sum(p.dim() == 3 for p in model.parameters()) == 2 * SHAPE["num_hidden_layers"]

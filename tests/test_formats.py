@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import math
+import pickle
 from collections import Counter
 from itertools import islice
 
@@ -1232,6 +1233,12 @@ def test_any_row_is_read_or_refused(start, values):
             assert all(answer and answer[-1]["role"] == "assistant" for answer in preference.answers)
             assert all(map(math.isfinite, (preference.margin, *preference.scores)))
             assert preference.prompt_key
+
+
+def test_a_bad_row_crosses_to_another_process():
+    error = RowError("broken JSON", "line 3: is broken.")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.reason, str(again)) == (error.reason, str(error))
 
 
 def test_a_folder_of_files_may_have_a_description_of_its_own(tmp_path):

@@ -1156,6 +1156,7 @@ def test_damage_to_the_merged_weights_is_found(base, tmp_path, damage):
         check_weights(MergePlan(adapter, MergeSettings(dtype="float16")), tmp_path / "merged")
 
 
+LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 
 
@@ -1167,6 +1168,21 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
             "phi3",
             {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
             {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
+        ),
+        (
+            "phi3",
+            LONGROPE
+            | {
+                "rope_type": "longrope",
+                "rope_theta": 5e5,
+                "partial_rotary_factor": 1.0,
+                "original_max_position_embeddings": 64,
+            },
+            {
+                "rope_theta": 5e5,
+                "partial_rotary_factor": 1.0,
+                "rope_scaling": LONGROPE | {"type": "longrope"},
+            },
         ),
         ("llama", LLAMA3 | {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
         (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import CHAT, assistant, make_tokenizer, trained_tokenizer, user
-from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -466,6 +466,42 @@ def test_the_text_of_a_conversation_is_that_which_gives_its_ids():
     decoded = chat.tokenizer.decode(row[1:], clean_up_tokenization_spaces=False)
     assert chat.tokenizer(decoded).input_ids != row  # else this would show nothing
     assert chat.tokenizer(chat.plain_text(talk, row)).input_ids == row
+
+
+def test_a_bos_that_would_change_other_tokens_is_not_written(tmp_path):
+    """Llama 2's tokenizer puts a space before a text, and none after a BOS: no text gives these ids in a plain call."""
+    backend = Tokenizer.from_str(trained_tokenizer())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = template
+    chat = ChatTokenizer(tokenizer)
+    assert chat.tokenizer.chat_template == template
+    talk = ((user("a b"), assistant("c")), ())
+    (row,) = chat.ids([talk])
+    with_bos = "{{ bos_token }}" + template
+    tokenizer.chat_template = with_bos
+    other = ChatTokenizer(tokenizer)
+    assert other.ids([talk]) != [row]  # else this would show nothing
+    for one in (chat, other):
+        text = one.plain_text(talk, one.ids([talk])[0])
+        assert "user a b</s>assistant c</s>" in text
+    assert (
+        other.plain_text(
+            ((user("a</s>"), assistant("c")), ()), other.ids([((user("a</s>"), assistant("c")), ())])[0]
+        )
+        is None
+    )
 
 
 def test_the_saved_tokenizer_speaks_as_transformers_4_does(tmp_path):

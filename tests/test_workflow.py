@@ -586,6 +586,7 @@ def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path, sco
     adapter = tmp_path / "adapter"
     shutil.copytree(job.adapter, adapter)
     record = json.loads((adapter / "lora_rm.json").read_text())
+    texts = [canary.pop("text") for canary in record["canaries"]]  # adapters had none at first
     for number, canary in enumerate(record["canaries"]):
         canary["reward"] += 0.3 * (number % 2)
     (adapter / "lora_rm.json").write_text(json.dumps(record))
@@ -593,6 +594,8 @@ def test_verify_fails_when_the_adapter_is_not_the_trained_one(job, tmp_path, sco
     shutil.copytree(job.merged, merged)
     with pytest.raises(MergeError, match="canaries moved"):
         verify(adapter, merged)
+    parity = json.loads((merged / "parity.json").read_text())
+    assert [answer["text"] for answer in parity["answers"]] == texts
 
 
 def test_an_export_with_other_rewards_is_refused(job, tmp_path):

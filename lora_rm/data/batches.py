@@ -411,7 +411,7 @@ def training_order(
     Every epoch is a new shuffle that depends on seed and epoch alone, so step n is the same list however the
     run came to it. Preferences of one group follow each other, so that one step computes their prompt once
     and an epoch's later steps have not seen their answers before (Ouyang et al. 2022, arXiv 2203.02155, 3.5); those of a
-    group larger than a step are shuffled and cut into steps.
+    group larger than a step are shuffled and cut into pieces of a step's size.
     An epoch's last step may be smaller: no preference is lost and none is seen twice.
 
     Args:

@@ -25,6 +25,10 @@ class RowError(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:
+        """Crosses to another process, as in `datasets.map(num_proc=...)`."""
+        return RowError, (self.reason, self.args[0])
+
 
 def check_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
     """Returns a text that is not blank and can be encoded."""

@@ -151,7 +151,7 @@ def both_sides(
 def split_by_prompt(
     preferences: Sequence[Preference], eval_share: float, seed: int
 ) -> tuple[list[Preference], list[Preference]]:
-    """Holds out all rows of a share of the prompts, at least one prompt on each side.
+    """Holds out all rows of a share of the prompts, at least one prompt on each side if there are two.
 
     Raises:
         DataError: If all rows have the same prompt.

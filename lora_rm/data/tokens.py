@@ -117,10 +117,8 @@ class ChatTokenizer:
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         sample: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        # programs that render with the template (TRL, vLLM's chat requests) then add no BOS themselves
-        with suppress(DataError):
-            if self.adds_bos and not self.render(sample).startswith(tokenizer.bos_token):
-                tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+        if self.adds_bos:
+            self._write_bos(sample)
         self._control = self._control_tokens(sample)
         names = sorted(self._control, key=len, reverse=True)  # the longest wins, as in the tokenizer
         self._control_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -245,8 +243,8 @@ class ChatTokenizer:
                 continue
             if is_left_out:
                 raise DataError(
-                    f"the chat template prints no {name}, and a conversation has some. Choose {ANOTHER} that "
-                    "prints them, or leave such rows out."
+                    f"the chat template prints no {name}, and a conversation has some. Choose {ANOTHER}, one "
+                    "that prints them, or leave such rows out."
                 )
 
     def prints(
@@ -271,6 +269,21 @@ class ChatTokenizer:
         while bos is not None and row[:2] == [bos, bos]:
             row = row[1:]
         return [bos, *row] if self.adds_bos and row[:1] != [bos] else row
+
+    def _write_bos(self, sample: Messages) -> None:
+        """Lets the template write the BOS: programs that render with it (TRL, vLLM's chat requests) then add none themselves.
+
+        Not where that would change other tokens: some tokenizers put a space before a text, and none after a BOS.
+        """
+        bos, number = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        system: Messages = ({"role": "system", "content": "a"},)
+        for talk in (sample, sample * 2, system + sample):
+            with suppress(DataError):
+                text = self.render(talk)
+                bare, whole = self.tokenizer([text, bos + text], add_special_tokens=False).input_ids
+                if text.startswith(bos) or whole != [number, *bare]:
+                    return
+        self.tokenizer.chat_template = "{{ bos_token }}" + self.tokenizer.chat_template
 
     def _control_tokens(self, sample: Messages) -> dict[str, int]:
         """The tokens that only the template may write: special ones, and others that it puts between turns.
@@ -350,21 +363,26 @@ class ChatTokenizer:
         return self._as_text[name]
 
     def plain_text(self, conversation: Conversation, ids: Sequence[int]) -> str | None:
-        """The text that gives a conversation's ids in a plain tokenizer call, which adds the BOS itself if it adds one.
+        """The text from which a plain tokenizer call, which adds the BOS that it always adds, makes a conversation's ids.
 
-        None if there is none: where a message holds the name of a control token, other programs cannot tell it from the
-        token.
+        If there is none, the decoded text, which has the same control tokens: some tokenizers put a space before a text and
+        none after a BOS. None where a message holds the name of a control token: other programs cannot tell it from the token.
         """
         tokenizer, own = self.tokenizer, list(ids)
         start = tokenizer.bos_token if self.adds_bos else ""
-        # a conversation whose prompt was cut is known by its ids alone; SentencePiece's do not tell every space
-        decoded = tokenizer.decode(own[1:] if self.adds_bos else own, clean_up_tokenization_spaces=False)
+        decoded = self.decoded(own)  # of a conversation whose prompt was cut there is no other
         for text in (self.render(*conversation), decoded):
             while start and text.startswith(start):
                 text = text.removeprefix(start)
             if tokenizer(text).input_ids == own:
                 return text
-        return None
+        control = set(self._control.values())
+        again = self.text_ids([decoded])[0]
+        return decoded if [n for n in again if n in control] == [n for n in own if n in control] else None
+
+    def decoded(self, ids: list[int]) -> str:
+        """The text of token ids, without the BOS if a plain tokenizer call adds it."""
+        return self.tokenizer.decode(ids[1:] if self.adds_bos else ids, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer and template so that `AutoTokenizer.from_pretrained(folder)` opens them.
@@ -401,9 +419,8 @@ class ChatTokenizer:
         named = [number for number, token in added if number in special and "pad" in token.content.lower()]
         others = [number for number in special if number != tokenizer.bos_token_id]
         # the signs of byte-level vocabularies and of SentencePiece's
-        words = [
-            (len(word), word, n) for word, n in tokenizer.get_vocab().items() if word[0] in "\u0120\u2581"
-        ]
+        signs = ("\u0120", "\u2581")
+        words = [(len(word), word, n) for word, n in tokenizer.get_vocab().items() if word.startswith(signs)]
         longest = [n for _, _, n in sorted(words, reverse=True) if n not in ends][:1]
         anything = [n for n in range(len(ends) + 1) if n not in ends]
         return next(iter(named + others + special + longest + anything))
@@ -666,7 +683,8 @@ def _replaced(pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str],
 def _end_texts_bare(tokenizer: Any) -> None:
     """Keeps a tokenizer from ending every text with an EOS of its own, as `add_eos_token` makes it.
 
-    The template alone says how a conversation ends, and plain calls of other programs must give the same.
+    The template alone says how a conversation ends, and plain calls of other programs must give the same. What comes
+    after a text otherwise than by a `TemplateProcessing`, as in BERT's tokenizers, stays.
     """
     if tokenizer("a").input_ids[-1:] == tokenizer("a", add_special_tokens=False).input_ids[-1:]:
         return
@@ -675,8 +693,8 @@ def _end_texts_bare(tokenizer: Any) -> None:
     processor = state["post_processor"]
     for part in (processor, *processor.get("processors", ())):
         if part["type"] == "TemplateProcessing":
-            last = max(n for n, piece in enumerate(part["single"]) if "Sequence" in piece)
-            del part["single"][last + 1 :]
+            while part["single"] and "Sequence" not in part["single"][-1]:
+                part["single"].pop()
     backend = tokenizer.backend_tokenizer
     backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
 

@@ -38,7 +38,13 @@ def read_fields(file: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise ModelError(f"{file}: cannot be read as GGUF ({error}).") from None
     arch = fields["general.architecture"].contents() if "general.architecture" in fields else None
-    needed = (HEAD, ALLOW_SPECIAL, "tokenizer.huggingface.json", "tokenizer.chat_template")
+    needed = (
+        HEAD,
+        "general.architecture",
+        ALLOW_SPECIAL,
+        "tokenizer.huggingface.json",
+        "tokenizer.chat_template",
+    )
     sizes = (f"{arch}.embedding_length", f"{arch}.context_length")
     missing = [name for name in (*needed, *sizes) if name not in fields]
     if missing:

@@ -28,7 +28,7 @@ SHAPE = {
 }
 """What is read of the record."""
 
-CANARIES = [{"ids": [int], "prompt": int, "text": str, "reward": float | int}]
+CANARIES = [{"ids": [int], "prompt": int, "reward": float | int}]
 """Of these answers the adapter gave these rewards."""
 
 HEAD_KEY = "base_model.model.score.weight"

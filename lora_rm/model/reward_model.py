@@ -1,6 +1,7 @@
 """A 4-bit base, LoRA adapters and a float32 score head with one logit."""
 
 import contextlib
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -632,15 +633,17 @@ class RewardModel(nn.Module):
         self._check_head()
         folder.mkdir(parents=True, exist_ok=True)
         # matrices are saved as they are: any other value would make PEFT start them anew when it opens the folder
-        config = self.model.peft_config["default"]
-        config.init_lora_weights = True
-        if self.base.revision:  # of the hub: the folder it was fetched to is on this machine alone
-            config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
+        self.model.peft_config["default"].init_lora_weights = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.save_pretrained(str(folder))
         if self.changed_base is not None:
             self.changed_base.convert(folder)
+        if self.base.revision:  # of the hub: the folder it was fetched to is on this machine alone
+            # not told to PEFT before it saves, for it would ask the hub what its `main` holds by now
+            file = folder / "adapter_config.json"
+            names = {"base_model_name_or_path": self.base.name, "revision": self.base.revision}
+            file.write_text(json.dumps(read_json(file) | names, indent=2, sort_keys=True), encoding="utf-8")
         readme = folder / "README.md"
         readme.unlink(missing_ok=True)  # PEFT's card names a local path as the base model
         self.chat.save(folder)
