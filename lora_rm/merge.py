@@ -802,10 +802,10 @@ def _tell_older_readers(folder: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _read_rope(folder: Path) -> Any:
-    return getattr(
-        AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(), "rope_parameters", None
-    )
+def _read_rope(folder: Path) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {name: value for name, value in rope.items() if name != "type"}  # what version 4 calls rope_type
 
 
 class _DoesNotFit(MergeError):
