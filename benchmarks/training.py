@@ -52,7 +52,7 @@ from lora_rm.data.split import Data, Side, read_side
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model.base import BUILTIN, find_base
 from lora_rm.model.checkpointing import Mode
-from lora_rm.model.quantization import Quantization
+from lora_rm.model.quantization import Quantization, dtype_name
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
 
@@ -214,7 +214,7 @@ class Contest:
         own = statistics.median(seconds + more)
         best = min(batches, key=lambda size: statistics.median(found[size]))
         return {
-            "work": name, "quantization": self.quantization, "dtype": str(self.dtype).removeprefix("torch."),
+            "work": name, "quantization": self.quantization, "dtype": dtype_name(self.dtype),
             "layers": len(self.ours.layers), "pairs_per_step": per_step, "steps": steps - 1,
             "pairs_per_second": per_step / own, "tokens": tokens, "trl_tokens": padded[best],
             "ratio_defaults": statistics.median(found["defaults"]) / own,
@@ -242,7 +242,7 @@ class Contest:
         median = {mode: statistics.median(seconds[mode]) for mode in modes}
         return [
             {
-                "work": name, "quantization": self.quantization, "dtype": str(self.dtype).removeprefix("torch."),
+                "work": name, "quantization": self.quantization, "dtype": dtype_name(self.dtype),
                 "layers": len(self.ours.layers), "pairs_per_step": per_step, "steps": steps - 1, "mode": mode,
                 "seconds": median[mode], "ratio_none": median[mode] / median["none"], "peak_mb": round(peaks[mode]),
             }

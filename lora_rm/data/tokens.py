@@ -418,12 +418,14 @@ class ChatTokenizer:
         special = [number for number, token in added if token.special and number not in ends]
         named = [number for number, token in added if number in special and "pad" in token.content.lower()]
         others = [number for number in special if number != tokenizer.bos_token_id]
+        if special:
+            return (named + others + special)[0]
         # the signs of byte-level vocabularies and of SentencePiece's
         signs = ("\u0120", "\u2581")
         words = [(len(word), word, n) for word, n in tokenizer.get_vocab().items() if word.startswith(signs)]
         longest = [n for _, _, n in sorted(words, reverse=True) if n not in ends][:1]
         anything = [n for n in range(len(ends) + 1) if n not in ends]
-        return next(iter(named + others + special + longest + anything))
+        return (longest + anything)[0]
 
 
 def tokenize(
