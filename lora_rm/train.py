@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import is_initialized
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
@@ -502,7 +503,8 @@ def _trackers(settings: Settings, device: torch.device) -> Accelerator:
     """An accelerator that holds the trackers; what `accelerate config` says of types and devices is not used."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="no",
+        # another trainer of this process may have set a type, which cannot be changed: nothing here is computed in it
+        mixed_precision=None if is_initialized() else "no",
         log_with=list(settings.train.trackers) or None,
         project_dir=settings.output_dir,
     )
