@@ -236,7 +236,8 @@ def attend(module=None, **more):
     plan = build_batch(some_trees(50)).plan
     generator = torch.Generator().manual_seed(2)
     query, key, value = (
-        torch.randn(1, heads, sum(plan.lengths), 8, generator=generator) for heads in (4, 2, 2)
+        torch.randn(1, heads, sum(plan.lengths), 8, generator=generator).requires_grad_()
+        for heads in (4, 2, 2)
     )
     arguments = {"tree_plan": plan, **more}
     return tree_attention(module or torch.nn.Identity(), query, key, value, None, **arguments)[0]
@@ -256,6 +257,15 @@ def test_dropout_of_the_attention_is_not_lost(softcap):
     assert float((attend(softcap=softcap, dropout=0.9) == 0).float().mean()) > 0.1
 
 
+def test_soft_capped_scores_do_not_wait_for_the_backward_pass():
+    last = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: last.append(x.shape[-1]) or x, lambda x: x):
+        found = attend(softcap=5.0)
+    assert last
+    assert set(last) == {8}  # of heads: queries, keys and values
+    found.sum().backward()
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize(
@@ -267,6 +277,7 @@ def test_dropout_of_the_attention_is_not_lost(softcap):
         ("qwen3", {}),
         ("phi3", {}),
         ("gpt2", {}),
+        ("gemma2", {}),
     ],
 )
 def test_recomputed_layers_give_the_same_gradients(tmp_path, trees, family, adapter, quantization, mode):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from lora_rm.data.batches import Core, Tree, TreePlan
@@ -201,7 +202,16 @@ def _attend(
     """The last Q of K positions attend to the K, causally, (1, H, Q, D)."""
     queries, keys = query_1HQD.shape[2], key_1GKD.shape[2]
     if how.softcap is not None:  # scaled_dot_product_attention cannot express it
-        return _softcapped(query_1HQD, key_1GKD, value_1GKD, how)
+        # its Q x K scores, computed again in the backward pass, do not wait for it
+        return checkpoint(
+            _softcapped,
+            query_1HQD,
+            key_1GKD,
+            value_1GKD,
+            how,
+            use_reentrant=False,
+            preserve_rng_state=how.dropout > 0,
+        )
     window = how.window if how.window is not None and how.window < keys else None
     is_causal = queries == keys and window is None
     sees_all = queries == 1 and window is None
