@@ -10,9 +10,13 @@ like their module (`lora_rm.train.train`, and of merge, verify and evaluate) are
 """
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# on CPUs with bfloat16 it advises to install a package with which it fetches a kernel from the hub; that is not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "RewardModel": "lora_rm.model.reward_model",

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -367,3 +369,10 @@ def test_only_the_files_that_transformers_loads_are_the_base(base, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter_config.json"):
         find_base(str(folder))
+
+
+def test_what_is_imported_says_nothing():
+    """On CPUs with bfloat16 bitsandbytes advises to install a package, for a kernel that is not used here."""
+    words = [sys.executable, "-c", "import lora_rm.model.reward_model"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
