@@ -90,6 +90,9 @@ class Evaluation:
     margin_mean: float
     """Mean of better minus worse reward."""
 
+    rating_correlation: float
+    """Pearson's correlation of rewards and ratings, over preferences that are ratings."""
+
     reward_mean: float
     reward_spread: float
     """Standard deviation of all rewards."""
@@ -151,9 +154,12 @@ def summarize(
     prompts: dict[str | int, PairCount] = {}
     subsets: dict[str, PairCount] = {}
     best, best_subsets = BestCount(), dict[str, BestCount]()
+    rated: list[tuple[float, float]] = []
     differences: list[float] = []
     probabilities: list[float] = []
     for number, (tree, own) in enumerate(zip(trees, rewards, strict=True)):
+        if tree.kind == "rating":
+            rated.append((tree.scores[0], own[0]))
         if len(tree.scores) > 2 and len(set(tree.scores)) > 1:
             won = BestCount(num_preferences=1, num_correct=int(is_best_on_top(tree.scores, own)))
             best = best + won
@@ -179,6 +185,7 @@ def summarize(
         length_baseline=longer / total.num_pairs if total.num_pairs else math.nan,
         calibration_error=calibration_error(differences, probabilities),
         margin_mean=sum(differences) / len(differences) if differences else math.nan,
+        rating_correlation=correlation(rated),
         reward_mean=float(flat.mean()),
         reward_spread=float(flat.std(correction=0)),
         subsets=dict(sorted(subsets.items())),
@@ -232,6 +239,14 @@ def wilson_interval(num_correct: float, num_pairs: float) -> tuple[float, float]
     half = z * math.sqrt(share * (1 - share) / num_pairs + z * z / (4 * num_pairs**2))
     scale = 1 + z * z / num_pairs
     return (center - half) / scale, (center + half) / scale
+
+
+def correlation(points: Sequence[tuple[float, float]]) -> float:
+    """Pearson's, of both coordinates; NaN where one does not vary."""
+    both = torch.tensor(points, dtype=torch.float64).reshape(-1, 2)
+    if not len(both) or (both == both[0]).all(dim=0).any():
+        return math.nan
+    return float(torch.corrcoef(both.T)[0, 1])
 
 
 NUM_BINS = 10

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import math
 import shutil
 import sys
 import time
@@ -552,13 +553,23 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
     low, high = after["interval"]
     words = evaluation["bag_of_words_baseline"]
     export = run.exports / "huggingface"
-    show_facts(
-        "Reward model",
-        {
+    found: dict[str, object] = {}
+    if after["pairs"]["num_pairs"]:
+        found |= {
             "held-out accuracy": f"{_percent(before['pairs']['accuracy'])} -> {_percent(after['pairs']['accuracy'])}  "
             f"(95 % interval {_percent(low)} to {_percent(high)}, {after['pairs']['num_pairs']} pairs)",
             "longer answer wins": _percent(after["length_baseline"]),
             "bag of words": "-" if words is None else _percent(words),
+        }
+    correlations = [when.get("rating_correlation") for when in (before, after)]  # older runs have none
+    if correlations[1] is not None:
+        found["correlation with the ratings"] = " -> ".join(
+            "-" if r is None else f"{r:.3f}" for r in correlations
+        )
+    show_facts(
+        "Reward model",
+        {
+            **found,
             "rewards before merge": f"{parity['num_answers']} answers, spread {parity['spread']:.3f}",
             "rewards after merge": f"changed by {change['mean']:.3%} of the spread on average, {change['largest']:.3%} at "
             f"most; {change['pair_flips']} of {change['num_pairs']} pairs flipped",
@@ -599,6 +610,8 @@ def _show(title: str, found: Evaluation) -> None:
         facts["best answer on top"] = (
             f"{_percent(found.best.accuracy)} of {found.best.num_preferences} rankings"
         )
+    if not math.isnan(found.rating_correlation):
+        facts["correlation with the ratings"] = f"{found.rating_correlation:.3f}"
     facts["reward"] = f"{found.reward_mean:.3f} ± {found.reward_spread:.3f}"
     for name, count in found.subsets.items():
         facts[f"  {name}"] = f"{_percent(count.accuracy)} of {count.num_pairs}"

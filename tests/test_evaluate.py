@@ -355,6 +355,32 @@ def test_the_bag_of_words_counts_decided_pairs_alone():
     assert math.isnan(bag_of_words_baseline([pair], [tie]))
 
 
+# Ratings.
+
+
+@pytest.mark.parametrize(
+    ("ratings", "rewards", "expected"),
+    [([1, 2, 3], [0.1, 0.3, 0.5], 1.0), ([1, 2, 3], [5, 3, 1], -1.0), ([1, 2, 3, 4], [1, 3, 2, 4], 0.8)],
+)
+def test_rewards_of_ratings_are_correlated_with_them(ratings, rewards, expected):
+    trees = [tree(1, kind="rating", scores=(float(rating),)) for rating in ratings] + [tree(1, 1)]
+    found = summary(trees, [[reward] for reward in rewards] + [RIGHT])
+    assert found.rating_correlation == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_does_not_vary_is_correlated_with_nothing():
+    rating, other = (tree(1, kind="rating", scores=(score,)) for score in (0.1, 0.2))
+    for trees, rewards in (
+        ([rating], [[1.0]]),
+        ([rating] * 3, [[1.0], [2.0], [3.0]]),  # three times 0.1 have a variance, by rounding
+        ([rating, other, rating], [[0.1]] * 3),
+        ([rating, other], [[1.0], [math.inf]]),
+        ([tree(1, 1)], [RIGHT]),
+    ):
+        assert math.isnan(summary(trees, rewards).rating_correlation)
+
+
 # JSON.
 
 
@@ -368,6 +394,7 @@ def test_json_has_no_nan_and_no_infinity():
         "length_baseline": None,
         "calibration_error": None,
         "margin_mean": None,
+        "rating_correlation": None,
         "reward_mean": 2.0,
         "reward_spread": 0.0,
         "subsets": {},
