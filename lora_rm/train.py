@@ -49,6 +49,7 @@ from lora_rm.evaluate import evaluate
 from lora_rm.losses import preference_losses
 from lora_rm.metrics import MetricsLog, StepSums, memory_gib, sum_steps
 from lora_rm.model.device import is_out_of_memory
+from lora_rm.model.quantization import DTYPES, dtype_name
 from lora_rm.model.reward_model import RewardModel
 
 
@@ -70,6 +71,8 @@ class Progress:
     """State of the loss scale of float16 products; empty for other types."""
     core: str = ""
     """How the attention of shared prompts was computed: another way would round otherwise."""
+    compute_dtype: str = ""
+    """Of the products."""
 
 
 class _Optimization(NamedTuple):
@@ -124,6 +127,7 @@ def train(
     progress = Progress(changed_base=begun_with)
     if resume:
         progress = _resume(model, optimization, run) or progress
+    progress.compute_dtype = _one_dtype(model, settings, progress.compute_dtype)
     progress.core = _one_core(model, progress.core)
     if any(other != progress.changed_base for other in processes.gather(begun_with)):
         raise ModelError(
@@ -530,6 +534,20 @@ def _trackers(settings: Settings, device: torch.device) -> Accelerator:
             init_kwargs={name: {"name": Path(settings.output_dir).name} for name in ("wandb", "trackio")},
         )
     return accelerator
+
+
+def _one_dtype(model: RewardModel, settings: Settings, earlier: str) -> str:
+    """The type of products of all processes: where it is chosen by the hardware, that of the first one, or of the run that goes on."""
+    own = dtype_name(model.compute_dtype)
+    if settings.model.compute_dtype != "auto":
+        return own
+    wanted: str = processes.gather(earlier or own)[0]
+    if wanted != own:
+        say(
+            f"Products are computed in {wanted}, as where this run was begun; this device would choose {own}."
+        )
+        model.set_compute_dtype(DTYPES[wanted])
+    return wanted
 
 
 def _one_core(model: RewardModel, earlier: str) -> Core:

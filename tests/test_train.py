@@ -52,6 +52,30 @@ def run_once(settings, trees):
     return model, run
 
 
+@pytest.mark.parametrize("begun_in", ["float32", "bfloat16"])
+def test_a_run_that_goes_on_on_other_hardware_keeps_the_type_of_its_products(
+    settings, trees, monkeypatch, capsys, begun_in
+):
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[begun_in]
+    short = changed(settings, model={"compute_dtype": "auto"}, train={"max_steps": 4, "save_every_steps": 2})
+    run, found = RunFolder.create(short), []
+    for dtype in (begun_in, begun_in, other):
+        if found:
+            shutil.rmtree(run.checkpoints / "step-000004")
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda dtype=dtype: dtype == "bfloat16")
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+        model = open_model(short)
+        assert model.compute_dtype == getattr(torch, dtype)
+        progress = train(model, data_of(trees), short, run, resume=bool(found))
+        assert model.compute_dtype == getattr(torch, begun_in)
+        found.append((progress.compute_dtype, trained_weights(model)))
+    assert [dtype for dtype, _ in found] == [begun_in] * 3
+    for _, again in found[1:]:
+        for name, weight in found[0][1].items():
+            assert torch.equal(weight, again[name]), name
+    assert f"in {begun_in}, as where this run was begun" in capsys.readouterr().out
+
+
 def give_losses(monkeypatch, *losses):
     """Lets the evaluations of a run have these losses."""
     real, left = train_module.evaluate, iter(losses)
@@ -304,11 +328,12 @@ def test_a_second_ctrl_c_stops_at_once_and_handlers_are_put_back(
     assert [path.name for path in run.checkpoints.glob("*")] == saved
 
 
-@pytest.mark.parametrize("stop_at", [4, 12])
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch, capsys, stop_at):
+@pytest.mark.parametrize(("stop_at", "dtype"), [(4, "float32"), (12, "float32"), (4, "bfloat16")])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch, capsys, stop_at, dtype):
     """SIGTERM at a step of 12, dropout on, evaluation on; bit for bit the run that was not stopped."""
     own = changed(
         settings,
+        model={"compute_dtype": dtype},
         adapter={"dropout": 0.1},
         train={"num_epochs": 2, "eval_every_steps": 3, "save_every_steps": 5},
     )
