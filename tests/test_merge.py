@@ -251,7 +251,7 @@ def test_a_merged_model_reloaded_under_another_seed_gives_the_rewards(tmp_path, 
     expected = torch.tensor([canary["reward"] for canary in canaries])
     assert float(expected.std()) > 1e-3
     for opened in (
-        RewardModel.load_adapter(adapter),
+        RewardModel.load_adapter(adapter, compute_dtype="float32"),
         RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32"),
     ):
         opened.choose_batching()

@@ -189,7 +189,7 @@ def test_m10_a_saved_adapter_opens(tmp_path, show):
     base = make_base(tmp_path / "base", dtype=torch.float32)
     model = shake(make_model(base, quantization="none", load_dtype="float32"))
     adapter, expected = saved(model, tmp_path / "adapter", ROWS), exact_rewards(model)
-    ours = load_reward_model(adapter).score_ids(ROWS)
+    ours = load_reward_model(adapter, compute_dtype="float32").score_ids(ROWS)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     torch.manual_seed(123)  # a head drawn anew must show
     plain = plain_classifier(base, num_labels=1)
