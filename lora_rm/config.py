@@ -101,7 +101,8 @@ class ModelSettings(_Section):
     rounded to."""
 
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of matrix products in training; auto: bfloat16 where the machine has it, else float32."""
+    """Type of matrix products in training, evaluation and scoring; auto: bfloat16 where the machine has it, else float32.
+    What proves a merge or an export is computed in float32."""
 
     head_init: Literal["normal", "zero"] = "normal"
     """Start of the score head: normal with standard deviation 1/sqrt(hidden + 1), or zero. A base that is a reward model

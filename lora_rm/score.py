@@ -29,6 +29,7 @@ def load_reward_model(path: str | Path, *, device: str = "auto", compute_dtype: 
             which is fetched.
         device: auto, cpu, cuda, ...
         compute_dtype: auto, float32, bfloat16 or float16; not of a `.gguf` file, which is computed as it is stored.
+            float32 gives the rewards of parity.json; auto is bfloat16 for an adapter where the hardware has it.
 
     Raises:
         ModelError: If the path is none of these, the hub does not give it, or its head is missing or has not one logit.
