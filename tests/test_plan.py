@@ -21,7 +21,7 @@ from lora_rm.model import device as device_module
 from lora_rm.model.base import BaseModel, find_config
 from lora_rm.model.classifier import read_config
 from lora_rm.model.device import host_memory
-from lora_rm.model.memory import Held, LiveBytes, one_pair, trace_without_data
+from lora_rm.model.memory import Held, LiveBytes, one_pair, rows_to_trace, trace_without_data
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import (
     GIB,
@@ -476,3 +476,16 @@ def test_a_sharded_base_is_planned_by_its_parts():
     assert part.frozen == pytest.approx(
         2.1e9 / 4 + 2 * 2.1e9
     )  # embeddings are larger than three layers of 0.45 GB
+
+
+@pytest.mark.parametrize("max_length", [8, 64, 512])
+def test_short_conversations_of_a_wide_model_are_traced_at_their_length(max_length):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gemma2", hidden_size=3584)
+    settings = settings_for("base")
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=max_length))
+    for trees in rows_to_trace(config, settings, "shared"):
+        for tree in trees:
+            assert 0.9 * max_length <= len(tree.prompt_ids) + len(tree.answer_ids[0]) <= max_length + 1
+            assert all(tree.answer_ids)

@@ -253,8 +253,10 @@ def rows_to_trace(config: Any, settings: Settings, batching: Batching) -> list[l
     size = longest + answer
     over = math.ceil(1.5 * width / size)
     counts = (1, 2, over, 2 * over) if over > 2 else (over, 3 * over)
-    # of other lengths each, as in data: a mask is made for every length
-    return [[one_pair(size - number, answer, number) for number in range(count)] for count in counts]
+    lengths = 1 + answer // 8  # several, as in data: a mask is made for every length
+    return [
+        [one_pair(size - number % lengths, answer, number) for number in range(count)] for count in counts
+    ]
 
 
 def run_step(model: RewardModel, trees: Sequence[TokenTree], settings: Settings) -> int:
