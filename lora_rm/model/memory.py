@@ -253,9 +253,9 @@ def rows_to_trace(config: Any, settings: Settings, batching: Batching) -> list[l
     size = longest + answer
     over = math.ceil(1.5 * width / size)
     counts = (1, 2, over, 2 * over) if over > 2 else (over, 3 * over)
-    lengths = 1 + answer // 8  # several, as in data: a mask is made for every length
+    num_lengths = 1 + answer // 8  # several, as in data: a mask is made for every length
     return [
-        [one_pair(size - number % lengths, answer, number) for number in range(count)] for count in counts
+        [one_pair(size - number % num_lengths, answer, number) for number in range(count)] for count in counts
     ]
 
 
