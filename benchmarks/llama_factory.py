@@ -7,10 +7,11 @@ TRL than are here. To try it on these versions all the same, lend that environme
 install llamafactory 0.9.5 and trl 0.24.0 without their needs, add what an import misses (fire, omegaconf, einops,
 modelscope, av, tiktoken, ...) and an empty package torchaudio. It then runs on versions its authors do not support.
 
-Both train rank-16 adapters on every linear layer of SmolLM2-135M, in float32, without checkpointing, on the same pairs in
-the same order and the same template; ours first and last, LLaMA-Factory with batches of 1, 2 and 4 between. Its head
-starts at random and it computes logits over the vocabulary, so losses cannot be compared. Seconds are those of
-optimizer steps, and tokens, padding included, those of the same steps; the first of each turn is left out.
+Both train rank-16 adapters on every linear layer of SmolLM2-135M, in bfloat16 where the CPU has units for it and float32
+where not, without checkpointing, on the same pairs in the same order and the same template; ours first and last,
+LLaMA-Factory with batches of 1, 2 and 4 between. Its head starts at random and it computes logits over the vocabulary, so
+losses cannot be compared. Seconds are those of optimizer steps, and tokens, padding included, those of the same steps; the
+first of each turn is left out.
 """
 
 import argparse
@@ -22,10 +23,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from training import FILES, Contest, make_trees
 
 from lora_rm.console import plain_errors, show_table
 from lora_rm.data.batches import training_order
+from lora_rm.model.quantization import dtype_name
 
 CHILD = """\
 import json, sys, time
@@ -72,7 +75,7 @@ def main() -> None:
             for work in wanted.work:
                 rows += compare(contest, wanted.python, work, per_step, steps)
     show_table(
-        f"Optimizer steps of {per_step} pairs beside LLaMA-Factory, float32, {len(contest.ours.layers)} layers",
+        f"Optimizer steps of {per_step} pairs beside LLaMA-Factory, {dtype_name(contest.dtype)}, {len(contest.ours.layers)} layers",
         ["data", "base", "batch", "pairs/s", "tokens", "its pairs/s", "its tokens", "times"],
         [
             [r["work"], r["quantization"], r["batch"], f"{r['pairs_per_second']:.2f}", r["tokens"],
@@ -123,7 +126,7 @@ def run_theirs(contest: Contest, python: str, folder: Path, per_step: int, batch
             "per_device_train_batch_size": batch, "gradient_accumulation_steps": per_step // batch,
             "learning_rate": 1e-4, "num_train_epochs": 1.0, "lr_scheduler_type": "constant", "save_strategy": "no",
             "report_to": "none", "logging_steps": 1, "disable_gradient_checkpointing": True, "disable_shuffling": True,
-            "overwrite_output_dir": True, "preprocessing_num_workers": 1,
+            "overwrite_output_dir": True, "preprocessing_num_workers": 1, "bf16": contest.dtype == torch.bfloat16,
         }  # fmt: skip
         if contest.quantization == "nf4":
             settings |= {"quantization_bit": 4, "quantization_method": "bnb"}

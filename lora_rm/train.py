@@ -544,7 +544,8 @@ def _one_dtype(model: RewardModel, settings: Settings, earlier: str) -> str:
     wanted: str = processes.gather(earlier or own)[0]
     if wanted != own:
         say(
-            f"Products are computed in {wanted}, as where this run was begun; this device would choose {own}."
+            f"Products are computed in {wanted}, as {'where this run was begun' if earlier else 'by the first process'}; "
+            f"this device would choose {own}."
         )
         model.set_compute_dtype(DTYPES[wanted])
     return wanted

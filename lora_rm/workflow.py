@@ -541,6 +541,7 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
         "accuracy_interval": after["interval"],
         "length_baseline": after["length_baseline"],
         "bag_of_words_baseline": evaluation["bag_of_words_baseline"],
+        "rating_correlation": after.get("rating_correlation"),  # older runs have none
         "num_pairs_train": data["train"]["kept"],
         "num_pairs_eval": data["eval"]["kept"],
         "merge_mean_change": change["mean"],
@@ -561,7 +562,7 @@ def summarize(run: RunFolder, started: float) -> dict[str, Any]:
             "longer answer wins": _percent(after["length_baseline"]),
             "bag of words": "-" if words is None else _percent(words),
         }
-    correlations = [when.get("rating_correlation") for when in (before, after)]  # older runs have none
+    correlations = [when.get("rating_correlation") for when in (before, after)]
     if correlations[1] is not None:
         found["correlation with the ratings"] = " -> ".join(
             "-" if r is None else f"{r:.3f}" for r in correlations
