@@ -2,10 +2,10 @@
 
     python benchmarks/llama_factory.py PYTHON [--quick] [--json FILE] [--work harmless alpaca] [--quantization none nf4]
 
-PYTHON belongs to an environment of its own that has `llamafactory`: it wants other versions of transformers, peft and
-TRL than are here. To try it on these versions all the same, lend that environment this one's packages with a .pth file,
-install llamafactory 0.9.5 and trl 0.24.0 without their needs, add what an import misses (fire, omegaconf, einops,
-modelscope, av, tiktoken, ...) and an empty package torchaudio. It then runs on versions its authors do not support.
+PYTHON belongs to an environment of its own, since LLaMA-Factory wants other versions of transformers, peft and TRL:
+
+    python3 -m venv factory && factory/bin/pip install llamafactory==0.9.5 bitsandbytes==0.50.2
+    python benchmarks/llama_factory.py factory/bin/python
 
 Both train rank-16 adapters on every linear layer of SmolLM2-135M, in bfloat16 where the CPU has units for it and float32
 where not, without checkpointing, on the same pairs in the same order and the same template; ours first and last,

@@ -144,7 +144,7 @@ def make_base(
         "eos_token_id": 2,
         "pad_token_id": 2,
         **shape,
-        **FAMILIES[family],
+        **FAMILIES.get(family, {}),
         **more,
     }
     torch.manual_seed(5)

@@ -29,12 +29,17 @@ from lora_rm.model.reward_model import RewardModel
 from lora_rm.workflow import merge_run, train_run
 
 CASES = {
-    ("nf4", "float32"): [("none", "shared"), ("selective", "shared"), ("full", "padded")],
-    ("nf4", "bfloat16"): [("selective", "shared")],
-    ("none", "float32"): [("none", "packed"), ("full", "shared")],
-    ("none", "bfloat16"): [("selective", "shared")],
+    ("llama", "nf4", "float32"): [("none", "shared"), ("selective", "shared"), ("full", "padded")],
+    ("llama", "nf4", "bfloat16"): [("selective", "shared")],
+    ("llama", "none", "float32"): [("none", "packed"), ("full", "shared")],
+    ("llama", "none", "bfloat16"): [("selective", "shared")],
+    ("gemma2", "nf4", "float32"): [("selective", "shared")],
+    ("gemma3_text", "none", "float32"): [("selective", "shared")],
+    ("gpt2", "nf4", "float32"): [("selective", "shared")],
+    ("gpt_oss", "nf4", "float32"): [("selective", "padded")],
 }
-"""Quantisation and type of products of a model: ways of checkpointing and batching it is run with."""
+"""Family, quantisation and type of products of a model: ways of checkpointing and batching it is run with."""
+MORE = {"gpt2": {"n_layer": 4}, "gpt_oss": {"num_local_experts": 4, "num_hidden_layers": 4}}
 
 
 def build(base: str, quantization: str, dtype: str, *, sharded: bool) -> RewardModel:
@@ -152,20 +157,20 @@ def compare(
     }
 
 
-def main(base: str, out: str) -> None:
+def main(bases: str, out: str) -> None:
     """What every process runs: each case whole and sharded, one after another."""
     processes.join("cpu")
     quantization.PIECE = 1024  # small beside a layer, as it is beside those of real models
     found = {}
-    for (kind, dtype), ways in CASES.items():
+    for (family, kind, dtype), ways in CASES.items():
         models = []
         for flag in (False, True):
             with RealBytes() as loading:
-                models.append(build(base, kind, dtype, sharded=flag))
+                models.append(build(f"{bases}/{family}", kind, dtype, sharded=flag))
         trees = tokenize(checkable_preferences(15, 2)[0], models[0].chat, max_length=512)[0]
         for mode, batching in ways:
             case = compare(*models, trees, mode, batching)
-            found[f"{kind} {dtype} {mode} {batching}"] = {
+            found[f"{family} {kind} {dtype} {mode} {batching}"] = {
                 **case,
                 "loading": loading.peak - loading.now,
             }
@@ -178,8 +183,15 @@ def main(base: str, out: str) -> None:
 def found(tmp_path_factory):
     """What two processes found, by case."""
     folder = tmp_path_factory.mktemp("sharding")
-    base = make_base(folder / "base", num_hidden_layers=4)
-    words = ["--standalone", "--nproc-per-node=2", str(Path(__file__)), str(base), str(folder / "found.json")]
+    for family in {family for family, *_ in CASES}:
+        make_base(folder / family, family, **MORE.get(family, {"num_hidden_layers": 4}))
+    words = [
+        "--standalone",
+        "--nproc-per-node=2",
+        str(Path(__file__)),
+        str(folder),
+        str(folder / "found.json"),
+    ]
     done = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
