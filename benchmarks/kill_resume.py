@@ -92,7 +92,7 @@ def run_settings(base: Path, folder: Path) -> Settings:
     return check_settings(
         {
             "output_dir": str(folder),
-            "model": {"base": str(base), "device": "cpu", "compute_dtype": "float32"},
+            "model": {"base": str(base), "device": "cpu"},
             "adapter": {"rank": 4, "alpha": 12, "dropout": 0.1},
             "data": {"train": "builtin:checkable", "max_train": 48, "max_eval": 24},
             "train": {

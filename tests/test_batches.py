@@ -278,3 +278,8 @@ def test_masks_go_with_the_row_that_needed_them():
     moved = batch.to(torch.device("cpu")).plan
     moved.mask(2, 4, None, torch.zeros(1))
     assert (len(moved.masks), batch.plan.masks) == (1, {})
+
+
+def test_members_of_a_group_larger_than_a_step_are_shuffled():
+    first, _ = training_order(16, 2, 8, 0, ["a"] * 16)
+    assert {number // 8 for number in first} == {0, 1}  # of both halves of the file

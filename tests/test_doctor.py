@@ -25,6 +25,7 @@ from lora_rm.data.preference import Preference
 from lora_rm.data.split import BUILTIN
 from lora_rm.data.tokens import PLAIN_TEMPLATE, ChatTokenizer
 from lora_rm.doctor.finding import judge
+from lora_rm.doctor.preferences import check_duplicates
 from lora_rm.errors import ConfigError, DataError, Interrupted, ModelError
 from lora_rm.merge import merge
 from lora_rm.model.adapter import WEIGHTS
@@ -1054,3 +1055,12 @@ def test_the_command_without_path_checks_the_machine(capsys, tmp_path, monkeypat
         doctor.machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 * GIB})
     )
     assert main(["doctor", "--output-dir", str(tmp_path / "runs")]) == 0
+
+
+def test_ratings_that_contradict_each_other_are_no_copies():
+    prompt, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        Preference(prompt=(prompt,), answers=((answer,),), kind="rating", scores=(score,))
+        for score in (1.0, 2.0)
+    ]
+    assert check_duplicates(rows).value == 0

@@ -18,6 +18,7 @@ from lora_rm.evaluate import (
     PairCount,
     bag_of_words_baseline,
     calibration_error,
+    clustered_interval,
     evaluate,
     ordered_pairs,
     summarize,
@@ -414,3 +415,26 @@ def test_steps_without_pairs_write_null():
     found = sums.to_json()
     assert (found["accuracy"], found["margin"], found["loss"]) == (None, None, None)
     json.dumps(found, allow_nan=False)
+
+
+def test_answers_of_one_prompt_that_agree_less_than_chance_do_not_narrow_the_interval():
+    prompts = [PairCount(num_pairs=2, num_correct=1)] * 9 + [PairCount(num_pairs=2, num_correct=2)]
+    assert clustered_interval(prompts) == wilson_interval(11, 20)
+
+
+def test_a_bag_of_words_learns_from_pairs_of_the_whole_file(monkeypatch):
+    """Files are often sorted by source."""
+    monkeypatch.setattr("lora_rm.evaluate.MOST_FOR_WORDS", 50)
+    pairs = [
+        Preference(
+            prompt=({"role": "user", "content": f"{number}?"},),
+            answers=(
+                ({"role": "assistant", "content": f"a {word}"},),
+                ({"role": "assistant", "content": "a"},),
+            ),
+        )
+        for word in ("x", "y")
+        for number in range(50)
+    ]
+    assert bag_of_words_baseline(pairs, pairs[50:]) == 1.0
+    assert 0.0 < bag_of_words_baseline(pairs[50:], pairs) < 1.0  # which knows nothing of x

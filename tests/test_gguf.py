@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, make_base, make_merged, parity_of
+from conftest import FAMILIES, SHAPE, make_base, make_merged, make_tokenizer, parity_of
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig
 
 from lora_rm.data.tokens import ChatTokenizer
@@ -400,3 +401,32 @@ def test_a_row_that_failed_leaves_nothing_to_build_on():
     assert model.reward(ROW[:40]) == expected
     with pytest.raises(ModelError, match="a conversation has 2001 tokens, the model takes 2000"):
         model.reward([1] * 2001)
+
+
+def metadata(tokenizer, folder):
+    """What is written about a tokenizer, by the name of gguf's method."""
+    found = {}
+
+    class Writer:
+        def __getattr__(self, name):
+            return lambda *values: found.__setitem__(name, values)
+
+    source = SimpleNamespace(
+        chat=ChatTokenizer(tokenizer), folder=folder, config=SimpleNamespace(vocab_size=len(tokenizer))
+    )
+    module._add_tokenizer(Writer(), source)
+    return found
+
+
+def test_a_bos_is_asked_for_where_the_tokenizer_adds_one(tmp_path):
+    tokenizer = make_tokenizer()
+    assert metadata(tokenizer, tmp_path)["add_add_bos_token"] == (True,)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert metadata(tokenizer, tmp_path)["add_add_bos_token"] == (False,)
+
+
+def test_added_tokens_that_are_not_special_are_not_hidden(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    types = metadata(tokenizer, tmp_path)["add_token_types"][0]
+    assert types[tokenizer.convert_tokens_to_ids("<tool>")] == gguf.TokenType.USER_DEFINED

@@ -273,3 +273,11 @@ def test_large_rewards_give_finite_float32_losses_and_gradients(settings, size):
     assert found.dtype == torch.float32
     assert bool(torch.isfinite(found).all())
     assert bool(torch.isfinite(rewards.grad).all())
+
+
+def test_a_list_of_ties_alone_has_no_loss_and_no_gradient():
+    rewards = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    loss = plackett_luce(rewards, torch.tensor([1.0, 1.0, 1.0]))
+    loss.backward()
+    assert float(loss) == 0.0
+    assert rewards.grad.tolist() == [0.0] * 3

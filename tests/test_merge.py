@@ -46,20 +46,23 @@ import lora_rm.verify as verify_module
 from lora_rm import unfinished
 from lora_rm.cli import main
 from lora_rm.combine import combine
-from lora_rm.config import AdapterSettings, MergeSettings, check_settings
+from lora_rm.config import AdapterSettings, MergeSettings, VerifySettings, check_settings
 from lora_rm.errors import MergeError, ModelError, StorageError
 from lora_rm.merge import (
     MergePlan,
     Update,
     Workers,
+    _DoesNotFit,
+    _stored,
     _write_tensor,
     check_mergeable,
     check_weights,
+    is_unverified,
     merge,
 )
 from lora_rm.model import quantization
 from lora_rm.model.quantization import Quantization, codes_8bit
-from lora_rm.model.record import MERGE_RECORD, move_base
+from lora_rm.model.record import MERGE_RECORD, RECORD, move_base
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tensor_files import TensorWriter, stored_tensors
 from lora_rm.score import Scorer
@@ -1223,3 +1226,77 @@ def test_the_report_lies_in_the_folder(base, tmp_path):
     assert config["pad_token_id"] not in (2, None)
     assert oct((tmp_path / "merged" / "model.safetensors").stat().st_mode)[-3:] == "644"
     assert oct((tmp_path / "merged").stat().st_mode)[-3:] == "755"
+
+
+def test_stochastic_rounding_to_bfloat16_has_no_bias():
+    exact = torch.full((2**16,), 1 + 2**-9)  # a quarter of a step above 1
+    mean = _stored(exact, "bfloat16", "a").double().mean()
+    assert float(mean - 1) == pytest.approx(2**-9, rel=0.05)
+
+
+def test_the_index_of_a_merge_says_how_large_it_is(tmp_path):
+    base = make_base(tmp_path / "base", shards=True)
+    merge(saved(shake(make_model(base)), tmp_path / "adapter"), tmp_path / "merged")
+    shards = [load_file(file) for file in (tmp_path / "merged").glob("*.safetensors")]
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 1
+    assert index["metadata"]["total_size"] == sum(t.nbytes for shard in shards for t in shard.values())
+
+
+def test_weights_three_float16_steps_off_are_not_the_merged_ones(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged")
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (tensors[name].float() * (1 + 3 * 2**-10)).half()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="not the merged weight"):
+        check_weights(MergePlan(adapter, MergeSettings()), tmp_path / "merged")
+
+
+def test_an_interrupted_merge_is_not_taken_for_one_into_another_base(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    assert is_unverified(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    assert not is_unverified(adapter, tmp_path / "merged", MergeSettings(dtype="float32", base="original"))
+
+
+@pytest.mark.parametrize("value", [math.nan, 65520.0])
+def test_what_float16_cannot_hold_is_not_written(base, tmp_path, monkeypatch, value):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    plan = MergePlan(adapter, MergeSettings(dtype="float16"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(plan, "visit", lambda name, tensor, use, workers: use(0, torch.tensor([value])))
+    with pytest.raises(_DoesNotFit):
+        _write_tensor(plan, name, None, None, None)
+
+
+def test_a_proof_takes_as_many_held_out_answers_as_are_wanted(base, tmp_path, scored_here):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    merge(adapter, tmp_path / "merged", MergeSettings(dtype="float32"))
+    held_out = [{"ids": ids, "prompt": 1} for ids in ([1, 9, 3], [1, 7, 2], [1, 6, 4])]
+    parity = verify_module.verify(
+        adapter, tmp_path / "merged", VerifySettings(num_answers=2), held_out=held_out
+    )
+    assert parity["num_answers"] == len(ROWS) + 2
+
+
+def test_a_damaged_adapter_is_not_combined(base, tmp_path):
+    adapter = saved(shake(make_model(base)), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="is not the file that was saved"):
+        combine([adapter, adapter], (0.5, 0.5), tmp_path / "combined")
+
+
+@pytest.mark.parametrize(("part", "value"), [("load_dtype", "float16"), ("tokens", {"adds_bos": False})])
+def test_adapters_of_another_type_or_other_ids_are_not_combined(base, tmp_path, part, value):
+    one = saved(shake(make_model(base)), tmp_path / "one")
+    other = shutil.copytree(one, tmp_path / "other")
+    record = json.loads((other / RECORD).read_text())
+    (other / RECORD).write_text(json.dumps({**record, part: value}))
+    with pytest.raises(MergeError, match=f"its {part} is not that of"):
+        combine([one, other], (0.5, 0.5), tmp_path / "combined")

@@ -1,5 +1,6 @@
 """Loading, the head's contract, saving and opening again."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from lora_rm.config import AdapterSettings, ModelSettings
 from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
-from lora_rm.model.base import BUILTIN, check_shape, find_base
+from lora_rm.model.base import BUILTIN, BaseModel, check_shape, find_base
+from lora_rm.model.classifier import check_length, read_config
 from lora_rm.model.device import pick_compute_dtype
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
@@ -376,3 +378,17 @@ def test_what_is_imported_says_nothing():
     words = [sys.executable, "-c", "import lora_rm.model.reward_model"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_a_file_that_was_written_again_is_hashed_again(tmp_path):
+    for text in ("{}", '{"a": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        found = BaseModel(name="x", path=tmp_path).file_hashes()["config.json"]
+        assert found == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_conversation_may_be_as_long_as_the_positions_reach(tmp_path):
+    config = read_config(BaseModel(name="b", path=make_base(tmp_path / "base", "gpt2")))
+    check_length(config, 512, "It")
+    with pytest.raises(ModelError, match="It is 513 tokens long"):
+        check_length(config, 513, "It")

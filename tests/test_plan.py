@@ -489,3 +489,15 @@ def test_short_conversations_of_a_wide_model_are_traced_at_their_length(max_leng
         for tree in trees:
             assert 0.9 * max_length <= len(tree.prompt_ids) + len(tree.answer_ids[0]) <= max_length + 1
             assert all(tree.answer_ids)
+
+
+@pytest.mark.parametrize(("other", "found"), [((True, 2500), 2500), ((False, 0), None)])
+def test_the_smallest_card_of_all_processes_decides(settings, monkeypatch, other, found):
+    own = changed(settings, train={"tokens_per_microbatch": "auto"})
+    assert fit(own)[0].train.tokens_per_microbatch > 2500
+    monkeypatch.setattr("lora_rm.plan.processes.gather", lambda value: [value, other])
+    if found is None:
+        with pytest.raises(ConfigError, match="What would help"):
+            fit(own)
+    else:
+        assert fit(own)[0].train.tokens_per_microbatch == found

@@ -15,10 +15,10 @@ from conftest import make_base
 from lora_rm import load_reward_model, reward_function
 from lora_rm.cli import main
 from lora_rm.data.files import SUFFIXES
-from lora_rm.errors import DataError, ModelError
+from lora_rm.errors import ConfigError, DataError, ModelError
 from lora_rm.merge import merge
 from lora_rm.model.reward_model import RewardModel
-from lora_rm.score_file import score_lines
+from lora_rm.score_file import score_file, score_lines
 from lora_rm.workflow import trained_length
 
 QUESTIONS = ["Repeat exactly: Anna sold a red bag to Ben", "Which of these comes first: pear or apple?"]
@@ -321,3 +321,36 @@ def test_more_conversations_than_are_packed_at_once_get_their_own_rewards(scorer
     for number in (0, 299, 300, 511, 512, 513, 599):
         assert found[number] == pytest.approx(scorer.score_ids([rows[number]])[0], abs=1e-5), number
     assert len({round(reward, 4) for reward in found}) > 300
+
+
+def test_rewards_near_zero_may_differ_by_rounding_when_scoring_goes_on(adapter, monkeypatch):
+    lines = [json.dumps({"prompt": f"{n}?", "response": "a"}) for n in range(2)]
+    monkeypatch.setattr("lora_rm.score.Scorer.score_ids", lambda self, rows, groups: [0.01] * len(rows))
+    done = [json.dumps({**json.loads(lines[0]), "reward": 0.05})]
+    assert len(list(score_lines(str(adapter), lines, "lines", done))) == 1
+
+
+def test_a_file_that_became_shorter_is_not_gone_on_with(adapter):
+    lines = [json.dumps({"prompt": f"{n}?", "response": "a"}) for n in range(2)]
+    done = list(score_lines(str(adapter), lines, "lines"))
+    with pytest.raises(DataError, match="lines: has 1 conversations, and 2 were scored earlier"):
+        list(score_lines(str(adapter), lines[:1], "lines", done))
+
+
+def test_an_input_that_holds_rewards_is_not_taken_for_what_was_scored_of_it(adapter, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "2?", "response": "a", "reward": 1.0}) + "\n")
+    with own.open() as lines, pytest.raises(ConfigError, match="holds lines that are no rewards"):
+        score_file(str(adapter), lines, str(own), own, resume=True)
+
+
+def test_rewards_that_are_not_finite_are_an_error(adapter, monkeypatch):
+    scorer = load_reward_model(adapter)
+    monkeypatch.setattr(scorer.model, "score", lambda trees: [[float("nan")]] * len(trees))
+    with pytest.raises(ModelError, match="not finite"):
+        scorer.score("q", ["a"])
+
+
+def test_an_id_without_an_embedding_is_refused(adapter):
+    with pytest.raises(ModelError, match="embeddings"):
+        load_reward_model(adapter).score_ids([[1, 5, 100000]])

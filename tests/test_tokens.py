@@ -681,3 +681,20 @@ def test_two_workers_give_what_one_gives(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ChatTokenizer, "text_ids", None)  # nothing is tokenised in this process
         assert tokenize(PAIRS, chat, max_length=512, num_workers=2) == alone
+
+
+def test_ratings_without_a_prompt_are_no_group(chat):
+    bare = Preference(prompt=(), answers=((assistant("a"),),), kind="rating", scores=(1.0,))
+    assert tokenize([bare], chat, max_length=64)[0][0].group == ""
+
+
+def test_cached_ids_are_those_of_the_same_tools(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    own, found = ChatTokenizer(tokenizer), []
+    for name in ("f", "g"):
+        pair = Preference(
+            prompt=(user("q"),), answers=((assistant("a"),), (assistant("b"),)), tools=({"name": name},)
+        )
+        found += tokenize([pair], own, max_length=512, cache=tmp_path)[0]
+    assert found[0].prompt_ids != found[1].prompt_ids

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from lora_rm.config import save_settings
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, Interrupted, ModelError
 from lora_rm.evaluate import evaluate
-from lora_rm.metrics import MetricsLog, read_metrics
+from lora_rm.metrics import MetricsLog, memory_gib, read_metrics
 from lora_rm.train import count_steps, train
 from lora_rm.workflow import open_model, train_run
 
@@ -749,3 +750,21 @@ def test_tensorboard_gets_the_metrics(settings, trees):
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
     expected = {line["step"]: line["eval"]["loss"] for line in lines(run) if "eval" in line}
     assert {event.step: event.value for event in events.Scalars("eval/loss")} == pytest.approx(expected)
+
+
+def test_memory_is_said_in_gib():
+    """Linux gives the process' peak in KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    assert memory_gib(torch.device("cpu")) == pytest.approx(peak, rel=0.05)
+
+
+def test_dropout_does_not_depend_on_what_was_drawn_before(settings, trees):
+    found = []
+    for drawn in (1, 2):
+        more = {"output_dir": f"{settings.output_dir}{drawn}", "adapter": {"dropout": 0.3}}
+        own = changed(settings, **more, train={"max_steps": 1, "warmup_share": 0.0})
+        model, run = open_model(own), RunFolder.create(own)
+        torch.manual_seed(drawn)  # as an evaluation before it may
+        train(model, data_of(trees[:8]), own, run)
+        found.append(model.head.detach().clone())
+    assert torch.equal(*found)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED, changed, written
+from conftest import SHARED, changed, make_merged, parity_of, written
 from safetensors.torch import load_file, save_file
 
 from lora_rm import load_reward_model
@@ -27,10 +27,20 @@ from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface
+from lora_rm.export.proof import public_record
+from lora_rm.model.record import RECORD
 from lora_rm.score_file import score_lines
 from lora_rm.verify import Change, measure_change, verify
 from lora_rm.verify import _fault as fault_of
-from lora_rm.workflow import evaluate_model, export_run, merge_run, summarize, train_run
+from lora_rm.workflow import (
+    _is_exported,
+    evaluate_model,
+    export_run,
+    merge_run,
+    read_held_out,
+    summarize,
+    train_run,
+)
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_notARealTokenButLongEnough"
@@ -708,3 +718,27 @@ def test_rewards_after_8_bit_training_are_those_of_the_merged_model(settings, sc
     parity = json.loads((run.merged / "parity.json").read_text())
     assert parity["passed"]
     assert max(change["largest"] for change in parity["changes"].values()) < 0.01
+
+
+def test_a_small_proof_at_training_does_not_limit_later_ones(settings):
+    run = train_run(changed(settings, verify={"num_answers": 1}, train={"max_steps": 1}))
+    assert len(read_held_out(run)) == 48
+
+
+def test_canaries_are_rewards_in_float32_whatever_was_trained_in(settings):
+    own = changed(settings, model={"compute_dtype": "bfloat16"}, train={"max_steps": 2})
+    run = train_run(own)
+    canaries = json.loads((run.adapter / RECORD).read_text())["canaries"]
+    found = load_reward_model(run.adapter, compute_dtype="float32").score_ids([c["ids"] for c in canaries])
+    assert found == pytest.approx([c["reward"] for c in canaries], rel=1e-5, abs=1e-5)
+
+
+def test_an_export_in_another_type_is_not_the_one_that_is_wanted(base, held_out, tmp_path):
+    merged = make_merged(tmp_path / "merged", base, held_out)
+    made = {
+        "passed": True, "target": "onnx", "dtype": "float32", "merge": public_record(parity_of(merged)["merge"]),
+    }  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "parity.json").write_text(json.dumps(made))
+    assert _is_exported(merged, tmp_path / "out", "onnx", None)
+    assert not _is_exported(merged, tmp_path / "out", "onnx", "int8")

@@ -1,6 +1,7 @@
 """What happens to a run when its disk, its folder, its inputs or its device fail."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -15,17 +16,18 @@ from conftest import changed, data_of, make_base, rewrite_manifest
 from lora_rm import train as training
 from lora_rm.checkpoint import RunFolder
 from lora_rm.combine import combine
-from lora_rm.config import check_settings, dump_settings
+from lora_rm.config import check_settings, dump_settings, save_settings
 from lora_rm.data import tokens
 from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
 from lora_rm.merge import merge
 from lora_rm.model.base import _builtin_gguf, find_base
+from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
 from lora_rm.score_file import score_file, score_lines
 from lora_rm.train import train
 from lora_rm.unfinished import unfinished_folder
-from lora_rm.workflow import merge_run, open_model, train_run
+from lora_rm.workflow import export_run, merge_run, open_model, train_run
 
 SMALL_DISK = """\
 import os, subprocess, sys
@@ -665,3 +667,84 @@ def test_output_folders_may_be_links(settings, tmp_path):
     assert [path.name for path in (disk / "target").iterdir()] == ["a"]
     assert link.is_symlink()
     assert sorted(path.name for path in disk.iterdir()) == ["elsewhere", "neighbour", "target"]
+
+
+@pytest.mark.parametrize("name", ["adapter", "merged", "export"])
+def test_a_run_of_which_only_its_results_are_left_is_not_overwritten(settings, name):
+    run = RunFolder.create(settings)
+    (run.path / name).mkdir()
+    (run.path / name / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="a run lies here already"):
+        RunFolder.create(settings)
+
+
+@pytest.mark.parametrize(
+    "name", ["data.json", "inputs.json", "eval.json", "held_out.json", "parity.json", "summary.json"]
+)
+def test_nothing_of_an_overwritten_run_stays(settings, name):
+    run = RunFolder.create(settings)
+    (run.path / name).write_text("{}")
+    RunFolder.create(changed(settings, overwrite=True))
+    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_overwriting_takes_away_a_link_and_not_the_folder_behind_it(settings, tmp_path):
+    run = RunFolder.create(settings)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "kept").write_text("")
+    (run.path / "merged").symlink_to(tmp_path / "disk")
+    RunFolder.create(changed(settings, overwrite=True))
+    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "disk" / "kept").is_file()
+
+
+def test_a_resumed_run_does_not_remember_that_it_may_be_overwritten(settings):
+    """Else its config.yaml, trained once more by mistake, would delete it."""
+    RunFolder.create(settings)
+    assert not RunFolder.create(changed(settings, overwrite=True), resume=True).settings().overwrite
+
+
+def test_a_half_written_checkpoint_is_taken_away_at_resume(settings):
+    run = RunFolder.create(settings)
+    (run.checkpoints / ".step-000009.partial").mkdir(parents=True)
+    RunFolder.create(settings, resume=True)
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_another_loss_is_another_run_whatever_is_allowed(settings):
+    RunFolder.create(settings)
+    with pytest.raises(ConfigError, match="another run"):
+        RunFolder.create(changed(settings, loss={"centering": 0.1}), resume=True, allow=True)
+
+
+def test_merge_and_export_are_refused_while_a_run_goes_on(settings, tmp_path):
+    for name in ("merged", "adapter"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    save_settings(settings, tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "adapter" / RECORD).write_text("{}")
+    training = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(training, fcntl.LOCK_EX)
+    for call in (lambda: merge_run(tmp_path / "run", settings), lambda: export_run(tmp_path / "run")):
+        with pytest.raises(ConfigError, match="works in this run folder"):
+            call()
+    os.close(training)
+
+
+def test_rows_halved_by_too_little_memory_stay_so_in_evaluation(settings, trees, monkeypatch):
+    own = changed(settings, train={"tokens_per_microbatch": 512, "max_steps": 1, "eval_every_steps": 1})
+    real, evaluate, rows = RewardModel.rewards, training.evaluate, []
+
+    def refusing(self, batch):
+        if torch.is_grad_enabled() and batch.input_ids.numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, batch)
+
+    def noted(*words):
+        rows.append(words[3])
+        return evaluate(*words)
+
+    run, model = RunFolder.create(own), open_model(own)
+    monkeypatch.setattr(RewardModel, "rewards", refusing)
+    monkeypatch.setattr(training, "evaluate", noted)
+    train(model, data_of(trees[:8]), own, run)
+    assert rows == [128]
