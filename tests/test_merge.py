@@ -1267,6 +1267,7 @@ def test_what_float16_cannot_hold_is_not_written(base, tmp_path, monkeypatch, va
     adapter = saved(shake(make_model(base)), tmp_path / "adapter")
     plan = MergePlan(adapter, MergeSettings(dtype="float16"))
     name = "model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(plan, "keeps", lambda *_: False)
     monkeypatch.setattr(plan, "visit", lambda name, tensor, use, workers: use(0, torch.tensor([value])))
     with pytest.raises(_DoesNotFit):
         _write_tensor(plan, name, None, None, None)
