@@ -1,6 +1,7 @@
 """Several processes train what one process trains."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -114,6 +115,37 @@ def test_a_sharded_run_of_which_a_process_is_killed_goes_on_as_if_nothing_had_ha
         assert torch.equal(other[name], expected), name
     one, other = (numbers(tmp_path / name)[0] for name in ("whole", "cut"))
     assert [line["loss"] for line in other] == [line["loss"] for line in one]
+
+
+STOPPED = """
+import os, signal, sys, torch
+from lora_rm import train
+from lora_rm.cli import main
+
+take_step = train._take_step
+
+def stopped(model, step, *words):
+    if step.number == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    found = take_step(model, step, *words)
+    print(f"seed {torch.initial_seed()}", flush=True)
+    return found
+
+train._take_step = stopped
+main(["train", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_each_has_dropout_of_its_own(settings, tmp_path):
+    own = with_values(settings, tmp_path / "run", max_steps=4, save_every_steps=4)
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    done = launched(own, tmp_path, 2, program=[str(tmp_path / "stopped.py")])
+    assert done.returncode != 0
+    assert "Stopped at step 2 of 4" in done.stderr
+    assert len(set(re.findall("seed [0-9]+", done.stdout))) == 4  # two processes, two steps
+    train_run(own, resume=True)
+    assert [line["step"] for line in numbers(tmp_path / "run")[0]] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
