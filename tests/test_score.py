@@ -1,5 +1,6 @@
 """Rewards for users: the prompt is computed once, and what every way of asking gives."""
 
+import contextlib
 import csv
 import datetime
 import gzip
@@ -354,3 +355,20 @@ def test_rewards_that_are_not_finite_are_an_error(adapter, monkeypatch):
 def test_an_id_without_an_embedding_is_refused(adapter):
     with pytest.raises(ModelError, match="embeddings"):
         load_reward_model(adapter).score_ids([[1, 5, 100000]])
+
+
+def test_who_asks_line_by_line_is_answered_line_by_line(adapter, monkeypatch, capsys):
+    answers = []
+
+    class Caller(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def __iter__(self):
+            for number in range(3):
+                yield json.dumps({"prompt": f"{number}?", "response": "a"}) + "\n"
+                answers.append(json.loads(capsys.readouterr().out))
+
+    monkeypatch.setattr("sys.stdin", Caller())
+    main(["score", str(adapter)])
+    assert [answer["prompt"] for answer in answers] == ["0?", "1?", "2?"]
