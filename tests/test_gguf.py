@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, SHAPE, make_base, make_merged, make_tokenizer, parity_of
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig
 
@@ -194,10 +195,12 @@ def test_the_tokenizer_comes_back_whole(written, merged, monkeypatch):
     own = read_chat(read_fields(file))
     talk = [({"role": "user", "content": "12345 äö\n"}, {"role": "assistant", "content": "it's  fine"})]
     assert own.ids([(talk[0], ())]) == source.chat.ids([(talk[0], ())])
-    monkeypatch.setattr(own, "adds_bos", False)
     monkeypatch.setattr(module, "read_chat", lambda _: own)
-    with pytest.raises(MergeError, match="other token ids"):
-        check_tokenizer(source.chat, file, parity)
+    for name, value in {"adds_bos": False, "allow_special_tokens": True}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(own, name, value)
+            with pytest.raises(MergeError, match="other token ids"):
+                check_tokenizer(source.chat, file, parity)
 
 
 def split(regex):
@@ -430,3 +433,15 @@ def test_added_tokens_that_are_not_special_are_not_hidden(tmp_path):
     tokenizer.add_tokens(["<tool>"])
     types = metadata(tokenizer, tmp_path)["add_token_types"][0]
     assert types[tokenizer.convert_tokens_to_ids("<tool>")] == gguf.TokenType.USER_DEFINED
+
+
+def test_llama_cpp_joins_first_what_a_sentencepiece_tokenizer_learnt_first(tmp_path):
+    """It takes the pair of the highest score; SentencePiece numbers its pieces in the order in which they were learnt."""
+    tokenizer = make_tokenizer()
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole["model"]["byte_fallback"] = True
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(whole))
+    found = metadata(tokenizer, tmp_path)
+    assert found["add_tokenizer_model"] == ("llama",)
+    scores = found["add_token_scores"][0]
+    assert scores == sorted(set(scores), reverse=True)
