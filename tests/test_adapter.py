@@ -64,6 +64,17 @@ def test_saved_opened_and_merged_with_the_same_rewards(base, trees, init, varian
     torch.testing.assert_close(torch.tensor(merged.score(trees[:6])), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_of_two_patterns_that_fit_a_layer_the_same_counts_after_a_reload(base, trees, tmp_path):
+    patterns = {"up_proj": 5.0, r"layers\.1\.mlp\.up_proj": 40.0}  # not in the order in which PEFT saves them
+    model = shake(started(base, trees, "default", alpha_pattern=patterns))
+    model.eval()
+    expected = torch.tensor(model.score(trees[:6]))
+    model.save(tmp_path / "adapter", model.describe(code_hashes(model.classifier)))
+    opened = RewardModel.load_adapter(tmp_path / "adapter", compute_dtype="float32")
+    opened.choose_batching()
+    torch.testing.assert_close(torch.tensor(opened.score(trees[:6])), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("init", ["orthogonal", "eva", "pissa", "olora"])
 def test_a_start_that_keeps_the_model(base, trees, init):
     """All but LoftQ begin with the rewards of the base, whatever they took out of it."""
