@@ -10,6 +10,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import bitsandbytes.functional as bnb_functional
@@ -52,6 +53,7 @@ from lora_rm.merge import (
     MergePlan,
     Update,
     Workers,
+    _check_space,
     _DoesNotFit,
     _stored,
     _write_tensor,
@@ -772,6 +774,14 @@ def test_two_merges_into_one_folder_and_a_full_disk_are_refused(base, tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(StorageError, match="GB more, and 0.0 GB are free"):
         merge(adapter, tmp_path / "merged")
+
+
+def test_no_room_is_asked_for_shards_that_are_written(base, tmp_path, monkeypatch):
+    plan = MergePlan(saved(shake(make_model(base)), tmp_path / "adapter"), MergeSettings())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    _check_space(plan, tmp_path / "merged", SimpleNamespace(path=tmp_path, finished=plan.shards))
+    with pytest.raises(StorageError):
+        _check_space(plan, tmp_path / "merged", SimpleNamespace(path=tmp_path, finished={}))
 
 
 def test_fused_experts_are_refused_by_name(tmp_path, monkeypatch):
