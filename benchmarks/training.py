@@ -77,10 +77,13 @@ def main() -> None:
         "--layers", type=int, default=None, help="layers of the model that are used; default: all 30"
     )
     parser.add_argument(
-        "--pairs", type=int, default=None, help="pairs of an optimizer step; default: 8, quick 4"
+        "--pairs", type=int, default=None, help="pairs of an optimizer step; default: 8, quick 2"
     )
     parser.add_argument(
-        "--steps", type=int, default=3, help="optimizer steps of a turn; the first is not counted"
+        "--steps",
+        type=int,
+        default=None,
+        help="optimizer steps of a turn; the first is not counted; default: 3, quick 2",
     )
     parser.add_argument(
         "--batches",
@@ -109,6 +112,7 @@ def main() -> None:
         if wanted.json:
             wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         return
+    steps = wanted.steps or (2 if wanted.quick else 3)
     work = wanted.work or (
         ["hh", "uf"] if wanted.quick else [name for name in WORK if SHARED.is_dir() or name not in FILES]
     )
@@ -117,12 +121,12 @@ def main() -> None:
     for quantization in ["nf4"] if wanted.quick else wanted.quantization:
         with Contest(quantization, layers, wanted.compute_dtype) as contest:
             for name in work:
-                pairs = 28 if name == "lists" else wanted.pairs or (4 if wanted.quick else 8)
+                pairs = 28 if name == "lists" else wanted.pairs or (2 if wanted.quick else 8)
                 if wanted.checkpointing:
-                    rows += contest.run_modes(name, pairs, wanted.steps)
+                    rows += contest.run_modes(name, pairs, steps)
                     show_modes(rows)
                 else:
-                    rows.append(contest.run(name, pairs, wanted.steps, wanted.batches))
+                    rows.append(contest.run(name, pairs, steps, wanted.batches))
                     show(rows)
                 if wanted.json:
                     wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
