@@ -129,6 +129,11 @@ def check_start(settings: Settings) -> None:
             raise ConfigError(
                 f"adapter.start_from is {start}, which lies in output_dir, and a new run empties that first. Choose another output_dir."
             )
+        if settings.data.eval is None:
+            say(
+                f"What is held out here may have been trained on by {start}: other rows, or another seed, are split otherwise. "
+                "Give data.eval a file that neither was trained on, or the accuracy may be that of training."
+            )
     if settings.data.chat_template not in ("tokenizer", "plain"):
         read_template(settings.data.chat_template)
 

@@ -698,3 +698,10 @@ def test_cached_ids_are_those_of_the_same_tools(tmp_path):
         )
         found += tokenize([pair], own, max_length=512, cache=tmp_path)[0]
     assert found[0].prompt_ids != found[1].prompt_ids
+
+
+def test_ids_of_an_earlier_version_are_not_read(chat, preferences, tmp_path, monkeypatch):
+    for version in (1, 2, 2):
+        monkeypatch.setattr(tokens, "CACHE_VERSION", version)
+        tokenize(preferences[0], chat, max_length=512, cache=tmp_path)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2

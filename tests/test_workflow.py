@@ -26,7 +26,7 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
-from lora_rm.export.huggingface import check_pipeline, export_huggingface
+from lora_rm.export.huggingface import check_pipeline, export_huggingface, model_card
 from lora_rm.export.proof import public_record
 from lora_rm.model.record import RECORD
 from lora_rm.score_file import score_lines
@@ -87,6 +87,7 @@ def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, 
         train={"max_steps": 2},
     )
     run = train_run(second)
+    assert f"may have been trained on by {tmp_path}/first" in "".join(capsys.readouterr().out.splitlines())
     found = run.read_json("eval.json")
     assert found["before"]["loss"] == pytest.approx(first["loss"], abs=1e-6)
     assert found["after"]["loss"] != found["before"]["loss"]
@@ -397,6 +398,13 @@ def test_a_run_of_ratings_is_exported(job, tmp_path, scored_here):
     card = (export_run(run.path, out=tmp_path / "export") / "README.md").read_text()
     assert "held-out pairs" not in card
     assert "model-index" not in card
+
+
+def test_the_card_of_another_model_has_no_accuracy_of_the_adapter(job):
+    parity = json.loads((job.merged / "parity.json").read_text())
+    for is_trained_model in (True, False):
+        card = model_card({**parity, "is_trained_model": is_trained_model}, job)
+        assert ("held-out pairs" in card) == ("model-index" in card) == is_trained_model
 
 
 def test_what_is_no_export_is_not_overwritten(job, tmp_path):

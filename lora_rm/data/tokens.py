@@ -428,6 +428,10 @@ class ChatTokenizer:
         return (longest + anything)[0]
 
 
+CACHE_VERSION = 1
+"""To be raised when the code gives a text other ids: kept ones are then not read."""
+
+
 def tokenize(
     preferences: Sequence[Preference],
     chat: ChatTokenizer,
@@ -588,7 +592,7 @@ def _all_ids(
     ]
     file = None
     if cache is not None:
-        text = json.dumps([chat.identity(), conversations], ensure_ascii=True)
+        text = json.dumps([CACHE_VERSION, chat.identity(), conversations], ensure_ascii=True)
         file = cache / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
     flat: list[list[int]] | None = None
     if file is not None and file.is_file():

@@ -182,7 +182,9 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
     if base is not None:
         header |= {"base_model": base, "base_model_relation": "finetune"}
     header |= inherited_license(merge["base"], run.settings().model.revision if run else None)
-    before, after = (_of_pairs(evaluation, when) for when in ("before", "after"))
+    # a merge into another base was not evaluated: the numbers are those of the adapter
+    is_evaluated = parity.get("is_trained_model", True)
+    before, after = (_of_pairs(evaluation if is_evaluated else None, when) for when in ("before", "after"))
     if run is not None and after:
         header["model-index"] = evaluation_results(run, after, name)
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Reward model", ""]
@@ -191,7 +193,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
     lines += [
         f"Trained with LoRA on `{base or Path(merge['base']).name}`, "
         f"merged into its {merge['base_weights']} weights and stored as {merge['dtype']}. One logit: the raw reward.",
-        *([] if parity.get("is_trained_model", True) else ["", ANOTHER_MODEL]),
+        *([] if is_evaluated else ["", ANOTHER_MODEL]),
         "",
         "```python",
         "from transformers import pipeline",
