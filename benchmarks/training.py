@@ -182,7 +182,7 @@ class Contest:
         )
         self.ours.choose_batching()
         self.dtype = self.ours.compute_dtype
-        self.theirs = {dtype: self._load_theirs(dtype) for dtype in {self.dtype, torch.float32}}
+        self.theirs: dict[torch.dtype, Any] = {}
         self.start = {name: p.detach().clone() for name, p in trained(self.ours.model)}
 
     def _load_theirs(self, dtype: torch.dtype) -> Any:
@@ -207,6 +207,8 @@ class Contest:
         batches = [size for size in sizes if per_step % size == 0]
         if not batches:
             raise SystemExit(f"{name}: none of the batches {sizes} divides a step of {per_step} pairs")
+        for dtype in {self.dtype, torch.float32} - self.theirs.keys():
+            self.theirs[dtype] = self._load_theirs(dtype)  # before memory is watched
         say(f"{name}, {self.quantization}: ours ...")
         with peak_memory() as peak:
             losses, seconds, tokens = self.train_ours(trees, per_step, steps)

@@ -48,15 +48,21 @@ def started(base, trees, init, **more):
     return model
 
 
+def reopened(model, folder):
+    """The model as its adapter's folder gives it."""
+    model.save(folder, model.describe(code_hashes(model.classifier)))
+    opened = RewardModel.load_adapter(folder, compute_dtype="float32")
+    opened.choose_batching()
+    return opened
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "rslora_patterns"])
 @pytest.mark.parametrize("init", STARTS)
 def test_saved_opened_and_merged_with_the_same_rewards(base, trees, init, variant, tmp_path):
     model = shake(started(base, trees, init, **variant))
     model.eval()
     expected = torch.tensor(model.score(trees[:6]))
-    model.save(tmp_path / "adapter", model.describe(code_hashes(model.classifier)))
-    opened = RewardModel.load_adapter(tmp_path / "adapter", compute_dtype="float32")
-    opened.choose_batching()
+    opened = reopened(model, tmp_path / "adapter")
     torch.testing.assert_close(torch.tensor(opened.score(trees[:6])), expected, rtol=1e-4, atol=1e-4)
     merge(tmp_path / "adapter", tmp_path / "merged", MergeSettings(dtype="float32"))
     merged = RewardModel.load_merged(tmp_path / "merged", compute_dtype="float32")
@@ -69,9 +75,7 @@ def test_of_two_patterns_that_fit_a_layer_the_same_counts_after_a_reload(base, t
     model = shake(started(base, trees, "default", alpha_pattern=patterns))
     model.eval()
     expected = torch.tensor(model.score(trees[:6]))
-    model.save(tmp_path / "adapter", model.describe(code_hashes(model.classifier)))
-    opened = RewardModel.load_adapter(tmp_path / "adapter", compute_dtype="float32")
-    opened.choose_batching()
+    opened = reopened(model, tmp_path / "adapter")
     torch.testing.assert_close(torch.tensor(opened.score(trees[:6])), expected, rtol=1e-5, atol=1e-5)
 
 

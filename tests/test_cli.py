@@ -239,12 +239,11 @@ def test_a_command_reads_the_settings_of_its_run(run, tmp_path):
 
 def test_an_evaluation_changes_nothing_of_the_model(run, tmp_path):
     (tmp_path / "config.yaml").write_text("data: {chat_template: plain}\nadapter: {rank: 8}\n")
-    special = ["--data.allow-special-tokens", "True"]
     for flags in (
         ["--data.chat-template", "tokenizer"],
+        ["--data.allow-special-tokens", "True"],
         ["--adapter.rank", "4"],
         ["--model.base", "a/b"],
-        special,
     ):
         status, _, errors = run("eval", str(tmp_path), *flags)
         assert status == 1

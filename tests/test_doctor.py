@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, renew_hash, shake
+from conftest import assistant, make_model, make_tokenizer, renew_hash, shake, user
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -1058,9 +1058,8 @@ def test_the_command_without_path_checks_the_machine(capsys, tmp_path, monkeypat
 
 
 def test_ratings_that_contradict_each_other_are_no_copies():
-    prompt, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [
-        Preference(prompt=(prompt,), answers=((answer,),), kind="rating", scores=(score,))
+        Preference(prompt=(user("q"),), answers=((assistant("a"),),), kind="rating", scores=(score,))
         for score in (1.0, 2.0)
     ]
     assert check_duplicates(rows).value == 0

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import assistant, make_model, user
 
 from lora_rm.config import LossSettings
 from lora_rm.data.preference import Preference
@@ -426,13 +426,7 @@ def test_a_bag_of_words_learns_from_pairs_of_the_whole_file(monkeypatch):
     """Files are often sorted by source."""
     monkeypatch.setattr("lora_rm.evaluate.MOST_FOR_WORDS", 50)
     pairs = [
-        Preference(
-            prompt=({"role": "user", "content": f"{number}?"},),
-            answers=(
-                ({"role": "assistant", "content": f"a {word}"},),
-                ({"role": "assistant", "content": "a"},),
-            ),
-        )
+        Preference(prompt=(user(f"{number}?"),), answers=((assistant(f"a {word}"),), (assistant("a"),)))
         for word in ("x", "y")
         for number in range(50)
     ]

@@ -87,7 +87,7 @@ def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, 
         train={"max_steps": 2},
     )
     run = train_run(second)
-    assert f"may have been trained on by {tmp_path}/first" in "".join(capsys.readouterr().out.splitlines())
+    assert f"may have been trained on by {tmp_path}/first" in capsys.readouterr().out
     found = run.read_json("eval.json")
     assert found["before"]["loss"] == pytest.approx(first["loss"], abs=1e-6)
     assert found["after"]["loss"] != found["before"]["loss"]
@@ -401,7 +401,7 @@ def test_a_run_of_ratings_is_exported(job, tmp_path, scored_here):
 
 
 def test_the_card_of_another_model_has_no_accuracy_of_the_adapter(job):
-    parity = json.loads((job.merged / "parity.json").read_text())
+    parity = parity_of(job.merged)
     for is_trained_model in (True, False):
         card = model_card({**parity, "is_trained_model": is_trained_model}, job)
         assert ("held-out pairs" in card) == ("model-index" in card) == is_trained_model

@@ -172,7 +172,9 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
         name: Of the model, in the hub's table of evaluation results.
     """
     merge = parity["merge"]
-    evaluation = run.read_json("eval.json") if run else None
+    # a merge into another base was not evaluated: the run's numbers are those of the adapter
+    is_evaluated = parity.get("is_trained_model", True)
+    evaluation = run.read_json("eval.json") if run and is_evaluated else None
     header: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
@@ -182,9 +184,7 @@ def model_card(parity: dict[str, Any], run: RunFolder | None, name: str = "rewar
     if base is not None:
         header |= {"base_model": base, "base_model_relation": "finetune"}
     header |= inherited_license(merge["base"], run.settings().model.revision if run else None)
-    # a merge into another base was not evaluated: the numbers are those of the adapter
-    is_evaluated = parity.get("is_trained_model", True)
-    before, after = (_of_pairs(evaluation if is_evaluated else None, when) for when in ("before", "after"))
+    before, after = (_of_pairs(evaluation, when) for when in ("before", "after"))
     if run is not None and after:
         header["model-index"] = evaluation_results(run, after, name)
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", "# Reward model", ""]

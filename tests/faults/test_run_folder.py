@@ -722,12 +722,12 @@ def test_merge_and_export_are_refused_while_a_run_goes_on(settings, tmp_path):
         (tmp_path / "run" / name).mkdir(parents=True)
     save_settings(settings, tmp_path / "run" / "config.yaml")
     (tmp_path / "run" / "adapter" / RECORD).write_text("{}")
-    training = os.open(tmp_path / "run", os.O_RDONLY)
-    fcntl.flock(training, fcntl.LOCK_EX)
+    other = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
     for call in (lambda: merge_run(tmp_path / "run", settings), lambda: export_run(tmp_path / "run")):
         with pytest.raises(ConfigError, match="works in this run folder"):
             call()
-    os.close(training)
+    os.close(other)
 
 
 def test_rows_halved_by_too_little_memory_stay_so_in_evaluation(settings, trees, monkeypatch):
