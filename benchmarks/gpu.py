@@ -40,13 +40,14 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_rm.config import Settings, check_settings
 from lora_rm.console import say, show_table
-from lora_rm.data.batches import Batching, TreeBatch, microbatches, num_tokens
+from lora_rm.data.batches import Batching, TreeBatch, build_batch, microbatches, num_tokens, prefetched
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import first_line
 from lora_rm.evaluate import without_nan
 from lora_rm.model.adapted_linear import AdaptedLinear4bit
 from lora_rm.model.checkpointing import MODES, Mode
-from lora_rm.model.device import is_out_of_memory
+from lora_rm.model.device import is_out_of_memory, pick_device
+from lora_rm.model.elementwise import FusedNorm, GatedMLP, fuse_elementwise, give_back_rotary
 from lora_rm.model.memory import empty_model, fill
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.plan import GIB, Plan, calibrate, plan
@@ -119,7 +120,7 @@ def main() -> None:
         help="GiB of cards whose plans are compared, instead of steps",
     )
     wanted = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows: list[dict[str, Any]] = []
 
@@ -185,7 +186,7 @@ def trl_ways(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """TRL's own trainer, without checkpointing and with its defaults.
 
-    The model's norms, rotary positions and 4-bit products (bitsandbytes' own on a GPU) stay ours.
+    The model's 4-bit layers stay ours, whose products are bitsandbytes' own on a GPU.
     """
     with peft_layers(model):
         for size in sizes:
@@ -203,15 +204,21 @@ def orders(pairs: list[TokenTree]) -> dict[str, list[TokenTree]]:
 
 @contextmanager
 def peft_layers(model: RewardModel) -> Iterator[None]:
-    """Adapted layers compute base and update as PEFT does, one after the other."""
-    own = [module for module in model.modules() if type(module) is AdaptedLinear4bit]
-    for module in own:
-        module.__class__ = PeftLinear4bit
+    """Adapted layers, norms, activations and positions as PEFT and transformers compute them."""
+    own = {
+        module: type(module)
+        for module in model.modules()
+        if isinstance(module, AdaptedLinear4bit | FusedNorm | GatedMLP)
+    }
+    for module, kind in own.items():
+        module.__class__ = PeftLinear4bit if kind is AdaptedLinear4bit else kind.__bases__[1]
+    give_back_rotary()
     try:
         yield
     finally:
-        for module in own:
-            module.__class__ = AdaptedLinear4bit
+        for module, kind in own.items():
+            module.__class__ = kind
+        fuse_elementwise(model)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -268,13 +275,15 @@ def measure(
     num_pairs = sum(map(len, rows))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    on_gpu = model.device.type == "cuda"
+    on_gpu, core = model.device.type == "cuda", model.core
 
     def step() -> None:
-        for row in rows:
-            rewards = model.rewards(model.batch(row)).view(-1, 2)
-            (-F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum() / num_pairs).backward()
+        built = (build_batch(row, batching, core) for row in rows)
+        for batch in prefetched(batch.pin() if on_gpu else batch for batch in built):
+            rewards = model.rewards(batch.to(model.device))
+            loss = -F.logsigmoid(rewards[0::2] - rewards[1::2]).sum() / num_pairs
             rewards.tolist()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -309,7 +318,7 @@ def measure(
     computed = sum(batch.input_ids.numel() for batch in batches)
     found: dict[str, Any] = {
         "pairs": num_pairs, "rows": len(rows), "seconds": used, "computed_tokens": computed, "pairs_per_second": num_pairs / used,
-        "tokens_per_second": computed / used, "core": model.core if batching != "padded" else "sdpa",
+        "tokens_per_second": computed / used, "core": core if batching != "padded" else "sdpa",
         "mfu": 4 * (linear_parameters(model) * computed - spared_products(model, batches)) / used / peak,
     }  # fmt: skip
     return found | {"peak_gib": memory, "kernels": by_kernel}

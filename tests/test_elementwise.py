@@ -12,6 +12,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
 from lora_rm.model import elementwise
+from lora_rm.model.cuda_kernels import kernels_for, without_launches
 from lora_rm.model.elementwise import FusedNorm, GatedMLP, _is_plain_rotation, fuse_elementwise
 
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -146,3 +147,19 @@ def test_families_that_get_them(tmp_path, family):
     home = sys.modules[type(model.layers[0]).__module__]
     rotate = getattr(home, "apply_rotary_pos_emb", None)
     assert (rotate is elementwise.apply_rotary_pos_emb) == (family not in ("phi3", "gpt2"))
+
+
+def test_what_is_planned_for_a_gpu_has_the_tensors_of_its_kernels():
+    """The planner counts them on a CPU; nothing is computed in them, and outside of planning nobody gets them."""
+    gate, up, gradient = torch.randn(3, 1, 24, 64).bfloat16()
+    heads = torch.randn(1, 24, 4, 16).bfloat16().transpose(1, 2)
+    cos, sin = torch.randn(2, 1, 1, 24, 16).bfloat16()
+    assert kernels_for(gate, up) is None
+    with without_launches():
+        kernels = kernels_for(gate, up)
+        assert kernels_for(gate, up.float()) is None
+    assert kernels_for(gate, up) is None
+    assert kernels.gated(gate, up).shape == gate.shape
+    assert [x.shape for x in kernels.gated_backward(gradient, gate, up)] == [gate.shape, up.shape]
+    turned = kernels.turned(heads, cos, sin, back=False)
+    assert (turned.shape, turned.stride()) == (heads.shape, heads.stride())

@@ -18,7 +18,7 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BUILTIN, BaseModel, check_shape, find_base
 from lora_rm.model.classifier import check_length, read_config
-from lora_rm.model.device import pick_compute_dtype
+from lora_rm.model.device import _let_segments_grow, pick_compute_dtype
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
@@ -392,3 +392,26 @@ def test_a_conversation_may_be_as_long_as_the_positions_reach(tmp_path):
     check_length(config, 512, "It")
     with pytest.raises(ModelError, match="It is 513 tokens long"):
         check_length(config, 513, "It")
+
+
+@pytest.mark.parametrize(
+    ("variable", "system", "asked"),
+    [
+        (None, "6.8.0-generic", ["expandable_segments:True"]),
+        (None, "5.15.153.1-microsoft-standard-WSL2", []),
+        ("PYTORCH_ALLOC_CONF", "6.8.0-generic", []),
+        ("PYTORCH_CUDA_ALLOC_CONF", "6.8.0-generic", []),
+    ],
+)
+def test_the_allocator_is_asked_for_segments_that_grow_unless_it_was_told(
+    monkeypatch, variable, system, asked
+):
+    found = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
+    monkeypatch.setattr("platform.release", lambda: system)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:128")
+    _let_segments_grow()
+    assert found == asked

@@ -1,6 +1,7 @@
 """Where a model computes, and in what type."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -37,7 +38,19 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _let_segments_grow()
     return device
+
+
+def _let_segments_grow() -> None:
+    """Asks torch's allocator for memory that can be extended, unless the user has told it otherwise.
+
+    Rows of many lengths leave gaps in segments of fixed sizes: of an H200 with caps of 8 to 24 GiB the allocator then took 2 to 8 % more
+    than the tensors it held, and one planned row did not fit; with segments that grow 1 to 3 %. WSL2 cannot always.
+    """
+    is_told = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if not is_told and "microsoft" not in platform.release().lower():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def host_memory() -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """RMS norms, rotary positions and gated activations in fewer passes over a row.
 
 transformers writes the first two operation by operation: a norm is 8 passes forward and some 20 backward, rotary positions are 9
-and 16. Here a norm is one kernel each way on a GPU, and positions are three. Same sums, so rewards differ by rounding
-alone; of a norm only its input and a number a token wait for the backward pass, of an activation only what went in.
+and 16. Here a norm is one kernel each way on a GPU, and positions are three, or one in bfloat16 (`cuda_kernels`). Same
+sums, so rewards differ by rounding alone; of a norm only its input and a number a token wait for the backward pass,
+of an activation only what went in.
 
 What comes out of a norm or an activation waits for the backward pass all the same, as the input of an adapted layer. Under
 selective checkpointing it carries what it was made from instead (`made_again`), which waits already.
@@ -15,6 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
+
+from lora_rm.model.cuda_kernels import Kernels, is_planned, kernels_for
+
+SILU = nn.SiLU, SiLUActivation
+"""The activation that has a kernel of its own."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -33,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
-        if x.is_cuda:
+        if x.is_cuda or is_planned():
             of_x, _ = torch.ops.aten._fused_rms_norm_backward(
                 gradient.contiguous(), x, weight.shape, scale, weight, [True, False]
             )
@@ -94,16 +101,25 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, f: Any) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.f = f
-        return f(gate) * up
+        return _gated_product(gate, up, f)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
+        if isinstance(ctx.f, SILU) and (kernels := kernels_for(gradient, gate, up)):
+            return *kernels.gated_backward(gradient, gate, up), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             activated = ctx.f(gate)
         (of_gate,) = torch.autograd.grad(activated, gate, gradient * up)
         return of_gate, activated.detach() * gradient, None
+
+
+def _gated_product(gate: torch.Tensor, up: torch.Tensor, f: Any) -> torch.Tensor:
+    if isinstance(f, SILU) and (kernels := kernels_for(gate, up)):
+        return kernels.gated(gate, up)
+    y: torch.Tensor = f(gate) * up
+    return y
 
 
 class GatedMLP(nn.Module):
@@ -120,7 +136,7 @@ class GatedMLP(nn.Module):
 
     def make_again(self: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """What goes into the last layer."""
-        return self.act_fn(gate) * up
+        return _gated_product(gate, up, self.act_fn)
 
 
 class _Rotation(torch.autograd.Function):
@@ -129,14 +145,23 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
+        if kernels := _kernels_for_rotation(x, cos, sin):
+            return kernels.turned(x, cos, sin, back=False)
         low, high = sin.chunk(2, dim=-1)
         return _turned(x, cos, low.neg(), high)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        if kernels := _kernels_for_rotation(gradient, cos, sin):
+            return kernels.turned(gradient, cos, sin, back=True), None, None
         low, high = sin.chunk(2, dim=-1)
         return _turned(gradient, cos, high, low.neg()), None, None
+
+
+def _kernels_for_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Kernels | None:
+    is_one_row = x.dim() == 4 and x.shape[0] == 1 and cos.shape == (1, 1, *x.shape[2:])
+    return kernels_for(x, cos, sin) if is_one_row else None
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from lora_rm.losses import preference_losses
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import make_trainable, new_classifier, wanted_quantization
+from lora_rm.model.cuda_kernels import without_launches
 from lora_rm.model.quantization import codes_8bit, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 
@@ -323,9 +324,14 @@ def trace_without_data(
     try:
         with _dense_weights_of_dora():
             model = empty_model(config, settings, mode, compute_dtype, batching)
-        with _dense_weights_of_dora(), _no_data(autocast_on_gpu=on_gpu and compute_dtype != torch.float32):
+        in_16_bits = on_gpu and compute_dtype != torch.float32
+        with (
+            _dense_weights_of_dora(),
+            _no_data(autocast_on_gpu=in_16_bits),
+            without_launches() if on_gpu else contextlib.nullcontext(),
+        ):
             fill(model, torch.device("cpu"))
-            if on_gpu and compute_dtype != torch.float32:
+            if in_16_bits:
                 model.set_core("varlen")
             return trace(model, rows, settings)
     except ModelError:

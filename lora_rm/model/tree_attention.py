@@ -158,8 +158,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     dtype = autocast_dtype(value_1GTD, value_1GTD.dtype)
+    # squeezed: the gradient of x[0] would be filled into a tensor of zeros
     query_THD, key_TGD, value_TGD = (
-        x[0].transpose(0, 1).to(dtype) for x in (query_1HTD, key_1GTD, value_1GTD)
+        x.squeeze(0).transpose(0, 1).to(dtype) for x in (query_1HTD, key_1GTD, value_1GTD)
     )
     keys = how.plan.indices["keys"]
     most_queries, most_keys = how.plan.longest

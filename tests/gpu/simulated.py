@@ -34,6 +34,8 @@ SMALL = {
 NOT_SHOWN = {
     "test_the_fastest_core_is_found_in_two_seconds": "measures time",
     "test_the_planned_peak_is_what_the_device_measures": "takes minutes on a CPU",
+    "test_compiled_kernels_give_the_bits_of_torch": "kernels are compiled for a card",
+    "test_other_tensors_are_not_for_the_kernels": "kernels are compiled for a card",
     "[varlen-paged_adamw_8bit]": "bitsandbytes' optimizer is CUDA's alone",
 }
 

@@ -15,6 +15,8 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.config import ModelSettings, check_settings
 from lora_rm.data.batches import TreePlan, build_batch
 from lora_rm.data.tokens import TokenTree
+from lora_rm.model.cuda_kernels import kernels_for
+from lora_rm.model.elementwise import _turned as turned_by_torch
 from lora_rm.model.quantization import Quantization, code_hashes
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.model.tree_attention import time_cores, tree_attention
@@ -68,6 +70,40 @@ def test_every_core_gives_the_attention_of_float32(core, window):
         _, expected = attended(exact, own)
         for one, other in zip(gradients, expected, strict=True):
             assert float((one - other).abs().max() / other.abs().max()) < 3e-2
+
+
+def test_compiled_kernels_give_the_bits_of_torch():
+    """Of an activation, its two gradients, and positions forward and back, in both orders of heads and tokens."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def values(*shape):
+        return 2 * torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    gate, up, gradient = (values(1, 517, 1024) for _ in range(3))
+    kernels = kernels_for(gate, up)
+    assert torch.equal(kernels.gated(gate, up), torch.nn.functional.silu(gate) * up)
+    open_gate = gate.clone().requires_grad_()
+    activated = torch.nn.functional.silu(open_gate)
+    (of_gate,) = torch.autograd.grad(activated, open_gate, gradient * up)
+    found = kernels.gated_backward(gradient, gate, up)
+    assert torch.equal(found[0], of_gate)
+    assert torch.equal(found[1], activated.detach() * gradient)
+    cos, sin = values(1, 1, 517, 64), values(1, 1, 517, 64)
+    low, high = sin.chunk(2, dim=-1)
+    tokens_first = values(1, 517, 8, 64).transpose(1, 2)
+    for x in (tokens_first, tokens_first.contiguous()):
+        y = kernels.turned(x, cos, sin, back=False)
+        assert torch.equal(y, turned_by_torch(x, cos, low.neg(), high))
+        assert y.stride() == x.stride()
+        assert torch.equal(kernels.turned(x, cos, sin, back=True), turned_by_torch(x, cos, high, low.neg()))
+
+
+@pytest.mark.parametrize("unlike", ["type", "start", "width", "device"])
+def test_other_tensors_are_not_for_the_kernels(unlike):
+    x = torch.zeros(64, 32, device="cuda", dtype=torch.bfloat16)
+    assert kernels_for(x) is not None
+    others = {"type": x.half(), "start": x.flatten()[1:33], "width": x[:, :24], "device": x.cpu()}
+    assert kernels_for(others[unlike]) is None
 
 
 def test_the_fastest_core_is_found_in_two_seconds():
@@ -133,6 +169,9 @@ def test_the_planned_peak_is_what_the_device_measures(tmp_path, mode, monkeypatc
     others = torch.cuda.memory_allocated()  # what tests before have left
     model = make_model(base, device="cuda", adapter=settings.adapter)
     model.set_compute_dtype(torch.bfloat16)
+    model.set_core(
+        "varlen"
+    )  # which is planned with; another program on the card can make another one look faster
     model.set_checkpointing([mode] * 8)
     model.train()
     optimizer = build_optimizer(model, settings)
