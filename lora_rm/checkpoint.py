@@ -63,6 +63,9 @@ CONTENTS = (
 )  # fmt: skip
 """What a run makes; nothing else in its folder is ever removed."""
 
+_REPLACED: dict[str, Settings] = {}
+"""Run folders whose earlier run lies there until `begin`, and the settings of the run in its place."""
+
 _LOCKS: dict[str, int] = {}
 """Run folders that this process has locked, and the descriptors that hold the locks."""
 
@@ -76,6 +79,8 @@ class RunFolder:
     @classmethod
     def create(cls, settings: Settings, resume: bool = False, *, allow: bool = False) -> "RunFolder":
         """Makes the folder of a new run, or finds that of an interrupted one, and locks it.
+
+        A run to be overwritten lies there until `begin`.
 
         Args:
             settings: Of the run.
@@ -123,13 +128,32 @@ class RunFolder:
         elif run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
             raise ConfigError(f"{run.path}: is not empty and no run of lora_rm. Choose another output_dir.")
         run.lock()
-        with storing(run.path):
-            for path in run.path.iterdir():  # not the folder itself: it is what the lock holds
+        _REPLACED[os.path.realpath(run.path)] = settings
+        if not (run.config.exists() and run.is_begun()):
+            run._empty()
+        return run
+
+    def begin(self) -> None:
+        """Removes the run that is to be overwritten: whatever could refuse the new one has not.
+
+        Every process calls it.
+        """
+        wait()  # for those that still read data
+        if IS_FIRST:
+            self._empty()
+        wait()
+
+    def _empty(self) -> None:
+        """Makes the folder that of a new run, once."""
+        settings = _REPLACED.pop(os.path.realpath(self.path), None)
+        if settings is None:
+            return
+        with storing(self.path):
+            for path in self.path.iterdir():  # not the folder itself: it is what the lock holds
                 if path.name in CONTENTS or (path.name.startswith(".") and path.suffix == ".partial"):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # an order to overwrite is for once: who runs the file again by mistake loses nothing
-        write_atomically(run.config, dump_settings(replace(settings, overwrite=False)))
-        return run
+        write_atomically(self.config, dump_settings(replace(settings, overwrite=False)))
 
     def lock(self) -> None:
         """Keeps other processes from writing into this run until this process ends, however it ends.

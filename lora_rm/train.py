@@ -120,6 +120,7 @@ def train(
         ConfigError: If a setting needs hardware that is not here.
     """
     wanted = settings.train
+    run.begin()
     num_steps = count_steps(len(data.train.trees), settings)
     accelerator = _trackers(settings, model.device)
     optimization = _optimization(model, settings, num_steps)

@@ -194,11 +194,18 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
 def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     """Reads both sides of the data and writes what became of every row to `data.json`.
 
+    A run that is overwritten is gone thereafter.
+
     Raises:
         ConfigError: If the run was begun with other data or another base.
     """
     data = load_data(settings.data, model.chat, seed=settings.seed, cache=cache_folder())
     model.check_ids([*data.train.trees, *data.eval.trees])
+    if next(_answers(model, data), None) is None:
+        raise DataError(
+            "Every held-out answer holds the name of a special token, so no merged model could be compared by texts. "
+            "Give a data.eval without such names, or set data.allow_special_tokens True."
+        )
     inputs = {
         "data.train": data.train.sha256,
         "data.eval": data.eval.sha256,
@@ -206,6 +213,7 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     }
     if settings.adapter.start_from is not None:
         inputs["adapter.start_from"] = file_sha256(run_adapter(Path(settings.adapter.start_from)) / WEIGHTS)
+    run.begin()
     known = run.read_json("inputs.json") or inputs
     if settings.adapter.start_from is None:  # `_goes_on`
         known.pop("adapter.start_from", None)
@@ -218,11 +226,6 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     run.write_json("inputs.json", inputs)
     run.write_json("data.json", data.report)
     data.show()
-    if next(_answers(model, data), None) is None:
-        raise DataError(
-            "Every held-out answer holds the name of a special token, so no merged model could be compared by texts. "
-            "Give a data.eval without such names, or set data.allow_special_tokens True."
-        )
     return data
 
 

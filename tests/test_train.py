@@ -628,7 +628,13 @@ def test_an_earlier_run_is_not_overwritten(settings):
     with pytest.raises(ConfigError, match="--resume`, or replace it with --overwrite True"):
         RunFolder.create(settings)
     run = RunFolder.create(changed(settings, overwrite=True))
-    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+    assert run.metrics.is_file()  # until the new run begins
+    for _ in range(2):
+        run.begin()
+        assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+    run.metrics.write_text("{}")
+    run.begin()  # no second time
+    assert run.metrics.is_file()
 
 
 def test_only_what_a_run_makes_is_overwritten(settings):
@@ -637,7 +643,7 @@ def test_only_what_a_run_makes_is_overwritten(settings):
     (run.path / ".git").mkdir()
     (run.path / ".metrics.partial").write_text("")
     (run.path / "metrics.jsonl").write_text("{}")
-    RunFolder.create(changed(settings, overwrite=True))
+    RunFolder.create(changed(settings, overwrite=True)).begin()
     assert sorted(path.name for path in run.path.iterdir()) == [".git", "config.yaml", "notes.txt"]
     assert not run.settings().overwrite  # the file, run again by mistake, deletes nothing
     run.config.write_text("defaults: [db: mysql]\n")  # another program's

@@ -18,8 +18,9 @@ from lora_rm.checkpoint import RunFolder
 from lora_rm.combine import combine
 from lora_rm.config import check_settings, dump_settings, save_settings
 from lora_rm.data import tokens
-from lora_rm.errors import ConfigError, DataError, ModelError, StorageError
+from lora_rm.errors import ConfigError, DataError, LoraRmError, ModelError, StorageError
 from lora_rm.merge import merge
+from lora_rm.model.adapter import WEIGHTS
 from lora_rm.model.base import _builtin_gguf, find_base
 from lora_rm.model.record import RECORD
 from lora_rm.model.reward_model import RewardModel
@@ -659,7 +660,7 @@ def test_output_folders_may_be_links(settings, tmp_path):
     (disk / "target" / "merged").symlink_to(disk / "elsewhere")
     link = tmp_path / "link"
     link.symlink_to(disk / "target")
-    RunFolder.create(changed(settings, output_dir=str(link), overwrite=True))
+    RunFolder.create(changed(settings, output_dir=str(link), overwrite=True)).begin()
     assert [path.name for path in link.iterdir()] == ["config.yaml"]
     assert (link / "config.yaml").read_text() != "{}"
     with unfinished_folder(link, 1, "merge") as folder:
@@ -688,12 +689,39 @@ def test_nothing_of_an_overwritten_run_stays(settings, name):
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_overwritten_by_one_that_can_begin_and_by_no_other(settings, tmp_path):
+    """A misspelled row, a base that is gone or a start from what is replaced costs no finished adapter."""
+    short = changed(settings, train={"max_steps": 1})
+    run = train_run(short)
+    before = files_of(run.path)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen":\n')
+    others = (
+        {"data": {"train": str(bad)}},
+        {"model": {"base": str(tmp_path / "gone")}},
+        {"adapter": {"start_from": str(run.path)}},
+    )
+    for other in others:
+        with pytest.raises(LoraRmError):
+            train_run(changed(short, overwrite=True, **other))
+        assert files_of(run.path) == before
+    again = train_run(changed(short, overwrite=True, seed=1))
+    assert again.settings().seed == 1
+    after = files_of(run.path)
+    assert after.keys() == before.keys()
+    assert after[run.adapter / WEIGHTS] != before[run.adapter / WEIGHTS]
+
+
 def test_overwriting_takes_away_a_link_and_not_the_folder_behind_it(settings, tmp_path):
     run = RunFolder.create(settings)
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "kept").write_text("")
     (run.path / "merged").symlink_to(tmp_path / "disk")
-    RunFolder.create(changed(settings, overwrite=True))
+    RunFolder.create(changed(settings, overwrite=True)).begin()
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
     assert (tmp_path / "disk" / "kept").is_file()
 
