@@ -131,8 +131,8 @@ def check_start(settings: Settings) -> None:
             )
         if settings.data.eval is None:
             say(
-                f"What is held out here may have been trained on by {start}: other rows, or another seed, are split otherwise. "
-                "Give data.eval a file that neither was trained on, or the accuracy may be that of training."
+                f"What is held out here may have been trained on by {start}: with another seed or data.eval_share, and with other rows a few "
+                "at the border, prompts are split otherwise. Give data.eval a file that neither was trained on, or the accuracy may be that of training."
             )
     if settings.data.chat_template not in ("tokenizer", "plain"):
         read_template(settings.data.chat_template)

@@ -78,6 +78,17 @@ def test_the_split_does_not_depend_on_the_order_of_rows():
     assert again == held_out[::-1]
 
 
+@pytest.mark.parametrize("added", [1, 50])
+def test_what_was_trained_on_is_trained_on_when_data_grow(added):
+    """One more row must not shuffle all others to other sides."""
+    preferences, _ = checkable_preferences(500, 0)
+    few, many = preferences[:-added], preferences
+    before, after = ({p.prompt_key for p in split_by_prompt(rows, 0.2, 0)[1]} for rows in (few, many))
+    known = {p.prompt_key for p in few}
+    num_moved = len((before ^ after) & known)
+    assert num_moved <= max(1, 0.1 * added)
+
+
 def test_data_with_a_single_prompt_needs_other_data_to_evaluate_on(chat, tmp_path):
     train = write(tmp_path / "train.jsonl", [row("Question?", f"answer {n}") for n in range(20)])
     with pytest.raises(DataError, match=r"All 20 rows of data.train have the same prompt.*Give data.eval"):

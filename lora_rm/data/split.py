@@ -153,18 +153,21 @@ def split_by_prompt(
 ) -> tuple[list[Preference], list[Preference]]:
     """Holds out all rows of a share of the prompts, at least one prompt on each side if there are two.
 
+    The prompts with the lowest hashes of seed and prompt: of data that has grown by some prompts, those that were held out still are,
+    but for a few at the border, so that a second run does not evaluate on what the first was trained on.
+
     Raises:
         DataError: If all rows have the same prompt.
     """
-    prompts = sorted({preference.prompt_key for preference in preferences})
+    prompts = {preference.prompt_key for preference in preferences}
     if len(prompts) == 1 and len(preferences) > 1:
         raise DataError(
             f"All {len(preferences)} rows of data.train have the same prompt, and a prompt is held out with all its rows, so none can "
             "be. Give data.eval, with other prompts."
         )
-    random.Random(f"{seed} split").shuffle(prompts)
     num_eval = min(max(1, round(len(prompts) * eval_share)), len(prompts) - 1)
-    chosen = set(prompts[:num_eval])
+    in_order = sorted(prompts, key=lambda key: hashlib.sha256(f"{seed} split {key}".encode()).digest())
+    chosen = set(in_order[:num_eval])
     train = [preference for preference in preferences if preference.prompt_key not in chosen]
     return train, [preference for preference in preferences if preference.prompt_key in chosen]
 
