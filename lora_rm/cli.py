@@ -441,7 +441,7 @@ def _settings_of(model: str, flags: Sequence[str]) -> Settings:
 
 def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
     """The rows of what training reads; of a file of JSON lines the lines, as they come."""
-    known = path.lower().endswith(SUFFIXES) and not path.lower().endswith(".jsonl")
+    known = path.lower().endswith(SUFFIXES) and not path.lower().endswith((".jsonl", ".ndjson"))
     if known or GLOB.search(path) or Path(path).is_dir():
         find_files(path)
         return nullcontext(read_rows(path))

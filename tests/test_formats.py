@@ -16,8 +16,9 @@ from conftest import SHARED, assistant, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_rm.console import console
 from lora_rm.data import files
-from lora_rm.data.files import find_files
+from lora_rm.data.files import find_files, tell_left_out
 from lora_rm.data.formats import BadRow, Row, RowError, parse_row, read_preferences, read_rows
 from lora_rm.data.preference import Preference
 from lora_rm.errors import DataError
@@ -629,6 +630,40 @@ def test_files_of_a_folder_are_read_in_sorted_order(parts):
     write_lines(parts / "d.jsonl", PAIR, {"prompt": "q"})
     with pytest.raises(DataError, match=r"data/d\.jsonl line 2: no format"):
         read_preferences(str(parts))
+
+
+def test_what_of_a_folder_is_not_read_is_told(parts, capsys, monkeypatch):
+    monkeypatch.setattr(console, "quiet", False)
+    (parts / "more").mkdir()
+    (parts / "notes.txt").write_text("")
+    write_lines(parts / "d.ndjson", PAIR)
+    assert len(read_preferences(str(parts))[0]) == 5
+    tell_left_out(str(parts))
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "files a.csv, b.jsonl.gz, c.jsonl, d.ndjson are read; not read: more/, notes.txt, sub.csv/." in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "is_read"),
+    [
+        (["train-00.jsonl", "test-00.jsonl"], False),
+        (["pairs_train.jsonl", "pairs.validation.jsonl"], False),
+        (["train-00.jsonl", "train-01.jsonl", "contest.jsonl"], True),
+        (["dev.jsonl", "valid.jsonl"], True),
+        (["train_test.jsonl", "train.jsonl"], True),
+    ],
+)
+def test_a_folder_of_both_sides_is_not_trained_on_as_a_whole(tmp_path, names, is_read):
+    for name in names:
+        write_lines(tmp_path / name, PAIR)
+    if is_read:
+        assert len(read_preferences(str(tmp_path))[0]) == len(names)
+        return
+    with pytest.raises(DataError, match=r"files of several splits.*--data.train '.*/\*train\*'"):
+        read_preferences(str(tmp_path))
+    assert len(read_preferences(f"{tmp_path}/*train*")[0]) == 1
 
 
 def test_a_folder_without_files_says_what_it_holds(parts):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -196,10 +196,11 @@ def wrong_type(field: str, value: Any, allowed: str) -> RowError:
     return RowError("wrong type", message)
 
 
-def listed(found: Mapping[str, Any]) -> str:
+def listed(found: Iterable[str]) -> str:
     """The names of columns, for a message: the first twenty, each printable and short."""
-    names = [name if name.isprintable() else repr(name) for name in map(str, islice(found, 20))]
-    more = ["..."] if len(found) > 20 else []
+    first = list(map(str, islice(found, 21)))
+    names = [name if name.isprintable() else repr(name) for name in first[:20]]
+    more = ["..."] if len(first) > 20 else []
     return ", ".join([name if len(name) <= 60 else name[:57] + "..." for name in names] + more) or "nothing"
 
 

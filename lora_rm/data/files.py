@@ -13,22 +13,39 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lora_rm.config import GLOB
+from lora_rm.console import say
 from lora_rm.data.fields import listed, shown
 from lora_rm.errors import DataError, first_line
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".ndjson",
+    ".ndjson.gz",
+    ".json",
+    ".json.gz",
+    ".csv",
+    ".csv.gz",
+    ".parquet",
+)
 SAVED = ("state.json", "dataset_dict.json")
 """Files of a folder written by `save_to_disk`."""
 
 DESCRIPTION = "dataset_info.json"
 """Tells of a folder's files, in LLaMA-Factory's for one, and holds no rows."""
+
+SPLITS = {
+    "train": "train", "test": "test", "eval": "eval", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation",
+}  # fmt: skip
+"""Words in the names of files that say of which part of a data set they are."""
 
 MAX_ROW_BYTES = 32 * 2**20
 """Longest row, as JSON or CSV: ten times a pair of a million tokens; unpacked it takes up to 25 times as much."""
@@ -217,6 +234,7 @@ def find_files(source: str) -> list[Path]:
                 f"{source} is a folder without preference files (found: {there}). Allowed: a folder of files that end with "
                 f"{', '.join(SUFFIXES)}, or one written by `datasets.save_to_disk`; give another."
             )
+        _check_one_split(source, files)
         return files
     for file in found:
         if not file.is_file():
@@ -228,6 +246,32 @@ def find_files(source: str) -> list[Path]:
     if not found and (_suffix(path) or not HUB_ID.fullmatch(source)):
         raise DataError(f"{source}: no such file. Check the path; it is looked up from {Path.cwd()}.")
     return found
+
+
+def _check_one_split(source: str, files: Sequence[Path]) -> None:
+    """Raises if a folder holds what is trained on and what is not, going by names."""
+    found: dict[str, str] = {}
+    for file in files:
+        words = {SPLITS[word] for word in re.findall("[a-z]+", file.name.lower()) if word in SPLITS}
+        if len(words) == 1:
+            found.setdefault(words.pop(), file.name)
+    if len(found) > 1:
+        raise DataError(
+            f"{source}: holds files of several splits, by their names ({listed(found.values())}), and all of a folder would be read. "
+            f"Give a pattern for each: --data.train '{source}/*train*' --data.eval '{source}/*test*'."
+        )
+
+
+def tell_left_out(source: str) -> None:
+    """Says what of a folder is not read, beside its description and what is hidden."""
+    folder, files = Path(source).expanduser(), find_files(source)
+    if not files or files == [folder] or not folder.is_dir():
+        return
+    ignored = {*files, folder / DESCRIPTION, folder / "README.md"}
+    others = [path for path in sorted(folder.iterdir()) if path not in ignored and path.name[0] != "."]
+    if others:
+        names = listed(f"{path.name}/" if path.is_dir() else path.name for path in others)
+        say(f"{source}: files {listed(file.name for file in files)} are read; not read: {names}.")
 
 
 def _suffix(path: Path) -> str:
@@ -249,7 +293,12 @@ def _file_rows(source: str, path: Path, columns: Mapping[str, str]) -> Iterator[
     if suffix.startswith(".csv"):
         rows = _csv_rows(source, path, {there: name for name, there in columns.items()})
     else:
-        readers = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+        readers = {
+            ".jsonl": _json_line_rows,
+            ".ndjson": _json_line_rows,
+            ".json": _json_rows,
+            ".parquet": _parquet_rows,
+        }
         rows = readers[suffix.removesuffix(".gz")](source, path)
     return _no_more_than_packed(rows, source, path) if suffix.endswith((".gz", ".parquet")) else rows
 
