@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from lora_rm.config import ModelSettings, Settings, with_whole_paths
 from lora_rm.console import say, show_facts, show_table
 from lora_rm.data.batches import Batching, num_tokens
 from lora_rm.data.split import load_data
-from lora_rm.data.tokens import ChatTokenizer
+from lora_rm.data.tokens import ChatTokenizer, TokenTree
 from lora_rm.errors import ConfigError, LoraRmError, ModelError, first_line
 from lora_rm.merge import STORED, rounding_of
 from lora_rm.metrics import read_metrics
@@ -432,6 +432,14 @@ def tokens_per_second(planned: Plan) -> tuple[float, str] | None:
     return planned.machine.flops / (passes * planned.held.num_linear), "calibrated"
 
 
+def _computed_tokens(row: Sequence[TokenTree], batching: Batching) -> int:
+    """Tokens of a row, those that pad it among them."""
+    if batching != "padded":
+        return num_tokens(row, batching)
+    lengths = [len(ids) for preference in row for ids in preference.conversations()]
+    return len(lengths) * max(lengths)
+
+
 def _time(planned: Plan) -> str:
     speed = tokens_per_second(planned)
     if speed is None:
@@ -449,8 +457,8 @@ def _time(planned: Plan) -> str:
     trees = data.train.trees
     num_steps = count_steps(len(trees), settings)
     steps = rows_of_steps(trees, settings, num_steps, planned.batching, settings.train.row)
-    total = sum(num_tokens(row, planned.batching) for rows in steps for row in rows)
-    return f"{total / speed[0] / 3600:.2f} hours for {total:,.0f} tokens, at {text}"
+    total = sum(_computed_tokens(row, planned.batching) for rows in steps for row in rows)
+    return f"{total / speed[0] / 3600:.2f} hours of steps for {total:,.0f} tokens, at {text}; evaluations come on top"
 
 
 def show_plan(planned: Plan) -> bool:

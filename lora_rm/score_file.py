@@ -1,8 +1,10 @@
 """Rewards of conversations in files, a line each; a call that was interrupted goes on."""
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,10 @@ NUM_TOGETHER = 64
 """Lines that are scored together. A call that goes on makes the same groups, so that rewards are the same bits."""
 
 SAME_REWARD = 0.1
-"""Largest change of a reward, as a share of it, that another machine's rounding may explain."""
+"""Largest change of a reward, as a share of the rewards' spread, that another machine's rounding may explain."""
+
+FEW = 8
+"""Of fewer rewards the spread says little; a share of the reward itself is allowed, or of 1."""
 
 
 Line: TypeAlias = str | Row | BadRow
@@ -58,6 +63,7 @@ def score_lines(
         for number, line in enumerate(lines, start=1)
         if not isinstance(line, str) or line.strip()
     )
+    allowed = _allowed_change(done)
     num_read = 0
     while group := list(islice(placed, together)):
         said = [_conversations(scorer, line, place) for place, line in group]
@@ -86,7 +92,7 @@ def score_lines(
                 yield json.dumps({**values, key: found if key == "rewards" else found[0]}, ensure_ascii=False)
                 continue
             known = earlier[number][key] if key == "rewards" else [earlier[number][key]]
-            if any(abs(a - b) > SAME_REWARD * max(1.0, abs(b)) for a, b in zip(known, found, strict=True)):
+            if any(abs(a - b) > allowed(b) for a, b in zip(known, found, strict=True)):
                 raise DataError(
                     f"{place}: had the reward {known} and has {found} now, so another model was used. Give that "
                     "one, or begin a new --out."
@@ -95,6 +101,18 @@ def score_lines(
         raise DataError(
             f"{name}: has {num_read} conversations, and {len(done)} were scored earlier. Give the same file again."
         )
+
+
+def _allowed_change(done: Sequence[str]) -> Callable[[float], float]:
+    """How far a reward may be from what it was, by that reward."""
+    earlier = [json.loads(line) for line in done]
+    rewards = [x for values in earlier for x in values.get("rewards", [values.get("reward")])]
+    finite = [x for x in rewards if isinstance(x, float | int) and math.isfinite(x)]
+    if len(finite) < FEW:
+        return lambda reward: SAME_REWARD * max(1.0, abs(reward))
+    spread = statistics.pstdev(finite)
+    # answers that are all alike have hardly a spread; bfloat16 keeps 8 bits
+    return lambda reward: max(SAME_REWARD * spread, 0.01 * abs(reward))
 
 
 def _conversations(scorer: Scorer, line: Line, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:

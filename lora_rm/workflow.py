@@ -18,7 +18,7 @@ import torch
 from lora_rm import processes
 from lora_rm.checkpoint import RunFolder, newest_checkpoint
 from lora_rm.combine import combine
-from lora_rm.config import Settings
+from lora_rm.config import LossSettings, Settings
 from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import read_template
@@ -226,7 +226,25 @@ def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:
     run.write_json("inputs.json", inputs)
     run.write_json("data.json", data.report)
     data.show()
+    _tell_unused_loss(settings, data)
     return data
+
+
+def _tell_unused_loss(settings: Settings, data: Data) -> None:
+    """Says which settings of the loss are of pairs, where there are other rows."""
+    loss, default = settings.loss, LossSettings()
+    changed = [
+        f"loss.{name} {getattr(loss, name)}"
+        for name in ("pair", "use_margin", "label_smoothing")
+        if getattr(loss, name) != getattr(default, name)
+    ]
+    kinds = [preference.kind for preference in data.train.preferences]
+    others = [f"{kinds.count(kind)} {kind}s" for kind in ("ranking", "rating") if kind in kinds]
+    if changed and others:
+        say(
+            f"{' and '.join(changed)}: of pairs alone. The {' and '.join(others)} are trained on without (rankings by Plackett-Luce, "
+            "ratings by squared error)."
+        )
 
 
 def evaluate_before(model: RewardModel, data: Data, settings: Settings, run: RunFolder) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from conftest import make_base, make_model, saved, shake
 from peft import PeftConfig
 
 from lora_rm.checkpoint import RunFolder
-from lora_rm.config import AdapterSettings, MergeSettings, check_settings
+from lora_rm.config import AdapterSettings, DataSettings, MergeSettings, ModelSettings, check_settings
 from lora_rm.data.split import Data, Side
 from lora_rm.data.tokens import TokenTree
 from lora_rm.errors import ConfigError, ModelError
@@ -251,7 +251,7 @@ def test_patterns_that_pick_a_layer_pass(base):
 @pytest.mark.parametrize(
     "variant", [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 8}}]
 )
-def test_training_starts_from_a_saved_adapter(base, trees, variant, tmp_path):
+def test_training_starts_from_a_saved_adapter(base, trees, variant, tmp_path, capsys):
     shape = {"rank": 4, "alpha": 12.0, **variant}
     model = shake(make_model(base, adapter=AdapterSettings(**shape)))
     expected = model.score(trees[:6])
@@ -259,6 +259,14 @@ def test_training_starts_from_a_saved_adapter(base, trees, variant, tmp_path):
     start = str(tmp_path / "adapter")
     again = make_model(base, seed=1, adapter=AdapterSettings(start_from=start, **shape))
     assert again.score(trees[:6]) == expected
+    assert "trained with another" not in capsys.readouterr().out
+    RewardModel.load(
+        str(base),
+        settings=ModelSettings(compute_dtype="float32"),
+        adapter=AdapterSettings(start_from=start, **shape),
+        data=DataSettings(chat_template="plain"),
+    )
+    assert f"{start} was trained with another template_sha256" in capsys.readouterr().out
     assert all(p.requires_grad for name, p in again.named_parameters() if "lora_" in name)
     for other, message in (
         ({"rank": 8}, "has another shape .*r is 8, there 4"),

@@ -403,13 +403,17 @@ def test_speed_comes_from_an_earlier_run(planned, tmp_path):
     assert tokens_per_second(dataclasses.replace(planned, machine=machine))[0] == 1.0
 
 
-@pytest.mark.parametrize(("max_train", "max_steps"), [(48, 0), (44, 0), (48, 4)])  # of 44 the last step has 4
+@pytest.mark.parametrize(
+    ("max_train", "max_steps", "batching"),
+    [(48, 0, "auto"), (44, 0, "auto"), (48, 4, "auto"), (48, 0, "padded")],  # of 44 the last step has 4
+)
 def test_the_time_of_a_run_is_that_of_the_tokens_it_computes(
-    settings, capsys, monkeypatch, max_train, max_steps
+    settings, capsys, monkeypatch, max_train, max_steps, batching
 ):
     monkeypatch.setattr(console, "quiet", False)
     data = {"train": settings.data.train, "max_train": max_train, "max_eval": 40}
-    train = {**dataclasses.asdict(settings.train), "max_steps": max_steps, "num_epochs": 2.0}
+    train = dataclasses.asdict(settings.train)
+    train |= {"max_steps": max_steps, "num_epochs": 2.0, "batching": batching}
     settings = check_settings({**dataclasses.asdict(settings), "data": data, "train": train})
     train_run(settings)
     lines = [
@@ -419,7 +423,9 @@ def test_the_time_of_a_run_is_that_of_the_tokens_it_computes(
     capsys.readouterr()
     show_plan(plan(settings))
     tokens = float(
-        re.search(r"hours for ([\d,]+) tokens", " ".join(capsys.readouterr().out.split()))[1].replace(",", "")
+        re.search(r"hours of steps for ([\d,]+) tokens", " ".join(capsys.readouterr().out.split()))[
+            1
+        ].replace(",", "")
     )
     assert tokens == pytest.approx(computed, rel=1e-9)
 

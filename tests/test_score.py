@@ -331,6 +331,26 @@ def test_rewards_near_zero_may_differ_by_rounding_when_scoring_goes_on(adapter, 
     assert len(list(score_lines(str(adapter), lines, "lines", done))) == 1
 
 
+@pytest.mark.parametrize(("change", "is_same"), [(0.01, True), (0.06, False)])
+def test_ratings_of_another_model_are_told_by_their_spread(adapter, monkeypatch, change, is_same):
+    """Between 0 and 1 a tenth of 1 is much."""
+    lines = [json.dumps({"prompt": f"{n}?", "response": "a"}) for n in range(12)]
+    ratings = [n / 10 for n in range(10)]
+    monkeypatch.setattr(
+        "lora_rm.score.Scorer.score_ids", lambda self, rows, groups: [0.8, 0.9, 0.5, 0.5][-len(rows) :]
+    )
+    done = [
+        json.dumps({**json.loads(line), "reward": rating + change})
+        for line, rating in zip(lines, ratings, strict=False)
+    ]
+    going_on = score_lines(str(adapter), lines, "lines", done, together=4)
+    if is_same:
+        assert len(list(going_on)) == 2
+        return
+    with pytest.raises(DataError, match="another model was used"):
+        list(going_on)
+
+
 def test_a_file_that_became_shorter_is_not_gone_on_with(adapter):
     lines = [json.dumps({"prompt": f"{n}?", "response": "a"}) for n in range(2)]
     done = list(score_lines(str(adapter), lines, "lines"))

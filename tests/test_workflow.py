@@ -37,6 +37,8 @@ from lora_rm.workflow import (
     evaluate_model,
     export_run,
     merge_run,
+    open_model,
+    read_data,
     read_held_out,
     summarize,
     train_run,
@@ -109,6 +111,24 @@ def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, 
     with pytest.raises(ConfigError, match="lies in output_dir, and a new run empties that first"):
         train_run(changed(second, adapter={"start_from": str(run.path)}, overwrite=True))
     assert (run.adapter / "lora_rm.json").is_file()
+
+
+def test_what_of_the_loss_is_not_for_rankings_is_told(settings, tmp_path, capsys):
+    """Three answers have no label that could be the wrong way round, and no one margin."""
+    rows = [{"prompt": f"{n}?", "responses": ["a", "b", "c"], "scores": [3, 2, 1]} for n in range(20)]
+    pairs = [{"prompt": f"Say {n}.", "chosen": "a", "rejected": "b"} for n in range(20)]
+    file = tmp_path / "rows.jsonl"
+    told = "loss.use_margin True and loss.label_smoothing 0.1: of pairs alone. The 18 rankings are trained on without"
+    for content, is_told in ((rows, True), (pairs, False)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in content))
+        own = changed(
+            settings,
+            output_dir=str(tmp_path / f"run{is_told}"),
+            data={"train": str(file)},
+            loss={"use_margin": True, "label_smoothing": 0.1},
+        )
+        read_data(own, open_model(own), RunFolder.create(own))
+        assert (told in capsys.readouterr().out) == is_told
 
 
 def test_a_token_without_embedding_in_the_data_is_named(job, base, tmp_path):

@@ -227,6 +227,11 @@ def check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseMode
         )
 
 
+def adapter_in(folder: Path) -> Path:
+    """The adapter of a run folder; another folder is one itself."""
+    return folder / "adapter" if (folder / "config.yaml").is_file() else folder
+
+
 def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantization: Quantization) -> None:
     """Gives a new adapter and head the values of a saved one.
 
@@ -239,7 +244,7 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
     Raises:
         ModelError: If base, storage or shape differ, or the file is damaged.
     """
-    folder = folder / "adapter" if (folder / "config.yaml").is_file() else folder
+    folder = adapter_in(folder)
     record = read_record(folder)
     check_files(folder, record)
     read_head(folder)  # raises without one

@@ -63,6 +63,7 @@ from lora_rm.model.quantization import (
     quantized_layers,
 )
 from lora_rm.model.record import (
+    adapter_in,
     check_base,
     check_codes,
     check_files,
@@ -180,6 +181,8 @@ class RewardModel(nn.Module):
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
         made.is_sharded = sharded
+        if adapter is not None and adapter.start_from is not None:
+            made._tell_other_tokens(Path(adapter.start_from))
         return made._ready()
 
     @classmethod
@@ -675,14 +678,28 @@ class RewardModel(nn.Module):
                 "double": self.quantization.double,
                 "codes": hashes,
             },
-            "tokens": {
-                "pad_id": self.chat.pad_id,
-                "end_id": self.chat.end_id,
-                "eos_id": self.chat.tokenizer.eos_token_id,
-                "adds_bos": self.chat.adds_bos,
-                "template_sha256": self.chat.template_hash,
-            },
+            "tokens": self._tokens(),
         }
+
+    def _tokens(self) -> dict[str, Any]:
+        """What of tokenizer and template changes rewards."""
+        return {
+            "pad_id": self.chat.pad_id,
+            "end_id": self.chat.end_id,
+            "eos_id": self.chat.tokenizer.eos_token_id,
+            "adds_bos": self.chat.adds_bos,
+            "template_sha256": self.chat.template_hash,
+        }
+
+    def _tell_other_tokens(self, folder: Path) -> None:
+        """Says which of them the adapter to start from was trained with otherwise."""
+        saved = read_record(adapter_in(folder))["tokens"]
+        others = [name for name, value in self._tokens().items() if saved.get(name) != value]
+        if others:
+            say(
+                f"adapter.start_from: {folder} was trained with another {' and '.join(others)}, so its rewards are not what they were. "
+                "Give its data.chat_template and tokenizer, unless the change is meant."
+            )
 
     def wrap_layers(self) -> None:
         """Lets layers compute with the stored weights, base and update as one product, and in fewer passes."""
