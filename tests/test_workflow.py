@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SHARED, changed, make_merged, parity_of, written
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from lora_rm import load_reward_model
@@ -26,7 +27,7 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
-from lora_rm.export.huggingface import check_pipeline, export_huggingface, model_card
+from lora_rm.export.huggingface import OTHER_WEIGHTS, check_pipeline, export_huggingface, model_card, push
 from lora_rm.export.proof import public_record
 from lora_rm.model.record import RECORD
 from lora_rm.score_file import score_lines
@@ -480,8 +481,35 @@ def test_an_export_is_uploaded_when_told(job, tmp_path, capsys, monkeypatch):
     assert asked == [
         ("whoami", (), {}),
         ("create_repo", ("someone/model",), {"private": True, "exist_ok": True}),
-        ("upload_folder", (), {"repo_id": "someone/model", "folder_path": out, "ignore_patterns": [".*"]}),
-    ]
+        (
+            "upload_folder",
+            (),
+            {
+                "repo_id": "someone/model", "folder_path": out, "ignore_patterns": [".*"],
+                "delete_patterns": list(OTHER_WEIGHTS),
+            },
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_weights_of_an_earlier_upload_are_replaced_and_nothing_else(tmp_path, monkeypatch, has_weights):
+    """A whole model.safetensors would be opened before the shards of a new one, an adapter on top of it."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(asked))
+    (tmp_path / ("model-00001-of-00002.safetensors" if has_weights else "model.gguf")).write_text("")
+    push(tmp_path, "someone/model")
+    patterns = asked[-1][2]["delete_patterns"]
+    assert (patterns is not None) == has_weights
+    if patterns:
+        weights = {
+            "model.safetensors",
+            "model-00001-of-00003.safetensors",
+            "pytorch_model.bin",
+            "adapter_config.json",
+        }
+        others = {"README.md", "config.json", "model.gguf", "tokenizer.json", "runs/log.txt"}
+        assert set(filter_repo_objects(weights | others, allow_patterns=patterns)) == weights
 
 
 def test_an_export_of_something_else_is_not_uploaded_in_its_place(job, tmp_path, monkeypatch):

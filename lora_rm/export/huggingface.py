@@ -145,8 +145,17 @@ def check_login() -> None:
         ) from None
 
 
+OTHER_WEIGHTS = (
+    "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "adapter_model.*", "adapter_config.json",
+)  # fmt: skip
+"""Files that transformers would open instead of those uploaded, or on top of them, if an earlier upload has left them."""
+
+
 def push(folder: Path, repository: str) -> str:
     """Uploads an export to the hub, into a private repository where there is none yet; returns its address.
+
+    Weights for transformers take the place of those that are there, which stay in the repository's history.
 
     Raises:
         MergeError: If the hub refuses.
@@ -156,7 +165,11 @@ def push(folder: Path, repository: str) -> str:
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[".*"]))
+        replaced = list(OTHER_WEIGHTS) if any(folder.glob("model*.safetensors")) else None
+        address = api.upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=[".*"], delete_patterns=replaced
+        )
+        return str(address)
     except Exception as error:  # of the hub's client, of Python, and of an HTTP library
         raise MergeError(
             f"{repository}: the hub refused the upload ({error}). Check `hf auth login`."
