@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from random import Random
 
 import pytest
 import torch
@@ -420,6 +421,22 @@ def test_steps_without_pairs_write_null():
 def test_answers_of_one_prompt_that_agree_less_than_chance_do_not_narrow_the_interval():
     prompts = [PairCount(num_pairs=2, num_correct=1)] * 9 + [PairCount(num_pairs=2, num_correct=2)]
     assert clustered_interval(prompts) == wilson_interval(11, 20)
+
+
+@pytest.mark.parametrize("num_prompts", [2, 5, 20])
+def test_the_interval_of_few_prompts_with_long_lists_holds_the_truth(num_prompts):
+    """Lists of eight by rewards that tell answers apart well for some prompts and not at all for others."""
+    generator = Random(0)
+
+    def count():
+        skill = max(0.0, generator.gauss(3, 3))
+        rewards = [skill * place / 8 + generator.gauss(0, 1) for place in range(8)]
+        pairs = [rewards[b] > rewards[a] for a in range(8) for b in range(a + 1, 8)]
+        return PairCount(num_pairs=len(pairs), num_correct=sum(pairs))
+
+    truth = sum((count() for _ in range(4000)), PairCount()).accuracy
+    intervals = [clustered_interval([count() for _ in range(num_prompts)]) for _ in range(500)]
+    assert sum(low <= truth <= high for low, high in intervals) >= 0.93 * len(intervals)
 
 
 def test_a_bag_of_words_learns_from_pairs_of_the_whole_file(monkeypatch):
