@@ -253,6 +253,7 @@ def prove(
         "runtime": runtime,
         "dtype": dtype,
         "merge": public_record(parity["merge"]),
+        "is_trained_model": parity["is_trained_model"],
         "spread": parity["spread"],
         "num_answers": len(answers),
         "noise": noise,
