@@ -89,6 +89,11 @@ def test_what_was_trained_on_is_trained_on_when_data_grow(added):
     assert num_moved <= max(1, 0.1 * added)
 
 
+def test_a_home_of_nobody_cannot_be_looked_up(chat):
+    with pytest.raises(DataError, match="'~nobody-of-this-name/a.jsonl' cannot be looked up"):
+        load(chat, "~nobody-of-this-name/a.jsonl")
+
+
 def test_data_with_a_single_prompt_needs_other_data_to_evaluate_on(chat, tmp_path):
     train = write(tmp_path / "train.jsonl", [row("Question?", f"answer {n}") for n in range(20)])
     with pytest.raises(DataError, match=r"All 20 rows of data.train have the same prompt.*Give data.eval"):

@@ -264,7 +264,8 @@ def _check_one_split(source: str, files: Sequence[Path]) -> None:
 
 def tell_left_out(source: str) -> None:
     """Says what of a folder is not read, beside its description and what is hidden."""
-    folder, files = Path(source).expanduser(), find_files(source)
+    files = find_files(source)  # raises if it cannot be looked up
+    folder = Path(source).expanduser()
     if not files or files == [folder] or not folder.is_dir():
         return
     ignored = {*files, folder / DESCRIPTION, folder / "README.md"}
