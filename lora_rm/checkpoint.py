@@ -103,6 +103,7 @@ class RunFolder:
 
     @classmethod
     def _create(cls, run: "RunFolder", settings: Settings, resume: bool, allow: bool) -> "RunFolder":
+        _REPLACED.pop(os.path.realpath(run.path), None)  # of one that could not begin
         if resume:
             _check_same(run, settings, allow)
             run.lock()

@@ -213,9 +213,10 @@ def ordered_pairs(tree: TokenTree | Preference) -> list[tuple[int, int]]:
 def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
     """95 % interval of the accuracy over prompts with several pairs each.
 
-    Wilson's, for as many independent pairs as would vary as much as these prompts do: no fewer than prompts, no more than pairs. That few prompts
+    Wilson's, for as many independent pairs as would vary as much as these prompts do: no more than there are, and no fewer than if all
+    pairs of a prompt were right or wrong together. That few prompts
     tell little of how much they vary is allowed for as in a t interval: of 2 to 50 prompts with lists of 8 it held the
-    truth in 93 to 97 % of simulated cases, in 73 to 95 % without.
+    truth in 93 to 97 % of simulated cases, in 73 to 95 % without; of 2 to 5 that are right or wrong nearly as a whole in 74 to 84 %.
 
     Source: the clustered standard error of Miller 2024 (arXiv 2411.00640).
     """
@@ -228,8 +229,11 @@ def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
     if share in (0.0, 1.0) or num_prompts == 1:  # how much prompts vary is not known
         size = num_prompts
     elif variance and num_prompts < total.num_pairs:
-        variance *= num_prompts / (num_prompts - 1) * (_t_quantile(num_prompts - 1) / Z) ** 2
-        size = min(size, max(num_prompts, share * (1 - share) * size**2 / variance))
+        # prompts of as many pairs each that would tell as much, if all pairs of one are right or wrong together
+        alike = size**2 / sum(one.num_pairs**2 for one in prompts)
+        freedom = max(1, round(alike) - 1)
+        variance *= (freedom + 1) / freedom * (_t_quantile(freedom) / Z) ** 2
+        size = min(size, max(alike, share * (1 - share) * size**2 / variance))
     return wilson_interval(share * size, size)
 
 

@@ -1,7 +1,6 @@
 """Rewards of conversations in files, a line each; a call that was interrupted goes on."""
 
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,14 +104,16 @@ def score_lines(
 
 def _allowed_change(done: Sequence[str]) -> Callable[[float], float]:
     """How far a reward may be from what it was, by that reward."""
-    earlier = [json.loads(line) for line in done]
-    rewards = [x for values in earlier for x in values.get("rewards", [values.get("reward")])]
-    finite = [x for x in rewards if isinstance(x, float | int) and math.isfinite(x)]
-    if len(finite) < FEW:
+    rewards: list[float] = []
+    for line in done:
+        values = json.loads(line)
+        found = values.get("rewards") if values.get("responses") is not None else [values.get("reward")]
+        rewards += [x for x in found if isinstance(x, float)] if isinstance(found, list) else []
+    if len(rewards) < FEW:
         return lambda reward: SAME_REWARD * max(1.0, abs(reward))
-    spread = statistics.pstdev(finite)
+    spread = statistics.pstdev(rewards)
     # answers that are all alike have hardly a spread; bfloat16 keeps 8 bits
-    return lambda reward: max(SAME_REWARD * spread, 0.01 * abs(reward))
+    return lambda reward: max(SAME_REWARD * spread, 0.01 * max(1.0, abs(reward)))
 
 
 def _conversations(scorer: Scorer, line: Line, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lora_rm import processes
-from lora_rm.checkpoint import RunFolder, newest_checkpoint
+from lora_rm.checkpoint import CONTENTS, RunFolder, newest_checkpoint
 from lora_rm.combine import combine
 from lora_rm.config import LossSettings, Settings
 from lora_rm.console import say, show_facts
@@ -122,13 +122,10 @@ def check_start(settings: Settings) -> None:
             "the setting out."
         )
     check_sources(settings.data)
+    _check_not_replaced(settings)
     if settings.adapter.start_from is not None:
         start = run_adapter(Path(settings.adapter.start_from))
         read_record(start)
-        if Path(settings.output_dir).resolve() in (start.resolve(), *start.resolve().parents):
-            raise ConfigError(
-                f"adapter.start_from is {start}, which lies in output_dir, and a new run empties that first. Choose another output_dir."
-            )
         if settings.data.eval is None:
             say(
                 f"What is held out here may have been trained on by {start}: with another seed or data.eval_share, and with other rows a few "
@@ -189,6 +186,27 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
         f"Batches {model.batching}, products in {dtype_name(model.compute_dtype)} on {model.device}."
     )
     return model
+
+
+def _check_not_replaced(settings: Settings) -> None:
+    """Raises if what the run is made from lies in what it removes."""
+    folder = Path(settings.output_dir).resolve()
+    sources = {
+        "model.base": settings.model.base,
+        "adapter.start_from": settings.adapter.start_from,
+        "data.train": settings.data.train,
+        "data.eval": settings.data.eval,
+        "data.chat_template": settings.data.chat_template,
+    }
+    for key, value in sources.items():
+        path = Path(value or "").expanduser().resolve()
+        if not value or not path.is_relative_to(folder):
+            continue
+        inside = path.relative_to(folder).parts
+        if not inside or inside[0] in CONTENTS:
+            raise ConfigError(
+                f"{key} is {value}, which lies in output_dir, and a new run empties that first. Choose another output_dir."
+            )
 
 
 def read_data(settings: Settings, model: RewardModel, run: RunFolder) -> Data:

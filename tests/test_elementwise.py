@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, make_base, make_model
+from torch.utils import cpp_extension
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama import modeling_llama
@@ -12,7 +14,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
 from lora_rm.model import elementwise
-from lora_rm.model.cuda_kernels import kernels_for, without_launches
+from lora_rm.model.cuda_kernels import _NoKernels, _nvrtc, kernels_for, without_launches
 from lora_rm.model.elementwise import FusedNorm, GatedMLP, _is_plain_rotation, fuse_elementwise
 
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -163,3 +165,48 @@ def test_what_is_planned_for_a_gpu_has_the_tensors_of_its_kernels():
     assert [x.shape for x in kernels.gated_backward(gradient, gate, up)] == [gate.shape, up.shape]
     turned = kernels.turned(heads, cos, sin, back=False)
     assert (turned.shape, turned.stride()) == (heads.shape, heads.stride())
+
+
+class ByTorch(_NoKernels):
+    """The kernels as torch's operations, the first gradient off by a share."""
+
+    def __init__(self, off=0.0):
+        self.off = off
+
+    def gated(self, gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+    def gated_backward(self, gradient, gate, up):
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return of_gate * (1 + self.off), torch.nn.functional.silu(gate) * gradient
+
+    def turned(self, x, cos, sin, *, back):
+        low, high = sin.chunk(2, dim=-1)
+        return elementwise._turned(x, cos, *((high, low.neg()) if back else (low.neg(), high)))
+
+
+def test_kernels_are_checked_wherever_they_are_first_asked_for():
+    """Also in a layer that is checkpointed, whose recomputation must save what the first pass saved."""
+
+    def layer(x, check):
+        if check:
+            ByTorch()._check(torch.device("cpu"))
+        return x.sin().sin()
+
+    x = torch.ones(3, requires_grad=True)
+    first = iter([True, False])
+    checkpoint(lambda x: layer(x, next(first)), x, use_reentrant=False).sum().backward()
+    with torch.inference_mode():
+        ByTorch()._check(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="other values than torch"):
+        ByTorch(off=0.1)._check(torch.device("cpu"))
+
+
+def test_no_cuda_toolkit_is_needed_to_compile(monkeypatch):
+    """torch asks for the folder of its headers, which nothing here includes."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(OSError, match="CUDA_HOME"):
+        cpp_extension.include_paths("cuda")
+    with _nvrtc():
+        assert cpp_extension.include_paths("cuda")
+    assert cpp_extension.CUDA_HOME is None

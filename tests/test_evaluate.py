@@ -423,20 +423,23 @@ def test_answers_of_one_prompt_that_agree_less_than_chance_do_not_narrow_the_int
     assert clustered_interval(prompts) == wilson_interval(11, 20)
 
 
-@pytest.mark.parametrize("num_prompts", [2, 5, 20])
-def test_the_interval_of_few_prompts_with_long_lists_holds_the_truth(num_prompts):
-    """Lists of eight by rewards that tell answers apart well for some prompts and not at all for others."""
+@pytest.mark.parametrize("lists", [{8: 2}, {8: 5}, {8: 20}, {2: 90, 16: 10}, {2: 200, 8: 50}])
+def test_the_interval_of_few_prompts_with_long_lists_holds_the_truth(lists):
+    """So many lists of so many answers, by rewards that tell them apart well for some prompts and not at all for others."""
     generator = Random(0)
 
-    def count():
+    def count(length):
         skill = max(0.0, generator.gauss(3, 3))
-        rewards = [skill * place / 8 + generator.gauss(0, 1) for place in range(8)]
-        pairs = [rewards[b] > rewards[a] for a in range(8) for b in range(a + 1, 8)]
+        rewards = [skill * place / length + generator.gauss(0, 1) for place in range(length)]
+        pairs = [rewards[b] > rewards[a] for a in range(length) for b in range(a + 1, length)]
         return PairCount(num_pairs=len(pairs), num_correct=sum(pairs))
 
-    truth = sum((count() for _ in range(4000)), PairCount()).accuracy
-    intervals = [clustered_interval([count() for _ in range(num_prompts)]) for _ in range(500)]
-    assert sum(low <= truth <= high for low, high in intervals) >= 0.93 * len(intervals)
+    def some(times=1):
+        return [count(length) for length, number in lists.items() for _ in range(number * times)]
+
+    truth = sum(some(2000 // sum(lists.values())), PairCount()).accuracy
+    intervals = [clustered_interval(some()) for _ in range(400)]
+    assert sum(low <= truth <= high for low, high in intervals) >= 0.91 * len(intervals)
 
 
 def test_a_bag_of_words_learns_from_pairs_of_the_whole_file(monkeypatch):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lora_rm.console import console
 from lora_rm.data import files
-from lora_rm.data.files import find_files, tell_left_out
+from lora_rm.data.files import check_one_split, find_files, tell_left_out
 from lora_rm.data.formats import BadRow, Row, RowError, parse_row, read_preferences, read_rows
 from lora_rm.data.preference import Preference
 from lora_rm.errors import DataError
@@ -652,6 +652,8 @@ def test_what_of_a_folder_is_not_read_is_told(parts, capsys, monkeypatch):
         (["pairs_train.jsonl", "pairs.validation.jsonl"], False),
         (["train-00.jsonl", "train-01.jsonl", "contest.jsonl"], True),
         (["dev.jsonl", "valid.jsonl"], True),
+        (["pairsTrain.jsonl", "pairsTest.jsonl"], False),
+        (["training.jsonl", "holdout.jsonl"], False),
         (["train_test.jsonl", "train.jsonl"], True),
     ],
 )
@@ -659,11 +661,11 @@ def test_a_folder_of_both_sides_is_not_trained_on_as_a_whole(tmp_path, names, is
     for name in names:
         write_lines(tmp_path / name, PAIR)
     if is_read:
-        assert len(read_preferences(str(tmp_path))[0]) == len(names)
+        check_one_split(str(tmp_path))
         return
-    with pytest.raises(DataError, match=r"files of several splits.*--data.train '.*/\*train\*'"):
-        read_preferences(str(tmp_path))
-    assert len(read_preferences(f"{tmp_path}/*train*")[0]) == 1
+    with pytest.raises(DataError, match=r"files of several splits.*train: .*like '.*/\*train\*'"):
+        check_one_split(str(tmp_path))
+    check_one_split(f"{tmp_path}/*rain*")
 
 
 def test_a_folder_without_files_says_what_it_holds(parts):

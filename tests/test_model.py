@@ -18,7 +18,7 @@ from lora_rm.data.tokens import ChatTokenizer
 from lora_rm.errors import ModelError
 from lora_rm.model.base import BUILTIN, BaseModel, check_shape, find_base
 from lora_rm.model.classifier import check_length, read_config
-from lora_rm.model.device import _let_segments_grow, pick_compute_dtype
+from lora_rm.model.device import pick_compute_dtype, pick_device, segments_grow
 from lora_rm.model.quantization import Quantization, code_hashes, quantized_layers
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.score import Scorer, load_reward_model
@@ -395,23 +395,26 @@ def test_a_conversation_may_be_as_long_as_the_positions_reach(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "system", "asked"),
+    ("variable", "system", "grow"),
     [
-        (None, "6.8.0-generic", ["expandable_segments:True"]),
-        (None, "5.15.153.1-microsoft-standard-WSL2", []),
-        ("PYTORCH_ALLOC_CONF", "6.8.0-generic", []),
-        ("PYTORCH_CUDA_ALLOC_CONF", "6.8.0-generic", []),
+        (None, "6.8.0-generic", True),
+        (None, "5.15.153.1-microsoft-standard-WSL2", False),
+        ("PYTORCH_ALLOC_CONF", "6.8.0-generic", False),
+        ("PYTORCH_CUDA_ALLOC_CONF", "6.8.0-generic", False),
     ],
 )
 def test_the_allocator_is_asked_for_segments_that_grow_unless_it_was_told(
-    monkeypatch, variable, system, asked
+    monkeypatch, variable, system, grow
 ):
     found = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
     monkeypatch.setattr("platform.release", lambda: system)
+    for name, value in {"device_count": 1, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     if variable:
         monkeypatch.setenv(variable, "max_split_size_mb:128")
-    _let_segments_grow()
-    assert found == asked
+    assert segments_grow() == grow
+    assert pick_device("cuda").type == "cuda"
+    assert found == ["expandable_segments:True"] * grow

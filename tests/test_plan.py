@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import changed, make_base
+from transformers import AutoConfig
 
 from lora_rm import plan as plan_module
 from lora_rm.cli import main
@@ -428,6 +429,20 @@ def test_the_time_of_a_run_is_that_of_the_tokens_it_computes(
         ].replace(",", "")
     )
     assert tokens == pytest.approx(computed, rel=1e-9)
+
+
+def test_planned_for_a_gpu_are_the_tensors_of_its_kernels(monkeypatch):
+    """Of an activation's backward pass, at which a recomputed layer peaks, none but the two gradients."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 512}
+    config = AutoConfig.for_model("llama", **shape, num_key_value_heads=2, num_labels=1, pad_token_id=0)
+
+    def peak():
+        how = (config, check_settings({}), "full", torch.bfloat16, "shared", 3, [[one_pair(1024)]])
+        return trace_without_data(*how, on_gpu=True)[1][0][1]
+
+    with_kernels = peak()
+    monkeypatch.setattr("lora_rm.model.memory.are_to_be_had", lambda: False)
+    assert with_kernels < 0.95 * peak()
 
 
 def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):

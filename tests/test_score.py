@@ -112,7 +112,7 @@ def write_rows(file, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
         return file
     lines = json.dumps(rows)
-    if ".jsonl" in file.suffixes:
+    if {".jsonl", ".ndjson"} & set(file.suffixes):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
     if ".csv" in file.suffixes:
         cells = io.StringIO()
@@ -144,9 +144,14 @@ def test_every_kind_of_file_that_training_reads_is_scored_and_gone_on_with(
     write_rows(file, [ROWS[0], {**ROWS[1], "prompt": ""}])
     with pytest.raises(SystemExit):
         main(["score", "model", str(file)])
-    place = {".csv": "line 3", ".parquet": "row 2", ".jsonl": "line 2", ".json": "row 2"}[
-        suffix.removesuffix(".gz")
-    ]
+    places = {
+        ".csv": "line 3",
+        ".parquet": "row 2",
+        ".jsonl": "line 2",
+        ".ndjson": "line 2",
+        ".json": "row 2",
+    }
+    place = places[suffix.removesuffix(".gz")]
     assert (
         f"DataError: {file} {place}: is no conversation (field 'prompt' is empty" in capsys.readouterr().err
     )
@@ -333,8 +338,9 @@ def test_rewards_near_zero_may_differ_by_rounding_when_scoring_goes_on(adapter, 
 
 @pytest.mark.parametrize(("change", "is_same"), [(0.01, True), (0.06, False)])
 def test_ratings_of_another_model_are_told_by_their_spread(adapter, monkeypatch, change, is_same):
-    """Between 0 and 1 a tenth of 1 is much."""
-    lines = [json.dumps({"prompt": f"{n}?", "response": "a"}) for n in range(12)]
+    """Between 0 and 1 a tenth of 1 is much. What else a row has by that name is its own."""
+    row = {"response": "a", "rewards": [50.0, None]}
+    lines = [json.dumps({"prompt": f"{n}?", **row}) for n in range(12)]
     ratings = [n / 10 for n in range(10)]
     monkeypatch.setattr(
         "lora_rm.score.Scorer.score_ids", lambda self, rows, groups: [0.8, 0.9, 0.5, 0.5][-len(rows) :]
@@ -349,6 +355,13 @@ def test_ratings_of_another_model_are_told_by_their_spread(adapter, monkeypatch,
         return
     with pytest.raises(DataError, match="another model was used"):
         list(going_on)
+
+
+def test_rewards_that_are_all_alike_may_differ_by_rounding(adapter, monkeypatch):
+    lines = [json.dumps({"prompt": f"{n}?", "response": "a"}) for n in range(12)]
+    monkeypatch.setattr("lora_rm.score.Scorer.score_ids", lambda self, rows, groups: [0.015] * len(rows))
+    done = [json.dumps({**json.loads(line), "reward": 0.01}) for line in lines[:10]]
+    assert len(list(score_lines(str(adapter), lines, "lines", done))) == 2
 
 
 def test_a_file_that_became_shorter_is_not_gone_on_with(adapter):

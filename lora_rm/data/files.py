@@ -13,7 +13,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -42,8 +42,8 @@ DESCRIPTION = "dataset_info.json"
 """Tells of a folder's files, in LLaMA-Factory's for one, and holds no rows."""
 
 SPLITS = {
-    "train": "train", "test": "test", "eval": "eval", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation",
+    "train": ("train", "training", "trainset"), "test": ("test", "testing", "testset"), "eval": ("eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"), "held out": ("heldout", "holdout"),
 }  # fmt: skip
 """Words in the names of files that say of which part of a data set they are."""
 
@@ -234,7 +234,6 @@ def find_files(source: str) -> list[Path]:
                 f"{source} is a folder without preference files (found: {there}). Allowed: a folder of files that end with "
                 f"{', '.join(SUFFIXES)}, or one written by `datasets.save_to_disk`; give another."
             )
-        _check_one_split(source, files)
         return files
     for file in found:
         if not file.is_file():
@@ -248,17 +247,26 @@ def find_files(source: str) -> list[Path]:
     return found
 
 
-def _check_one_split(source: str, files: Sequence[Path]) -> None:
-    """Raises if a folder holds what is trained on and what is not, going by names."""
+def check_one_split(source: str) -> None:
+    """Looks whether a folder holds what is trained on and what is not, going by names.
+
+    Raises:
+        DataError: If so.
+    """
+    files = find_files(source)
+    if not Path(source).expanduser().is_dir():
+        return
     found: dict[str, str] = {}
     for file in files:
-        words = {SPLITS[word] for word in re.findall("[a-z]+", file.name.lower()) if word in SPLITS}
-        if len(words) == 1:
-            found.setdefault(words.pop(), file.name)
+        words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", file.name)}
+        splits = [split for split, names in SPLITS.items() if words & set(names)]
+        if len(splits) == 1:
+            found.setdefault(splits[0], file.name)
     if len(found) > 1:
+        named = ", ".join(f"{split}: {listed([name])}" for split, name in found.items())
         raise DataError(
-            f"{source}: holds files of several splits, by their names ({listed(found.values())}), and all of a folder would be read. "
-            f"Give a pattern for each: --data.train '{source}/*train*' --data.eval '{source}/*test*'."
+            f"{source}: holds files of several splits, by their names ({named}), and all of a folder would be read. Give each "
+            f"side its own files, by a pattern in quotes like '{glob.escape(source)}/*train*'."
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_rm.config import DataSettings
 from lora_rm.console import show_table
 from lora_rm.data.checkable import checkable_preferences
-from lora_rm.data.files import check_columns, find_files, tell_left_out
+from lora_rm.data.files import check_columns, check_one_split, tell_left_out
 from lora_rm.data.formats import read_preferences
 from lora_rm.data.preference import Preference
 from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
@@ -67,7 +67,7 @@ def check_sources(settings: DataSettings) -> None:
     check_columns(settings.columns)
     for source in (settings.train, settings.eval):
         if source and source != BUILTIN:
-            find_files(source)
+            check_one_split(source)
 
 
 def load_data(
@@ -187,6 +187,7 @@ def _read(
         preferences = checkable_preferences()[1]
         counts["rows read"] += len(preferences)
         return preferences
+    check_one_split(source)
     tell_left_out(source)
     preferences, dropped = read_preferences(
         source, split=split, columns=settings.columns, on_bad_row=settings.on_bad_row

@@ -1,5 +1,6 @@
 """A folder that `AutoModelForSequenceClassification` and `pipeline("text-classification")` open as it is."""
 
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,10 @@ def push(folder: Path, repository: str) -> str:
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        replaced = list(OTHER_WEIGHTS) if any(folder.glob("model*.safetensors")) else None
+        replaced = None
+        if any(folder.glob("model*.safetensors")):
+            there = [name for name in api.list_repo_files(repository) if "/" not in name]
+            replaced = [name for name in there if any(fnmatch(name, kind) for kind in OTHER_WEIGHTS)]
         address = api.upload_folder(
             repo_id=repository, folder_path=folder, ignore_patterns=[".*"], delete_patterns=replaced
         )

@@ -6,10 +6,12 @@ comes with torch, compiles them in a second when they are first asked for, so no
 rounded where torch's operations round: the same bits (tests/gpu). Where they cannot be compiled, torch's operations remain.
 """
 
+import ctypes
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +97,7 @@ class Kernels:
 
     def __init__(self, device: int) -> None:
         """Compiles and checks them."""
-        with torch.cuda.device(device), torch.no_grad():
+        with torch.cuda.device(device), torch.no_grad(), _nvrtc():
             names = "gated", "gated_backward", "turned"
             self._compiled = {name: torch.cuda._compile_kernel(SOURCE, name) for name in names}
             self._check(torch.device("cuda", device))
@@ -147,10 +149,10 @@ class Kernels:
         generator = torch.Generator(device).manual_seed(0)
         shape = (1, 3, 5, 32)
         x, y, z = (torch.randn(shape, generator=generator, device=device).bfloat16() for _ in range(3))
-        with torch.enable_grad():
-            gate, up = x.float().requires_grad_(), y.float().requires_grad_()
-            product = F.silu(gate) * up
-        expected = [product.detach(), *torch.autograd.grad(product, (gate, up), z.float())]
+        gate, up, gradient = x.float(), y.float(), z.float()
+        # without autograd: a checkpointed layer that calls this counts what is saved
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        expected = [F.silu(gate) * up, of_gate, F.silu(gate) * gradient]
         found = [self.gated(x, y), *self.gated_backward(z, x, y)]
         cos, sin = y[:, :1], z[:, :1]
         half = torch.cat((-x[..., 16:], x[..., :16]), -1).float()
@@ -159,6 +161,21 @@ class Kernels:
         for one, other in zip(found, expected, strict=True):
             if not torch.allclose(one.float(), other, rtol=2**-6, atol=2**-6):
                 raise RuntimeError("compiled kernels give other values than torch")
+
+
+@contextmanager
+def _nvrtc() -> Iterator[None]:
+    """Makes torch find NVRTC where it came with torch, and not ask for a CUDA toolkit, whose headers the kernels do not include."""
+    from torch.utils import cpp_extension
+
+    with suppress(OSError):  # torch's own way to the library, by its place beside torch
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"))
+    home = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = home or "/"
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = home
 
 
 class _NoKernels(Kernels):
@@ -189,10 +206,15 @@ def is_planned() -> bool:
     return _planned.get() is not None
 
 
+def are_to_be_had() -> bool:
+    """Whether the GPU here has the kernels; without one, those of others are taken to."""
+    return not torch.cuda.is_available() or _kernels(torch.cuda.current_device()) is not None
+
+
 def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
     """The kernels for tensors, if these are for them: on the present device, in bfloat16, at multiples of 16 bytes."""
     # values are counted in 32 bits
-    if any(x.dtype != torch.bfloat16 or x.shape[-1] % 16 or x.numel() >= 2**31 for x in tensors):
+    if any(x.dtype != torch.bfloat16 or x.shape[-1] % 16 or not 0 < x.numel() < 2**31 for x in tensors):
         return None
     if planned := _planned.get():
         return planned
@@ -206,7 +228,7 @@ def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
 def _kernels(device: int) -> Kernels | None:
     try:
         return Kernels(device)
-    # the last two of a torch whose private function is another
-    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+    # the last three of a torch whose private function is another, or has other needs
+    except (RuntimeError, OSError, AttributeError, TypeError, ImportError) as error:
         say(f"Activations and positions are computed by torch, in more passes: {first_line(error, 100)}")
         return None

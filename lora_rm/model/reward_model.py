@@ -693,7 +693,7 @@ class RewardModel(nn.Module):
 
     def _tell_other_tokens(self, folder: Path) -> None:
         """Says which of them the adapter to start from was trained with otherwise."""
-        saved = read_record(adapter_in(folder))["tokens"]
+        saved = read_record(adapter_in(folder)).get("tokens", {})
         others = [name for name, value in self._tokens().items() if saved.get(name) != value]
         if others:
             say(

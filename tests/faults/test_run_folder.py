@@ -694,20 +694,19 @@ def files_of(folder):
 
 
 def test_a_run_is_overwritten_by_one_that_can_begin_and_by_no_other(settings, tmp_path):
-    """A misspelled row, a base that is gone or a start from what is replaced costs no finished adapter."""
+    """A bad row costs no finished adapter, nor does a resume after it in the same process."""
     short = changed(settings, train={"max_steps": 1})
     run = train_run(short)
     before = files_of(run.path)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen":\n')
-    others = (
-        {"data": {"train": str(bad)}},
-        {"model": {"base": str(tmp_path / "gone")}},
-        {"adapter": {"start_from": str(run.path)}},
-    )
-    for other in others:
+    for _ in range(2):
         with pytest.raises(LoraRmError):
-            train_run(changed(short, overwrite=True, **other))
+            train_run(changed(short, overwrite=True, data={"train": str(bad)}))
+        assert files_of(run.path) == before
+        assert (
+            train_run(short, resume=True).path == run.path
+        )  # finished; the order to overwrite is not remembered
         assert files_of(run.path) == before
     again = train_run(changed(short, overwrite=True, seed=1))
     assert again.settings().seed == 1
