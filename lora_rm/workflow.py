@@ -18,7 +18,7 @@ import torch
 from lora_rm import processes
 from lora_rm.checkpoint import CONTENTS, RunFolder, newest_checkpoint
 from lora_rm.combine import combine
-from lora_rm.config import LossSettings, Settings
+from lora_rm.config import LossSettings, Settings, with_whole_paths
 from lora_rm.console import say, show_facts
 from lora_rm.data.split import Data, check_sources, load_data, read_side
 from lora_rm.data.tokens import read_template
@@ -190,19 +190,21 @@ def open_model(settings: Settings, planned: Plan | None = None) -> RewardModel:
 
 def _check_not_replaced(settings: Settings) -> None:
     """Raises if what the run is made from lies in what it removes."""
-    folder = Path(settings.output_dir).resolve()
+    folder, whole = Path(settings.output_dir).resolve(), with_whole_paths(settings)
     sources = {
-        "model.base": settings.model.base,
-        "adapter.start_from": settings.adapter.start_from,
-        "data.train": settings.data.train,
-        "data.eval": settings.data.eval,
-        "data.chat_template": settings.data.chat_template,
+        "model.base": whole.model.base,
+        "adapter.start_from": whole.adapter.start_from,
+        "data.train": whole.data.train,
+        "data.eval": whole.data.eval,
+        "data.chat_template": whole.data.chat_template,
     }
     for key, value in sources.items():
-        path = Path(value or "").expanduser().resolve()
-        if not value or not path.is_relative_to(folder):
+        if not value:
             continue
-        inside = path.relative_to(folder).parts
+        try:
+            inside = Path(value).resolve().relative_to(folder).parts
+        except (OSError, ValueError, RuntimeError):  # it lies elsewhere, or is the name of no file
+            continue
         if not inside or inside[0] in CONTENTS:
             raise ConfigError(
                 f"{key} is {value}, which lies in output_dir, and a new run empties that first. Choose another output_dir."

@@ -23,7 +23,7 @@ from lora_rm.cli import main
 from lora_rm.config import VerifySettings, dump_settings, load_settings
 from lora_rm.data.split import load_data
 from lora_rm.data.tokens import ChatTokenizer
-from lora_rm.errors import ConfigError, DataError, MergeError, ModelError
+from lora_rm.errors import ConfigError, DataError, LoraRmError, MergeError, ModelError
 from lora_rm.evaluate import bag_of_words_baseline
 from lora_rm.evaluate import summarize as summarize_rewards
 from lora_rm.export.huggingface import check_pipeline, export_huggingface, model_card, push
@@ -112,6 +112,14 @@ def test_a_second_round_of_training_starts_where_the_first_ended(job, tmp_path, 
         with pytest.raises(ConfigError, match="lies in output_dir, and a new run empties that first"):
             train_run(changed(settings, output_dir=str(run.path), overwrite=True, **more))
     assert (run.adapter / "lora_rm.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/base", "/a\0b", "x" * 5000])
+def test_names_of_no_file_are_refused_where_they_are_opened(settings, name):
+    for more in ({"model": {"base": name}}, {"data": {"chat_template": name}}):
+        with pytest.raises(LoraRmError):
+            train_run(changed(settings, **more))
+    assert not Path(settings.output_dir).exists()
 
 
 def test_what_of_the_loss_is_not_for_rankings_is_told(settings, tmp_path, capsys):
