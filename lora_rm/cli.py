@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 from lora_rm import __version__
 from lora_rm.config import GLOB, Settings, dump_settings, flat, help_text, load_settings, with_whole_paths
 from lora_rm.console import plain_errors
-from lora_rm.data.files import SUFFIXES, BadRow, Row, find_files, read_rows
+from lora_rm.data.files import JSON_LINES, SUFFIXES, BadRow, Row, find_files, read_rows
 from lora_rm.errors import ConfigError
 from lora_rm.export import TARGETS
 
@@ -441,7 +441,7 @@ def _settings_of(model: str, flags: Sequence[str]) -> Settings:
 
 def _open(path: str) -> AbstractContextManager[Iterable[str | Row | BadRow]]:
     """The rows of what training reads; of a file of JSON lines the lines, as they come."""
-    known = path.lower().endswith(SUFFIXES) and not path.lower().endswith((".jsonl", ".ndjson"))
+    known = path.lower().endswith(SUFFIXES) and not path.lower().endswith(JSON_LINES)
     if known or GLOB.search(path) or Path(path).is_dir():
         find_files(path)
         return nullcontext(read_rows(path))

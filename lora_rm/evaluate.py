@@ -213,10 +213,10 @@ def ordered_pairs(tree: TokenTree | Preference) -> list[tuple[int, int]]:
 def clustered_interval(prompts: Sequence[PairCount]) -> tuple[float, float]:
     """95 % interval of the accuracy over prompts with several pairs each.
 
-    Wilson's, for as many independent pairs as would vary as much as these prompts do: no more than there are, and no fewer than if all
-    pairs of a prompt were right or wrong together. That few prompts
-    tell little of how much they vary is allowed for as in a t interval: of 2 to 50 prompts with lists of 8 it held the
-    truth in 93 to 97 % of simulated cases, in 73 to 95 % without; of 2 to 5 that are right or wrong nearly as a whole in 74 to 84 %.
+    Wilson's, for as many independent pairs as would vary as much as these prompts do: no more than there are, and no
+    fewer than if all pairs of a prompt were right or wrong together. That few prompts tell little of how much they vary
+    is allowed for as in a t interval: of 2 to 50 prompts with lists of 8 it held the truth in 93 to 97 % of simulated
+    cases, in 73 to 95 % without; of 2 to 5 that are right or wrong nearly as a whole in 74 to 84 %.
 
     Source: the clustered standard error of Miller 2024 (arXiv 2411.00640).
     """

@@ -3,7 +3,7 @@
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -107,13 +107,18 @@ def _allowed_change(done: Sequence[str]) -> Callable[[float], float]:
     rewards: list[float] = []
     for line in done:
         values = json.loads(line)
-        found = values.get("rewards") if values.get("responses") is not None else [values.get("reward")]
+        found = values.get("rewards") if _name(values) == "rewards" else [values.get("reward")]
         rewards += [x for x in found if isinstance(x, float)] if isinstance(found, list) else []
     if len(rewards) < FEW:
         return lambda reward: SAME_REWARD * max(1.0, abs(reward))
     spread = statistics.pstdev(rewards)
     # answers that are all alike have hardly a spread; bfloat16 keeps 8 bits
     return lambda reward: max(SAME_REWARD * spread, 0.01 * max(1.0, abs(reward)))
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    """What a line's reward is called; rewards where there are several responses."""
+    return "rewards" if values.get("responses") is not None else "reward"
 
 
 def _conversations(scorer: Scorer, line: Line, place: str) -> tuple[dict[str, Any], str, list[list[int]]]:
@@ -125,7 +130,7 @@ def _conversations(scorer: Scorer, line: Line, place: str) -> tuple[dict[str, An
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are refused
         if not isinstance(values, dict):
             raise DataError("it is no object")
-        key = "rewards" if values.get("responses") is not None else "reward"
+        key = _name(values)
         if key == "rewards" and not isinstance(values["responses"], list):
             raise DataError("responses is no list")
         if {"chosen", "rejected"} <= values.keys() and not values.keys() & {

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import random
-from random import Random
 
 import pytest
 import torch
@@ -426,7 +425,7 @@ def test_answers_of_one_prompt_that_agree_less_than_chance_do_not_narrow_the_int
 @pytest.mark.parametrize("lists", [{8: 2}, {8: 5}, {8: 20}, {2: 90, 16: 10}, {2: 200, 8: 50}])
 def test_the_interval_of_few_prompts_with_long_lists_holds_the_truth(lists):
     """So many lists of so many answers, by rewards that tell them apart well for some prompts and not at all for others."""
-    generator = Random(0)
+    generator = random.Random(0)
 
     def count(length):
         skill = max(0.0, generator.gauss(3, 3))

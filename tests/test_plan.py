@@ -423,11 +423,8 @@ def test_the_time_of_a_run_is_that_of_the_tokens_it_computes(
     computed = sum(line.get("num_tokens", 0) for line in lines)
     capsys.readouterr()
     show_plan(plan(settings))
-    tokens = float(
-        re.search(r"hours of steps for ([\d,]+) tokens", " ".join(capsys.readouterr().out.split()))[
-            1
-        ].replace(",", "")
-    )
+    printed = " ".join(capsys.readouterr().out.split())
+    tokens = float(re.search(r"hours of steps for ([\d,]+) tokens", printed)[1].replace(",", ""))
     assert tokens == pytest.approx(computed, rel=1e-9)
 
 

@@ -24,17 +24,9 @@ from lora_rm.console import say
 from lora_rm.data.fields import listed, shown
 from lora_rm.errors import DataError, first_line
 
-SUFFIXES = (
-    ".jsonl",
-    ".jsonl.gz",
-    ".ndjson",
-    ".ndjson.gz",
-    ".json",
-    ".json.gz",
-    ".csv",
-    ".csv.gz",
-    ".parquet",
-)
+JSON_LINES = (".jsonl", ".ndjson")
+PACKABLE = (*JSON_LINES, ".json", ".csv")
+SUFFIXES = (*(suffix + packed for suffix in PACKABLE for packed in ("", ".gz")), ".parquet")
 SAVED = ("state.json", "dataset_dict.json")
 """Files of a folder written by `save_to_disk`."""
 
@@ -302,9 +294,7 @@ def _file_rows(source: str, path: Path, columns: Mapping[str, str]) -> Iterator[
     if suffix.startswith(".csv"):
         rows = _csv_rows(source, path, {there: name for name, there in columns.items()})
     else:
-        readers = {
-            ".jsonl": _json_line_rows,
-            ".ndjson": _json_line_rows,
+        readers = dict.fromkeys(JSON_LINES, _json_line_rows) | {
             ".json": _json_rows,
             ".parquet": _parquet_rows,
         }

@@ -227,13 +227,10 @@ def check_codes(model: Any, record: dict[str, Any], folder: Path, base: BaseMode
         )
 
 
-def adapter_in(folder: Path) -> Path:
-    """The adapter of a run folder; another folder is one itself."""
-    return folder / "adapter" if (folder / "config.yaml").is_file() else folder
-
-
-def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantization: Quantization) -> None:
-    """Gives a new adapter and head the values of a saved one.
+def start_from_saved(
+    model: PeftModel, folder: Path, base: BaseModel, quantization: Quantization
+) -> dict[str, Any]:
+    """Gives a new adapter and head the values of a saved one, and returns its record.
 
     Args:
         model: With an adapter of the same shape.
@@ -244,7 +241,7 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
     Raises:
         ModelError: If base, storage or shape differ, or the file is damaged.
     """
-    folder = adapter_in(folder)
+    folder = folder / "adapter" if (folder / "config.yaml").is_file() else folder
     record = read_record(folder)
     check_files(folder, record)
     read_head(folder)  # raises without one
@@ -273,3 +270,4 @@ def start_from_saved(model: PeftModel, folder: Path, base: BaseModel, quantizati
             f"adapter.start_from: {folder} adapts other layers ({len(apart)} differ, first: {apart[0]}). Give the same "
             "adapter.target_modules and adapter.layers_to_transform."
         )
+    return record

@@ -63,7 +63,6 @@ from lora_rm.model.quantization import (
     quantized_layers,
 )
 from lora_rm.model.record import (
-    adapter_in,
     check_base,
     check_codes,
     check_files,
@@ -175,14 +174,13 @@ class RewardModel(nn.Module):
             model = make_trainable(model, adapter)
             changed_base = start_matrices(model, adapter, found)
             if adapter.start_from is not None:
-                start_from_saved(model, Path(adapter.start_from), found, quantization)
+                record = start_from_saved(model, Path(adapter.start_from), found, quantization)
+                _tell_other_tokens(adapter.start_from, record, chat)
         if shell:
             shell.fill(torch.float32 if compute_dtype == torch.float32 else quantization.load_dtype)
         made = cls(model, chat=chat, base=found, quantization=quantization, compute_dtype=compute_dtype)
         made.changed_base = changed_base
         made.is_sharded = sharded
-        if adapter is not None and adapter.start_from is not None:
-            made._tell_other_tokens(Path(adapter.start_from))
         return made._ready()
 
     @classmethod
@@ -678,28 +676,8 @@ class RewardModel(nn.Module):
                 "double": self.quantization.double,
                 "codes": hashes,
             },
-            "tokens": self._tokens(),
+            "tokens": _tokens(self.chat),
         }
-
-    def _tokens(self) -> dict[str, Any]:
-        """What of tokenizer and template changes rewards."""
-        return {
-            "pad_id": self.chat.pad_id,
-            "end_id": self.chat.end_id,
-            "eos_id": self.chat.tokenizer.eos_token_id,
-            "adds_bos": self.chat.adds_bos,
-            "template_sha256": self.chat.template_hash,
-        }
-
-    def _tell_other_tokens(self, folder: Path) -> None:
-        """Says which of them the adapter to start from was trained with otherwise."""
-        saved = read_record(adapter_in(folder)).get("tokens", {})
-        others = [name for name, value in self._tokens().items() if saved.get(name) != value]
-        if others:
-            say(
-                f"adapter.start_from: {folder} was trained with another {' and '.join(others)}, so its rewards are not what they were. "
-                "Give its data.chat_template and tokenizer, unless the change is meant."
-            )
 
     def wrap_layers(self) -> None:
         """Lets layers compute with the stored weights, base and update as one product, and in fewer passes."""
@@ -753,3 +731,25 @@ def _probe(vocabulary: int) -> list[TokenTree]:
         return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
 
     return [TokenTree(some(7), (some(3), some(5), some(1))), TokenTree(some(2), (some(6), some(4)))]
+
+
+def _tokens(chat: ChatTokenizer) -> dict[str, Any]:
+    """What of tokenizer and template changes rewards."""
+    return {
+        "pad_id": chat.pad_id,
+        "end_id": chat.end_id,
+        "eos_id": chat.tokenizer.eos_token_id,
+        "adds_bos": chat.adds_bos,
+        "template_sha256": chat.template_hash,
+    }
+
+
+def _tell_other_tokens(folder: str, record: dict[str, Any], chat: ChatTokenizer) -> None:
+    """Says which of them the adapter to start from, of this record, was trained with otherwise."""
+    saved = record.get("tokens", {})
+    others = [name for name, value in _tokens(chat).items() if saved.get(name) != value]
+    if others:
+        say(
+            f"adapter.start_from: {folder} was trained with another {' and '.join(others)}, so its rewards are not what they were. "
+            "Give its data.chat_template and tokenizer, unless the change is meant."
+        )

@@ -704,9 +704,8 @@ def test_a_run_is_overwritten_by_one_that_can_begin_and_by_no_other(settings, tm
         with pytest.raises(LoraRmError):
             train_run(changed(short, overwrite=True, data={"train": str(bad)}))
         assert files_of(run.path) == before
-        assert (
-            train_run(short, resume=True).path == run.path
-        )  # finished; the order to overwrite is not remembered
+        # finished; the order to overwrite is not remembered
+        assert train_run(short, resume=True).path == run.path
         assert files_of(run.path) == before
     again = train_run(changed(short, overwrite=True, seed=1))
     assert again.settings().seed == 1

@@ -169,9 +169,7 @@ def test_the_planned_peak_is_what_the_device_measures(tmp_path, mode, monkeypatc
     others = torch.cuda.memory_allocated()  # what tests before have left
     model = make_model(base, device="cuda", adapter=settings.adapter)
     model.set_compute_dtype(torch.bfloat16)
-    model.set_core(
-        "varlen"
-    )  # which is planned with; another program on the card can make another one look faster
+    model.set_core("varlen")  # as planned; beside another program on the card another one can look faster
     model.set_checkpointing([mode] * 8)
     model.train()
     optimizer = build_optimizer(model, settings)
