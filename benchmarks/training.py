@@ -53,6 +53,7 @@ from lora_rm.data.split import Data, Side, read_side
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model.base import BUILTIN, find_base
 from lora_rm.model.checkpointing import Mode
+from lora_rm.model.elementwise import fuse_elementwise, give_back_rotary
 from lora_rm.model.quantization import Quantization, dtype_name
 from lora_rm.model.reward_model import RewardModel
 from lora_rm.train import train
@@ -336,7 +337,9 @@ class Contest:
             )  # TRL makes them bfloat16 on 4-bit bases: the same precision here
         put(self.start, model)
         silence(trainer)
+        give_back_rotary()  # the one part of our step that other models of the family would get
         trainer.train()
+        fuse_elementwise(self.ours.model)
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()  # which only checkpointing needs
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
+from lora_rm.model import block_attention as block_attention_module
 from lora_rm.model import tree_attention as tree_attention_module
 from lora_rm.model.reward_model import _probe
 from lora_rm.model.tree_attention import time_cores, tree_attention
@@ -42,7 +43,7 @@ def test_rewards_and_gradients_equal_separate_conversations(tmp_path, family, ba
     assert_same_gradients(found_gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("core", ["answers", "gathered"])
+@pytest.mark.parametrize("core", ["answers", "blocks", "gathered"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_all_conversations_begin_with_is_computed_once(tmp_path, family, core):
     """Two groups of prompts after one system prompt, which is longer than the windows of 8."""
@@ -177,19 +178,50 @@ def test_groups_of_preferences_give_the_gradients_of_separate_ones(tmp_path, fam
     assert_same_gradients(gradients(model, found), expected_gradients)
 
 
+@pytest.mark.parametrize("core", ["blocks", "gathered"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
-def test_the_gathered_core_gives_the_same_gradients(tmp_path, family):
+def test_every_core_gives_the_same_gradients(tmp_path, monkeypatch, family, core):
+    monkeypatch.setattr(block_attention_module, "BLOCK", 4)  # several blocks a piece
     base = make_base(tmp_path / family, family, dtype=torch.float32)
     model = shake(make_model(base, quantization="none", load_dtype="float32"))
     model.train()
     trees = some_trees(model.classifier.config.vocab_size)
     found = []
-    for core in ("answers", "gathered"):
-        rewards = model.rewards(build_batch(trees, "shared", core))
+    for name in ("answers", core):
+        rewards = model.rewards(build_batch(trees, "shared", name))
         found.append((rewards.detach(), gradients(model, rewards)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     for name, gradient in found[0][1].items():
         assert float((found[1][1][name] - gradient).abs().max() / gradient.abs().max()) < 1e-5, name
+
+
+def test_gradients_by_blocks_are_as_near_to_float32s_as_flash_attentions():
+    """In bfloat16, whose forward pass is the same to the bit; three blocks, and scores of up to 40."""
+    trees = [
+        TokenTree([1] * 200, ([2] * 150, [3] * 40)),
+        TokenTree([1] * 190 + [4] * 30, ([5] * 20, [6] * 50)),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    plan = build_batch(trees).plan
+    query, key, value, direction = (
+        torch.randn(1, heads, sum(plan.lengths), 64, generator=generator).bfloat16() for heads in (6, 2, 2, 6)
+    )
+    query *= 4
+
+    def compute(core, dtype):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
+        output, _ = tree_attention(torch.nn.Identity(), *inputs, None, tree_plan=plan.with_core(core))
+        output.backward(direction.transpose(1, 2).to(dtype))
+        return [output.detach().float(), *(x.grad.float() for x in inputs)]
+
+    exact, flash, blocks = (
+        compute(*how)
+        for how in (("answers", torch.float32), ("answers", torch.bfloat16), ("blocks", torch.bfloat16))
+    )
+    assert torch.equal(flash[0], blocks[0])
+    for number in (1, 2, 3):
+        off, allowed = (float((x[number] - exact[number]).norm()) for x in (blocks, flash))
+        assert 0 < off < 2 * allowed < 0.02 * float(exact[number].norm())
 
 
 def test_what_the_varlen_core_looks_up():
@@ -251,10 +283,12 @@ def test_what_cannot_be_computed_exactly_is_refused():
             attend(**wrong)
 
 
+@pytest.mark.parametrize("core", ["answers", "blocks"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_dropout_of_the_attention_is_not_lost(softcap):
-    assert torch.equal(attend(softcap=softcap), attend(softcap=softcap))
-    assert float((attend(softcap=softcap, dropout=0.9) == 0).float().mean()) > 0.1
+def test_dropout_of_the_attention_is_not_lost(softcap, core):
+    how = {"softcap": softcap, "tree_plan": build_batch(some_trees(50), core=core).plan}
+    assert torch.equal(attend(**how), attend(**how))
+    assert float((attend(**how, dropout=0.9) == 0).float().mean()) > 0.1
 
 
 def test_soft_capped_scores_do_not_wait_for_the_backward_pass():
@@ -359,6 +393,13 @@ def test_cores_are_timed_with_their_backward_pass_wherever_scoring_asks_for_them
     assert seconds.keys() == {"answers", "gathered"}  # the kernel of varlen needs CUDA
     assert all(taken > 0 for taken in seconds.values())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_core_of_a_cpu_is_not_a_matter_of_chance(base):
+    model = make_model(base)
+    assert model.exact_cores() == ["answers"]
+    model.set_compute_dtype(torch.bfloat16)
+    assert model.exact_cores() == ["blocks", "answers"]
 
 
 def test_a_core_that_the_model_cannot_use_is_given_up(base, monkeypatch, capsys):

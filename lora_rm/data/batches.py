@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from lora_rm.data.tokens import TokenTree, common_length
 
 Batching = Literal["shared", "packed", "padded"]
-Core = Literal["answers", "gathered", "varlen"]
+Core = Literal["answers", "blocks", "gathered", "varlen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,33 @@ class Tree:
     def end(self) -> int:
         """The first token after the tree."""
         return self.start + self.prompt_length + sum(self.answer_lengths)
+
+
+class Piece(NamedTuple):
+    """Neighbours in the row that one attention call can take, and what else they see: a prompt with its first answer, or a further answer."""
+
+    start: int
+    end: int
+
+    before: tuple[tuple[int, int], ...]
+    """Start and end of the stem and of the prompt, where these are not in the piece itself."""
+
+    @property
+    def length(self) -> int:
+        """Its queries."""
+        return self.end - self.start
+
+    @property
+    def num_keys(self) -> int:
+        """All that its last token sees."""
+        return self.length + sum(end - start for start, end in self.before)
+
+    def seen(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """What stands in the row, along a dimension, for the tokens that the piece sees."""
+        own = x.narrow(dim, self.start, self.length)
+        if not self.before:
+            return own
+        return torch.cat([*(x.narrow(dim, start, end - start) for start, end in self.before), own], dim)
 
 
 @dataclass(frozen=True)
@@ -56,13 +83,25 @@ class TreePlan:
     masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
+    def pieces(self) -> list[Piece]:
+        """Every prompt with its first answer, then each further answer."""
+        pieces = []
+        for tree in self.trees:
+            before = ((0, tree.stem_length),) if tree.stem_length else ()
+            start, prompt_end = tree.start, tree.start + tree.prompt_length
+            end = prompt_end
+            for number, length in enumerate(tree.answer_lengths):
+                end += length
+                pieces.append(Piece(start, end, before))
+                if number == 0 and tree.prompt_length:
+                    before = (*before, (start, prompt_end))
+                start = end
+        return pieces
+
+    @cached_property
     def lengths(self) -> list[int]:
-        """Lengths of the row's pieces: every prompt with its first answer, then each further answer."""
-        return [
-            length + (tree.prompt_length if number == 0 else 0)
-            for tree in self.trees
-            for number, length in enumerate(tree.answer_lengths)
-        ]
+        """Of the pieces."""
+        return [piece.length for piece in self.pieces]
 
     def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TreePlan":
         """The same plan with its indices moved, to another device for instance."""
@@ -80,16 +119,10 @@ class TreePlan:
             keys           (K,) index in the row of the keys that each answer's queries see, one after another
             query_starts, key_starts   (A + 1,) int32 where each answer's queries and keys begin
         """
-        if core == "answers":
+        if core in ("answers", "blocks"):
             return replace(self, core=core, indices={})
-        rows, own = [], []
-        for tree in self.trees:
-            start = tree.start + tree.prompt_length
-            before = torch.cat((torch.arange(tree.stem_length), torch.arange(tree.start, start)))
-            for number, length in enumerate(tree.answer_lengths):
-                rows.append(torch.cat((before, torch.arange(start, start + length))))
-                own.append(length if number else tree.prompt_length + length)
-                start += length
+        own = self.lengths
+        rows = [piece.seen(torch.arange(self.trees[-1].end), dim=0) for piece in self.pieces]
         sizes = torch.tensor([len(row) for row in rows])
         if core == "varlen":
             begin = torch.zeros(1, dtype=torch.int32)
@@ -111,8 +144,7 @@ class TreePlan:
     @cached_property
     def longest(self) -> tuple[int, int]:
         """The most queries and the most keys of an answer."""
-        keys = (t.stem_length + t.prompt_length + max(t.answer_lengths) for t in self.trees)
-        return max(self.lengths), max(keys)
+        return max(self.lengths), max(piece.num_keys for piece in self.pieces)
 
     def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """What to add to the scores of the last `queries` positions: 0 where a key is seen, else -inf, (Q, K).

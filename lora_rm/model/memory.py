@@ -331,8 +331,8 @@ def trace_without_data(
             without_launches() if on_gpu and are_to_be_had() else contextlib.nullcontext(),
         ):
             fill(model, torch.device("cpu"))
-            if in_16_bits:
-                model.set_core("varlen")
+            if compute_dtype != torch.float32:
+                model.set_core("varlen" if on_gpu else "blocks")
             return trace(model, rows, settings)
     except ModelError:
         raise

@@ -406,15 +406,19 @@ class RewardModel(nn.Module):
     def exact_cores(self) -> Sequence[Core]:
         """The cores that are exact on this device for the present type of products, fastest first."""
         if self.compute_dtype not in self._cores:
-            text = self.classifier.config.get_text_config()
-            heads = text.num_attention_heads
-            size = getattr(text, "head_dim", None) or text.hidden_size // heads
-            groups = getattr(text, "num_key_value_heads", None) or heads
-            seconds: dict[Core, float] = {"answers": 0.0}
-            if self.device.type != "cpu":
-                seconds = time_cores(self.device, self.compute_dtype, heads, groups, size)
-            self._cores[self.compute_dtype] = sorted(seconds, key=lambda core: seconds[core]) or ["answers"]
+            self._cores[self.compute_dtype] = self._find_cores()
         return self._cores[self.compute_dtype]
+
+    def _find_cores(self) -> Sequence[Core]:
+        if self.device.type == "cpu":
+            # not timed: runs of one seed would differ where two cores are about as fast
+            return ["blocks", "answers"] if self.compute_dtype == torch.bfloat16 else ["answers"]
+        text = self.classifier.config.get_text_config()
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        seconds = time_cores(self.device, self.compute_dtype, heads, groups, size)
+        return sorted(seconds, key=lambda core: seconds[core]) or ["answers"]
 
     def choose_batching(self, wanted: str = "auto") -> Batching:
         """Picks how rows are computed: the first way that this model computes exactly.

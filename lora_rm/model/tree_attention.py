@@ -15,6 +15,7 @@ Shape letters: T tokens of the row, H query heads, G key-value heads, D head siz
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from lora_rm.data.batches import Core, Tree, TreePlan
+from lora_rm.model.block_attention import block_attention
 from lora_rm.model.quantization import autocast_dtype
 
 NAME = "lora_rm_tree"
@@ -74,6 +76,10 @@ def tree_attention(
         return _varlen(query_1HTD, key_1GTD, value_1GTD, how), None
     if tree_plan.only_ends:
         return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
+    is_plain = softcap is None and not dropout and (sliding_window or math.inf) >= tree_plan.longest[1]
+    if tree_plan.core == "blocks" and is_plain and torch.is_grad_enabled():
+        scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+        return block_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, scale), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
     queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
     outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
@@ -261,7 +267,7 @@ def time_cores(
     """Seconds of a forward and a backward pass of every core that is exact on a device, on a row of random values.
 
     Args:
-        device: On a CPU `gathered` computes the prompts again and never was faster than `answers`.
+        device: On a CPU there is nothing to choose, see `RewardModel.exact_cores`.
         dtype: Of queries, keys and values; varlen needs a 16-bit one and CUDA.
         heads: Query heads.
         groups: Key-value heads.
