@@ -91,7 +91,7 @@ class _BlockAttention(torch.autograd.Function):
                 lengths = [stop - begin for begin, stop in ranges]
                 for total, part in ((of_key, of_seen_keys), (of_value, of_seen_values)):
                     for (begin, stop), x in zip(ranges, part.split(lengths, dim=1), strict=True):
-                        total[:, begin:stop] += x
+                        total[:, begin:stop].add_(x)
         of_query = of_query.flatten(1, 2).transpose(0, 1)
         return of_query[None], of_key.to(dtype)[None], of_value.to(dtype)[None], None, None
 
