@@ -6,6 +6,7 @@ one. Here the forward pass is torch's, piece by piece; the backward pass is five
 Shape letters as in tree_attention; R = H / G query heads share keys, and rows of a block are its queries, head by head.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -61,52 +62,59 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, sums = ctx.saved_tensors
         _, heads, length, size = query.shape
-        groups, dtype = key.shape[1], query.dtype
+        groups = key.shape[1]
         shared = heads // groups
-        ahead = (gradient[0] * output[0]).sum(-1, dtype=torch.float32)
-        # (G, T R, D + 2)
-        queries = _widened(query[0].transpose(0, 1), sums / -ctx.scale, groups)
-        gradients = _widened(gradient[0], -ahead, groups)
-        keys, values = (torch.cat((x[0], x.new_ones(*x.shape[1:3], 2)), dim=-1) for x in (key, value))
+        # s is split into a power of two, by which Q is multiplied without rounding, and a factor of the products
+        power = 2.0 ** math.floor(math.log2(ctx.scale))
+        rest = ctx.scale / power
+        # dO, Q and dO again, by groups: the first two meet V and K, the last two dS and P
+        left = query.new_empty(3, groups, length, shared, size + 2)
+        _put(left[0], gradient[0] / rest, (gradient[0] * output[0]).sum(-1, dtype=torch.float32) / -rest)
+        _put(left[1], query[0].transpose(0, 1) * power, sums / -rest)
+        left[2] = left[0]
+        left = left.view(3 * groups, length * shared, size + 2)
+        right = key.new_ones(2 * groups, length, size + 2)
+        right[:groups, :, :size], right[groups:, :, :size] = value[0], key[0]
         of_query = query.new_empty(length, groups, shared, size)
-        of_key, of_value = (x.new_zeros(x.shape[1:], dtype=torch.float32) for x in (key, value))
+        of_right = torch.zeros_like(right, dtype=torch.float32)  # dK and dV
         for piece in ctx.plan.pieces:
-            seen_keys, seen_values = piece.seen(keys, dim=1), piece.seen(values, dim=1)
+            seen = piece.seen(right, dim=1)
             for start in range(piece.start, piece.end, BLOCK):
                 end = min(start + BLOCK, piece.end)
-                seen, own = piece.num_keys - (piece.end - end), end - start
-                rows = slice(start * shared, end * shared)
-                row, row_gradient = queries[:, rows], gradients[:, rows]
-                weights = _product(row, seen_keys[:, :seen].mT, ctx.scale)
-                # what comes after a query, among the block's own keys
-                mask = ctx.plan.mask(own, own, None, weights)[:, None]
-                weights.unflatten(1, (own, shared))[..., seen - own :].add_(mask)
-                weights.exp_()
-                of_scores = torch.bmm(row_gradient, seen_values[:, :seen].mT).mul_(weights)
-                of_row = _product(of_scores, seen_keys[:, :seen, :size], ctx.scale)
-                of_query[start:end] = of_row.unflatten(1, (own, shared)).transpose(0, 1)
-                of_seen_keys = _product(of_scores.mT, row[..., :size], ctx.scale)
-                of_seen_values = torch.bmm(weights.mT, row_gradient[..., :-2])
-                ranges = (*piece.before, (piece.start, end))
-                lengths = [stop - begin for begin, stop in ranges]
-                for total, part in ((of_key, of_seen_keys), (of_value, of_seen_values)):
-                    for (begin, stop), x in zip(ranges, part.split(lengths, dim=1), strict=True):
-                        total[:, begin:stop].add_(x)
-        of_query = of_query.flatten(1, 2).transpose(0, 1)
-        return of_query[None], of_key.to(dtype)[None], of_value.to(dtype)[None], None, None
+                own, keys = end - start, piece.num_keys - (piece.end - end)
+                rows = left[:, start * shared : end * shared]
+                both = _product(rows[: 2 * groups], seen[:, :keys].mT, rest)
+                of_scores, weights = both[:groups], both[groups:]
+                mask = ctx.plan.mask(own, own, None, both)[:, None]  # of the block's own keys
+                weights.unflatten(1, (own, shared))[..., keys - own :].add_(mask)
+                of_scores.mul_(weights.exp_())
+                of_rows = _product(of_scores, seen[groups:, :keys, :size], rest)
+                of_query[start:end] = of_rows.unflatten(1, (own, shared)).transpose(0, 1)
+                of_seen = torch.bmm(both.mT, rows[groups:])
+                done = 0
+                for first, stop in (*piece.before, (piece.start, end)):
+                    of_right[:, first:stop].add_(of_seen[:, done : done + stop - first])
+                    done += stop - first
+        of_key, of_value = of_right[..., :size].mul_(rest).to(query.dtype).split(groups)
+        return (
+            of_query.mul_(power).flatten(1, 2).transpose(0, 1)[None],
+            of_key[None],
+            of_value[None],
+            None,
+            None,
+        )
 
 
-def _widened(x_THD: torch.Tensor, more_TH: torch.Tensor, groups: int) -> torch.Tensor:
-    """Rows of (G, T R, D + 2) that end with a float32 number, which two columns of 16 bits hold to 16."""
-    length, heads, size = x_THD.shape
-    wide = x_THD.new_empty(groups, length, heads // groups, size + 2)
-    by_group = wide.transpose(0, 1)
-    more = more_TH.unflatten(1, (groups, -1))
-    by_group[..., :size] = x_THD.unflatten(1, (groups, -1))
-    by_group[..., size] = more
-    by_group[..., size + 1] = more - by_group[..., size]
-    return wide.flatten(1, 2)
+def _put(wide_GTRD: torch.Tensor, x_THD: torch.Tensor, more_TH: torch.Tensor) -> None:
+    """Writes rows that end with a float32 number, which two columns of 16 bits hold to 16."""
+    wide, size = wide_GTRD.transpose(0, 1), x_THD.shape[-1]
+    x, more = (y.unflatten(1, wide.shape[1:3]) for y in (x_THD, more_TH))
+    wide[..., :size], wide[..., size] = x, more
+    wide[..., size + 1] = more - wide[..., size]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """The products of a batch times the scale, which in the same operation costs 5 to 10 %."""
+    if scale == 1.0:
+        return torch.bmm(left, right)
     return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
