@@ -224,6 +224,26 @@ def test_gradients_by_blocks_are_as_near_to_float32s_as_flash_attentions():
         assert 0 < off < 2 * allowed < 0.02 * float(exact[number].norm())
 
 
+@pytest.mark.parametrize("kind", ["values of another size", "strided", "a window", "soft-capped"])
+def test_blocks_leave_to_torch_what_its_kernel_would_compute_wrongly(kind):
+    generator = torch.Generator().manual_seed(2)
+    plan = build_batch(some_trees(50)).plan
+    inputs = [torch.randn(1, heads, sum(plan.lengths), 8, generator=generator) for heads in (4, 2, 2)]
+    if kind == "values of another size":
+        inputs[2] = inputs[2][..., :6].contiguous()
+    if kind == "strided":
+        inputs = [x.mT.contiguous().mT for x in inputs]
+    more = {"a window": {"sliding_window": 4}, "soft-capped": {"softcap": 2.0}}.get(kind, {})
+    found = []
+    for core in ("answers", "blocks"):
+        own = [x.detach().requires_grad_() for x in inputs]
+        output, _ = tree_attention(torch.nn.Identity(), *own, None, tree_plan=plan.with_core(core), **more)
+        output.square().sum().backward()
+        found.append([output, *(x.grad for x in own)])
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_the_varlen_core_looks_up():
     plan = build_batch(some_trees(100), "shared", "varlen").plan
     assert plan.lengths == [13, 7, 1, 13, 3, 9]

@@ -15,7 +15,6 @@ Shape letters: T tokens of the row, H query heads, G key-value heads, D head siz
 """
 
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -76,8 +75,11 @@ def tree_attention(
         return _varlen(query_1HTD, key_1GTD, value_1GTD, how), None
     if tree_plan.only_ends:
         return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
-    is_plain = softcap is None and not dropout and (sliding_window or math.inf) >= tree_plan.longest[1]
-    if tree_plan.core == "blocks" and is_plain and torch.is_grad_enabled():
+    if (
+        tree_plan.core == "blocks"
+        and torch.is_grad_enabled()
+        and _suits_blocks(query_1HTD, key_1GTD, value_1GTD, how)
+    ):
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
         return block_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, scale), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
@@ -133,6 +135,14 @@ def _at_ends(
     _, heads, length, _ = query_1HTD.shape
     empty = found_1AHD.new_zeros(1, length, heads, found_1AHD.shape[-1])
     return empty.index_copy(1, plan.ends, found_1AHD)
+
+
+def _suits_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: _How) -> bool:
+    """Whether torch's kernel for a CPU takes these as they are, and nothing but causality is asked for."""
+    is_plain = how.softcap is None and not how.dropout
+    has_window = how.window is not None and how.window < how.plan.longest[1]
+    is_even = all(x.stride(-1) == 1 and x.shape[-1] == query.shape[-1] for x in (query, key, value))
+    return is_plain and not has_window and is_even
 
 
 def _gathered(
