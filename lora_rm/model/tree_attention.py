@@ -277,7 +277,7 @@ def time_cores(
     """Seconds of a forward and a backward pass of every core that is exact on a device, on a row of random values.
 
     Args:
-        device: On a CPU there is nothing to choose, see `RewardModel.exact_cores`.
+        device: On a CPU nothing is chosen by time, see `RewardModel.exact_cores`.
         dtype: Of queries, keys and values; varlen needs a 16-bit one and CUDA.
         heads: Query heads.
         groups: Key-value heads.
