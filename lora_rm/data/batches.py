@@ -122,7 +122,8 @@ class TreePlan:
         if core in ("answers", "blocks"):
             return replace(self, core=core, indices={})
         own = self.lengths
-        rows = [piece.seen(torch.arange(self.trees[-1].end), dim=0) for piece in self.pieces]
+        tokens = torch.arange(self.trees[-1].end)
+        rows = [piece.seen(tokens, dim=0) for piece in self.pieces]
         sizes = torch.tensor([len(row) for row in rows])
         if core == "varlen":
             begin = torch.zeros(1, dtype=torch.int32)

@@ -14,7 +14,7 @@ import torch
 from lora_rm.data.batches import TreePlan
 
 BLOCK = 128
-"""Queries a block. Of 64, 128, 256 and 512 the fastest or within 5 % of it for 150 to 1,500 tokens, nine heads of 64."""
+"""Queries a block. A step in HH's lengths took least with 128 of 96, 128, 192 and 256, by less than a machine's drift."""
 
 
 def block_attention(

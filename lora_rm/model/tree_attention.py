@@ -80,8 +80,7 @@ def tree_attention(
         and torch.is_grad_enabled()
         and _suits_blocks(query_1HTD, key_1GTD, value_1GTD, how)
     ):
-        scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return block_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, scale), None
+        return block_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, how.scale(query_1HTD)), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
     queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
     outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
@@ -100,6 +99,10 @@ class _How(NamedTuple):
     dropout: float
     window: int | None
     softcap: float | None
+
+    def scale(self, query: torch.Tensor) -> float:
+        """What scores are multiplied with."""
+        return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
 
 
 Pieces = Sequence[torch.Tensor]
@@ -259,9 +262,10 @@ def _softcapped(
     """Attention whose scores are bent to softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, 2.2)."""
     groups = query_1HQD.shape[1] // key_1GKD.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key_1GKD, value_1GKD))
-    scale = query_1HQD.shape[-1] ** -0.5 if how.scaling is None else how.scaling
     assert how.softcap is not None
-    scores_1HQK = how.softcap * torch.tanh(query_1HQD @ key.transpose(2, 3) * scale / how.softcap)
+    scores_1HQK = how.softcap * torch.tanh(
+        query_1HQD @ key.transpose(2, 3) * how.scale(query_1HQD) / how.softcap
+    )
     mask = how.plan.mask(query_1HQD.shape[2], key.shape[2], how.window, scores_1HQK)
     weights = torch.softmax(scores_1HQK + mask, dim=-1, dtype=torch.float32)
     return F.dropout(weights.to(value.dtype), p=how.dropout) @ value
