@@ -76,7 +76,7 @@ class _BlockAttention(torch.autograd.Function):
         right = key.new_ones(2 * groups, length, size + 2)
         right[:groups, :, :size], right[groups:, :, :size] = value[0], key[0]
         of_query = query.new_empty(length, groups, shared, size)
-        of_right = torch.zeros_like(right, dtype=torch.float32)  # dK and dV
+        of_right = right.new_zeros(2 * groups, length, size, dtype=torch.float32)  # dK and dV
         for piece in ctx.plan.pieces:
             seen = piece.seen(right, dim=1)
             for start in range(piece.start, piece.end, BLOCK):
@@ -90,12 +90,14 @@ class _BlockAttention(torch.autograd.Function):
                 of_scores.mul_(weights.exp_())
                 of_rows = _product(of_scores, seen[groups:, :keys, :size], rest)
                 of_query[start:end] = of_rows.unflatten(1, (own, shared)).transpose(0, 1)
-                of_seen = torch.bmm(both.mT, rows[groups:])
+                of_seen = torch.bmm(
+                    both.mT, rows[groups:, :, :size]
+                )  # 64 columns take 0.83 of the time of 66
                 done = 0
                 for first, stop in (*piece.before, (piece.start, end)):
                     of_right[:, first:stop].add_(of_seen[:, done : done + stop - first])
                     done += stop - first
-        of_key, of_value = of_right[..., :size].mul_(rest).to(query.dtype).split(groups)
+        of_key, of_value = of_right.mul_(rest).to(query.dtype).split(groups)
         return (
             of_query.mul_(power).flatten(1, 2).transpose(0, 1)[None],
             of_key[None],

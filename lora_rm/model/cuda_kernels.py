@@ -206,11 +206,6 @@ def is_planned() -> bool:
     return _planned.get() is not None
 
 
-def are_to_be_had() -> bool:
-    """Whether the GPU here has the kernels; without one, those of others are taken to."""
-    return not torch.cuda.is_available() or _kernels(torch.cuda.current_device()) is not None
-
-
 def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
     """The kernels for tensors, if these are for them: on the present device, in bfloat16, at multiples of 16 bytes."""
     # values are counted in 32 bits

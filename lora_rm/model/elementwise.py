@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 
@@ -33,21 +34,52 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, scale = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        y, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, scale, weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
         if x.is_cuda or is_planned():
             of_x, _ = torch.ops.aten._fused_rms_norm_backward(
-                gradient.contiguous(), x, weight.shape, scale, weight, [True, False]
+                gradient, x, weight.shape, scale, weight, [True, False]
             )
             return of_x, None, None
-        weighted, normed = (gradient * weight).float(), x.float() * scale
-        mean = (weighted * normed).mean(-1, keepdim=True)
-        return normed.mul_(-mean).add_(weighted).mul_(scale).to(x.dtype), None, None
+        # torch has no such kernel for a CPU, but that of a layer norm: around 0 it takes mean(w g) / sqrt(...) too much away
+        of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            gradient,
+            x,
+            weight.shape,
+            torch.zeros_like(scale),
+            scale,
+            weight.to(scale.dtype),
+            None,
+            [True, False, False],
+        )
+        taken = (gradient @ weight[:, None]).mul_(scale / len(weight))
+        return of_x.add_(taken), None, None
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What eq. 4 makes of x (..., D), and 1 / sqrt(...) of every token, (..., 1) float32."""
+    if x.is_cuda or is_planned():
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten._fused_rms_norm(
+            x, weight.shape, weight, eps
+        )
+        return found
+    # on a CPU that is several passes over a float32 copy of the row; a few tokens at a time it stays in the cache
+    size = len(weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y, scale = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
+    weight, tokens = weight.to(wide), max(1, 2**18 // size)
+    for rows, to, of_rows in zip(*(t.flatten(0, -2).split(tokens) for t in (x, y, scale)), strict=True):
+        rows = rows.to(wide)
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=of_rows)
+        of_rows.square_().div_(size).add_(eps).rsqrt_()
+        to.copy_((rows * of_rows).mul_(weight))
+    return y, scale
 
 
 class MadeAgain(NamedTuple):
@@ -90,8 +122,7 @@ class FusedNorm(nn.Module):
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)[0]
-    return y
+    return _normed(x, weight, eps)[0]
 
 
 class _Gated(torch.autograd.Function):
@@ -106,8 +137,13 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
-        if isinstance(ctx.f, SILU) and (kernels := kernels_for(gradient, gate, up)):
-            return *kernels.gated_backward(gradient, gate, up), None
+        if isinstance(ctx.f, SILU):
+            if kernels := kernels_for(gradient, gate, up):
+                return *kernels.gated_backward(gradient, gate, up), None
+            # in place: on a CPU a fresh tensor as long as the row takes longer to get than to fill
+            of_gate = gradient * up
+            torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+            return of_gate, F.silu(gate).mul_(gradient), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             activated = ctx.f(gate)
@@ -116,8 +152,9 @@ class _Gated(torch.autograd.Function):
 
 
 def _gated_product(gate: torch.Tensor, up: torch.Tensor, f: Any) -> torch.Tensor:
-    if isinstance(f, SILU) and (kernels := kernels_for(gate, up)):
-        return kernels.gated(gate, up)
+    if isinstance(f, SILU):
+        kernels = kernels_for(gate, up)
+        return kernels.gated(gate, up) if kernels else F.silu(gate).mul_(up)
     y: torch.Tensor = f(gate) * up
     return y
 
