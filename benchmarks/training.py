@@ -87,6 +87,12 @@ def main() -> None:
         help="optimizer steps of a turn; the first is not counted; default: 3, quick 2",
     )
     parser.add_argument(
+        "--turns",
+        type=int,
+        default=1,
+        help="turns of each, one after another, since a machine changes within minutes; default: 1, ours 2",
+    )
+    parser.add_argument(
         "--batches",
         nargs="+",
         type=int,
@@ -127,7 +133,7 @@ def main() -> None:
                     rows += contest.run_modes(name, pairs, steps)
                     show_modes(rows)
                 else:
-                    rows.append(contest.run(name, pairs, steps, wanted.batches))
+                    rows.append(contest.run(name, pairs, steps, wanted.batches, wanted.turns))
                     show(rows)
                 if wanted.json:
                     wanted.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -202,29 +208,33 @@ class Contest:
     def __exit__(self, *_: object) -> None:
         self.scratch.cleanup()
 
-    def run(self, name: str, per_step: int, steps: int, sizes: list[int]) -> dict[str, Any]:
-        """One row of the table; `sizes` are those of TRL's batches at its best."""
+    def run(self, name: str, per_step: int, steps: int, sizes: list[int], turns: int) -> dict[str, Any]:
+        """One row of the table; `sizes` are those of TRL's batches at its best, ours has a turn more than TRL."""
         trees = make_trees(name, per_step * steps, self.ours.chat)
         batches = [size for size in sizes if per_step % size == 0]
         if not batches:
             raise SystemExit(f"{name}: none of the batches {sizes} divides a step of {per_step} pairs")
         for dtype in {self.dtype, torch.float32} - self.theirs.keys():
             self.theirs[dtype] = self._load_theirs(dtype)  # before memory is watched
-        say(f"{name}, {self.quantization}: ours ...")
-        with peak_memory() as peak:
-            losses, seconds, tokens = self.train_ours(trees, per_step, steps)
         found: dict[Any, list[float]] = {}
         losses_of, padded, peaks = {}, {}, {}
-        for variant in ["defaults", *batches]:
-            say(f"{name}, {self.quantization}: TRL {variant} ...")
-            size = min(8, per_step) if variant == "defaults" else variant
-            size = next(s for s in range(size, 0, -1) if per_step % s == 0)
-            with peak_memory() as peaks[variant]:
-                losses_of[variant], found[variant], padded[variant] = self._train_theirs(
-                    trees, per_step, steps, size, checkpointing=variant == "defaults"
-                )
-        again, more, _ = self.train_ours(trees, per_step, steps)  # the machine may have changed meanwhile
-        assert again == losses
+        variants = ["defaults", *batches]
+        for turn, variant in enumerate([*["ours", *variants] * turns, "ours"]):
+            say(f"{name}, {self.quantization}: {variant if variant == 'ours' else f'TRL {variant}'} ...")
+            with peak_memory() as peak:
+                if variant == "ours":
+                    losses, seconds, tokens = self.train_ours(trees, per_step, steps)
+                else:
+                    size = min(8, per_step) if variant == "defaults" else variant
+                    size = next(s for s in range(size, 0, -1) if per_step % s == 0)
+                    losses, seconds, padded[variant] = self._train_theirs(
+                        trees, per_step, steps, size, checkpointing=variant == "defaults"
+                    )
+            assert losses_of.setdefault(variant, losses) == losses
+            found.setdefault(variant, []).extend(seconds)
+            if turn <= len(variants):  # later the allocator has pages of turns before
+                peaks[variant] = peak[0]
+        losses = losses_of.pop("ours")
         exact, others = losses, list(losses_of.values())
         if self.dtype != torch.float32:
             say(f"{name}, {self.quantization}: both in float32 ...")
@@ -240,7 +250,7 @@ class Contest:
             raise SystemExit(
                 f"{name}: bfloat16 moves our losses by {rounding:.2e} and TRL's by {trl_rounding:.2e}; no ratio would mean anything"
             )
-        own = statistics.median(seconds + more)
+        own = statistics.median(found["ours"])
         best = min(batches, key=lambda size: statistics.median(found[size]))
         return {
             "work": name, "quantization": self.quantization, "dtype": dtype_name(self.dtype),
@@ -248,8 +258,8 @@ class Contest:
             "pairs_per_second": per_step / own, "tokens": tokens, "trl_tokens": padded[best],
             "ratio_defaults": statistics.median(found["defaults"]) / own,
             "ratio_best": statistics.median(found[best]) / own, "best_batch": best,
-            "loss_difference": difference, "rounding": rounding, "trl_rounding": trl_rounding, "seconds": own, "peak_mb": round(peak[0]),
-            "trl_peak_mb": round(peaks[best][0]), "trl_defaults_peak_mb": round(peaks["defaults"][0]),
+            "loss_difference": difference, "rounding": rounding, "trl_rounding": trl_rounding, "seconds": own, "peak_mb": round(peaks["ours"]),
+            "trl_peak_mb": round(peaks[best]), "trl_defaults_peak_mb": round(peaks["defaults"]),
         }  # fmt: skip
 
     def run_modes(self, name: str, per_step: int, steps: int) -> list[dict[str, Any]]:
