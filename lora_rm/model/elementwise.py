@@ -24,6 +24,9 @@ from lora_rm.model.cuda_kernels import Kernels, is_planned, kernels_for
 SILU = nn.SiLU, SiLUActivation
 """The activation that has a kernel of its own."""
 
+AT_ONCE = 2**18
+"""Values whose norm a CPU computes at once: a megabyte of float32, which stays in its cache. A row of 3,165 tokens took half the time."""
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = w x / sqrt(mean(x^2) + eps) over the last dimension; w is frozen.
@@ -69,11 +72,11 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Te
             x, weight.shape, weight, eps
         )
         return found
-    # on a CPU that is several passes over a float32 copy of the row; a few tokens at a time it stays in the cache
+    # on a CPU that is several passes over a float32 copy
     size = len(weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     y, scale = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
-    weight, tokens = weight.to(wide), max(1, 2**18 // size)
+    weight, tokens = weight.to(wide), max(1, AT_ONCE // size)
     for rows, to, of_rows in zip(*(t.flatten(0, -2).split(tokens) for t in (x, y, scale)), strict=True):
         rows = rows.to(wide)
         torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=of_rows)
