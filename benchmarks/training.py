@@ -219,7 +219,7 @@ class Contest:
         found: dict[Any, list[float]] = {}
         losses_of, padded, peaks = {}, {}, {}
         variants = ["defaults", *batches]
-        for turn, variant in enumerate([*["ours", *variants] * turns, "ours"]):
+        for variant in [*["ours", *variants] * turns, "ours"]:
             say(f"{name}, {self.quantization}: {variant if variant == 'ours' else f'TRL {variant}'} ...")
             with peak_memory() as peak:
                 if variant == "ours":
@@ -232,8 +232,8 @@ class Contest:
                     )
             assert losses_of.setdefault(variant, losses) == losses
             found.setdefault(variant, []).extend(seconds)
-            if turn <= len(variants):  # later the allocator has pages of turns before
-                peaks[variant] = peak[0]
+            # of the first turn: later the allocator has pages of turns before
+            peaks.setdefault(variant, peak[0])
         losses = losses_of.pop("ours")
         exact, others = losses, list(losses_of.values())
         if self.dtype != torch.float32:

@@ -90,9 +90,8 @@ class _BlockAttention(torch.autograd.Function):
                 of_scores.mul_(weights.exp_())
                 of_rows = _product(of_scores, seen[groups:, :keys, :size], rest)
                 of_query[start:end] = of_rows.unflatten(1, (own, shared)).transpose(0, 1)
-                of_seen = torch.bmm(
-                    both.mT, rows[groups:, :, :size]
-                )  # 64 columns take 0.83 of the time of 66
+                # without the two further columns: of 64 a product takes 0.83 of the time of 66
+                of_seen = torch.bmm(both.mT, rows[groups:, :, :size])
                 done = 0
                 for first, stop in (*piece.before, (piece.start, end)):
                     of_right[:, first:stop].add_(of_seen[:, done : done + stop - first])
