@@ -1,6 +1,7 @@
 """Rewards and every gradient of a packed, prefix-shared row equal those of separate conversations."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model import block_attention as block_attention_module
+from lora_rm.model import cpu_attention
 from lora_rm.model import tree_attention as tree_attention_module
 from lora_rm.model.reward_model import _probe
 from lora_rm.model.tree_attention import time_cores, tree_attention
@@ -195,49 +197,124 @@ def test_every_core_gives_the_same_gradients(tmp_path, monkeypatch, family, core
         assert float((found[1][1][name] - gradient).abs().max() / gradient.abs().max()) < 1e-5, name
 
 
-def test_gradients_by_blocks_are_as_near_to_float32s_as_flash_attentions():
-    """In bfloat16, whose forward pass is the same to the bit; three blocks, and scores of up to 40."""
-    trees = [
+compiles = pytest.mark.skipif(
+    not (torch.cpu._is_avx512_bf16_supported() and shutil.which("cc")),
+    reason="needs AVX512-BF16 and a C compiler",
+)
+ON_CPU = ["blocks", pytest.param("compiled", marks=compiles)]
+
+TREES = {
+    "several": [
         TokenTree([1] * 200, ([2] * 150, [3] * 40)),
         TokenTree([1] * 190 + [4] * 30, ([5] * 20, [6] * 50)),
-    ]
+    ],
+    "nothing shared": [TokenTree([], ([2] * 70, [3] * 33)), TokenTree([1] * 65, ([7],))],
+    "many answers": [TokenTree([1] * 33, tuple([number] * (5 * number + 1) for number in range(9)))],
+}
+
+
+def attend_with(core, inputs, direction, plan, dtype):
+    """Output and gradients of an attention core."""
+    inputs = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    output, _ = tree_attention(torch.nn.Identity(), *inputs, None, tree_plan=plan.with_core(core))
+    output.backward(direction.transpose(1, 2).to(dtype))
+    return [output.detach().float(), *(x.grad.float() for x in inputs)]
+
+
+def random_rows(plan, heads, groups, size):
+    """Queries that give scores of up to 40, keys, values and a gradient."""
     generator = torch.Generator().manual_seed(0)
+    length = sum(plan.lengths)
+    counts = (heads, groups, groups, heads)
+    query, *others = (torch.randn(1, count, length, size, generator=generator).bfloat16() for count in counts)
+    return query * 4, *others
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(6, 2, 64), (3, 3, 16), (8, 1, 80), (2, 1, 128)])
+@pytest.mark.parametrize("trees", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("core", ON_CPU)
+def test_gradients_on_a_cpu_are_as_near_to_float32s_as_flash_attentions(core, trees, heads, groups, size):
     plan = build_batch(trees).plan
-    query, key, value, direction = (
-        torch.randn(1, heads, sum(plan.lengths), 64, generator=generator).bfloat16() for heads in (6, 2, 2, 6)
-    )
-    query *= 4
-
-    def compute(core, dtype):
-        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
-        output, _ = tree_attention(torch.nn.Identity(), *inputs, None, tree_plan=plan.with_core(core))
-        output.backward(direction.transpose(1, 2).to(dtype))
-        return [output.detach().float(), *(x.grad.float() for x in inputs)]
-
-    exact, flash, blocks = (
-        compute(*how)
-        for how in (("answers", torch.float32), ("answers", torch.bfloat16), ("blocks", torch.bfloat16))
-    )
-    assert torch.equal(flash[0], blocks[0])
-    for number in (1, 2, 3):
-        off, allowed = (float((x[number] - exact[number]).norm()) for x in (blocks, flash))
-        assert 0 < off < 2 * allowed < 0.02 * float(exact[number].norm())
+    *inputs, direction = random_rows(plan, heads, groups, size)
+    exact = attend_with("answers", inputs, direction, plan, torch.float32)
+    flash = attend_with("answers", inputs, direction, plan, torch.bfloat16)
+    ours = attend_with(core, inputs, direction, plan, torch.bfloat16)
+    assert torch.equal(flash[0], ours[0]) or core == "compiled"
+    for one, theirs, expected in zip(ours, flash, exact, strict=True):
+        off, allowed = (float((x - expected).norm()) for x in (one, theirs))
+        assert 0 < off < (2 if core == "blocks" else 1.02) * allowed < 0.02 * float(expected.norm())
 
 
-@pytest.mark.parametrize("kind", ["values of another size", "strided", "a window", "soft-capped"])
-def test_blocks_leave_to_torch_what_its_kernel_would_compute_wrongly(kind):
+@compiles
+def test_compiled_attention_gives_the_same_bits_with_any_number_of_threads():
+    plan = build_batch(TREES["several"]).plan
+    *inputs, direction = random_rows(plan, 6, 2, 64)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 64):
+            torch.set_num_threads(threads)
+            found.append(attend_with("compiled", inputs, direction, plan, torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for run in found[1:] for one, other in zip(run, found[0], strict=True))
+
+
+@compiles
+def test_a_model_of_one_layer_trains_with_compiled_attention(tmp_path):
+    base = make_base(tmp_path / "base", "llama", dtype=torch.bfloat16)
+    model = shake(make_model(base, quantization="none", load_dtype="bfloat16"))
+    model.set_compute_dtype(torch.bfloat16)
+    assert model.exact_cores() == ["compiled", "blocks", "answers"]
+    model.train()
+    model.set_batching("shared")
+    trees = some_trees(model.classifier.config.vocab_size)
+    found = []
+    for core in ("answers", "compiled"):
+        model.set_core(core)
+        rewards = model.rewards(model.batch(trees))
+        found.append((rewards.detach(), gradients(model, rewards)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.05, atol=0.02)
+    for name, gradient in found[0][1].items():
+        assert float((found[1][1][name] - gradient).norm() / gradient.norm()) < 0.1, name
+
+
+@compiles
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "broken"])
+def test_without_a_compiler_torch_computes_the_attention(tmp_path, monkeypatch, capsys, compiler):
+    if compiler == "broken":  # it makes a library whose function does nothing
+        source = tmp_path / "nothing.c"
+        source.write_text("int compute(void *job, int threads) { return 0; }")
+        monkeypatch.setattr(cpu_attention, "SOURCE", source)
+    else:
+        monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path / "cache"))
+    cpu_attention._is_exact.cache_clear()
+    cpu_attention._library.cache_clear()
+    try:
+        assert not cpu_attention.is_to_be_had(6, 2, 48)
+        assert "Attention is computed by torch, which takes longer" in capsys.readouterr().out
+    finally:
+        cpu_attention._is_exact.cache_clear()
+        cpu_attention._library.cache_clear()
+
+
+@pytest.mark.parametrize("core", ON_CPU)
+@pytest.mark.parametrize("kind", ["values of another size", "strided", "a window", "soft-capped", "float32"])
+def test_cores_of_a_cpu_leave_to_torch_what_they_would_compute_wrongly(kind, core):
     generator = torch.Generator().manual_seed(2)
     plan = build_batch(some_trees(50)).plan
-    inputs = [torch.randn(1, heads, sum(plan.lengths), 8, generator=generator) for heads in (4, 2, 2)]
+    inputs = [torch.randn(1, heads, sum(plan.lengths), 16, generator=generator) for heads in (4, 2, 2)]
+    if core == "compiled" and kind != "float32":
+        inputs = [x.bfloat16() for x in inputs]
     if kind == "values of another size":
         inputs[2] = inputs[2][..., :6].contiguous()
     if kind == "strided":
         inputs = [x.mT.contiguous().mT for x in inputs]
     more = {"a window": {"sliding_window": 4}, "soft-capped": {"softcap": 2.0}}.get(kind, {})
     found = []
-    for core in ("answers", "blocks"):
+    for name in ("answers", core):
         own = [x.detach().requires_grad_() for x in inputs]
-        output, _ = tree_attention(torch.nn.Identity(), *own, None, tree_plan=plan.with_core(core), **more)
+        output, _ = tree_attention(torch.nn.Identity(), *own, None, tree_plan=plan.with_core(name), **more)
         output.square().sum().backward()
         found.append([output, *(x.grad for x in own)])
     for expected, ours in zip(*found, strict=True):
@@ -419,7 +496,8 @@ def test_the_core_of_a_cpu_is_not_a_matter_of_chance(base):
     model = make_model(base)
     assert model.exact_cores() == ["answers"]
     model.set_compute_dtype(torch.bfloat16)
-    assert model.exact_cores() == ["blocks", "answers"]
+    compiled = ["compiled"] if cpu_attention.is_to_be_had(4, 2, 16) else []
+    assert model.exact_cores() == [*compiled, "blocks", "answers"]
 
 
 def test_a_core_that_the_model_cannot_use_is_given_up(base, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import torch
 from lora_rm.data.tokens import TokenTree, common_length
 
 Batching = Literal["shared", "packed", "padded"]
-Core = Literal["answers", "blocks", "gathered", "varlen"]
+Core = Literal["answers", "blocks", "compiled", "gathered", "varlen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class TreePlan:
     """Whether only the ends' outputs are wanted, as in the last layer."""
 
     indices: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What the cores `gathered` and `varlen` look up; see `with_core`."""
+    """What the cores `compiled`, `gathered` and `varlen` look up; see `with_core`."""
 
     calls: list[tuple[int, int | None]] = field(default_factory=list)
     """One entry for every layer that has attended by this plan: its number of queries, and its sliding window."""
@@ -112,6 +112,9 @@ class TreePlan:
     def with_core(self, core: Core) -> "TreePlan":
         """The same plan for another core, with what that core looks up.
 
+        For `compiled`, of N trees, the longest first, and A answers in the row's order, int32:
+            trees          (N, 5) start, stem length, prompt length, index of the first answer, number of answers
+            answer_lengths (A,)
         For `gathered`, of A answers of at most S tokens each with its prompt:
             conversations  (A, S) index in the row of every conversation's tokens, again from its start behind its end
             places         (T,) where the row's tokens stand in the flattened conversations
@@ -121,6 +124,8 @@ class TreePlan:
         """
         if core in ("answers", "blocks"):
             return replace(self, core=core, indices={})
+        if core == "compiled":
+            return replace(self, core=core, indices=self._tables())
         own = self.lengths
         tokens = torch.arange(self.trees[-1].end)
         rows = [piece.seen(tokens, dim=0) for piece in self.pieces]
@@ -141,6 +146,20 @@ class TreePlan:
         # filled up with the conversation again: one token for all would get the gradients of all, one after the other
         conversations = torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
         return replace(self, core=core, indices={"conversations": conversations, "places": torch.cat(places)})
+
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """The trees as numbers. The longest first: what is left at the end, when some threads have no more to do, is short."""
+        rows, lengths = [], list[int]()
+        for tree in self.trees:
+            rows.append(
+                (tree.start, tree.stem_length, tree.prompt_length, len(lengths), len(tree.answer_lengths))
+            )
+            lengths += tree.answer_lengths
+        order = sorted(range(len(rows)), key=lambda number: self.trees[number].start - self.trees[number].end)
+        return {
+            "trees": torch.tensor([rows[number] for number in order], dtype=torch.int32),
+            "answer_lengths": torch.tensor(lengths, dtype=torch.int32),
+        }
 
     @cached_property
     def longest(self) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import make_trainable, new_classifier, wanted_quantization
 from lora_rm.model.cuda_kernels import without_launches
 from lora_rm.model.quantization import codes_8bit, quantized_layers
-from lora_rm.model.reward_model import RewardModel
+from lora_rm.model.reward_model import RewardModel, cores_of_cpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,6 +324,7 @@ def trace_without_data(
     try:
         with _dense_weights_of_dora():
             model = empty_model(config, settings, mode, compute_dtype, batching)
+        core = "varlen" if on_gpu else cores_of_cpu(config, compute_dtype)[0]
         in_16_bits = on_gpu and compute_dtype != torch.float32
         with (
             _dense_weights_of_dora(),
@@ -332,7 +333,7 @@ def trace_without_data(
         ):
             fill(model, torch.device("cpu"))
             if compute_dtype != torch.float32:
-                model.set_core("varlen" if on_gpu else "blocks")
+                model.set_core(core)
             return trace(model, rows, settings)
     except ModelError:
         raise

@@ -50,6 +50,7 @@ from lora_rm.model.classifier import (
     stored_head,
     wanted_quantization,
 )
+from lora_rm.model.cpu_attention import is_to_be_had
 from lora_rm.model.device import is_out_of_memory, pick_compute_dtype, pick_device
 from lora_rm.model.elementwise import fuse_elementwise
 from lora_rm.model.quantization import (
@@ -411,13 +412,8 @@ class RewardModel(nn.Module):
 
     def _find_cores(self) -> Sequence[Core]:
         if self.device.type == "cpu":
-            # not timed: runs of one seed would differ where two cores are about as fast
-            return ["blocks", "answers"] if self.compute_dtype == torch.bfloat16 else ["answers"]
-        text = self.classifier.config.get_text_config()
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        groups = getattr(text, "num_key_value_heads", None) or heads
-        seconds = time_cores(self.device, self.compute_dtype, heads, groups, size)
+            return cores_of_cpu(self.classifier.config, self.compute_dtype)
+        seconds = time_cores(self.device, self.compute_dtype, *_heads(self.classifier.config))
         return sorted(seconds, key=lambda core: seconds[core]) or ["answers"]
 
     def choose_batching(self, wanted: str = "auto") -> Batching:
@@ -715,6 +711,21 @@ class RewardModel(nn.Module):
             and not head.requires_grad
         ):
             raise ModelError("The score head is frozen while the adapter is trained.")
+
+
+def cores_of_cpu(config: Any, dtype: torch.dtype) -> list[Core]:
+    """The attention cores of a CPU for a type of products, fastest first; not timed, or runs of one seed could differ."""
+    if dtype != torch.bfloat16:
+        return ["answers"]
+    return [*(("compiled",) if is_to_be_had(*_heads(config)) else ()), "blocks", "answers"]
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads of a model, key-value heads, and the size of a head."""
+    text = config.get_text_config()
+    heads: int = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, size
 
 
 def _num_windowed(text: Any) -> int:

@@ -30,6 +30,7 @@ from transformers import AttentionInterface
 
 from lora_rm.data.batches import Core, Tree, TreePlan
 from lora_rm.model.block_attention import block_attention
+from lora_rm.model.cpu_attention import compiled_attention
 from lora_rm.model.quantization import autocast_dtype
 
 NAME = "lora_rm_tree"
@@ -75,12 +76,12 @@ def tree_attention(
         return _varlen(query_1HTD, key_1GTD, value_1GTD, how), None
     if tree_plan.only_ends:
         return _at_ends(query_1HTD, key_1GTD, value_1GTD, how), None
-    if (
-        tree_plan.core == "blocks"
-        and torch.is_grad_enabled()
-        and _suits_blocks(query_1HTD, key_1GTD, value_1GTD, how)
-    ):
-        return block_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, how.scale(query_1HTD)), None
+    if tree_plan.core in ("blocks", "compiled") and _is_plain(query_1HTD, key_1GTD, value_1GTD, how):
+        scale = how.scale(query_1HTD)
+        if tree_plan.core == "compiled":
+            return compiled_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, scale), None
+        if torch.is_grad_enabled():  # the forward pass is that of `answers`
+            return block_attention(query_1HTD, key_1GTD, value_1GTD, tree_plan, scale), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
     queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
     outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
@@ -140,12 +141,13 @@ def _at_ends(
     return empty.index_copy(1, plan.ends, found_1AHD)
 
 
-def _suits_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: _How) -> bool:
-    """Whether torch's kernel for a CPU takes these as they are, and nothing but causality is asked for."""
-    is_plain = how.softcap is None and not how.dropout
+def _is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: _How) -> bool:
+    """Whether the cores of a CPU take these as they are, and nothing but causality is asked for."""
+    has_no_more = how.softcap is None and not how.dropout
     has_window = how.window is not None and how.window < how.plan.longest[1]
     is_even = all(x.stride(-1) == 1 and x.shape[-1] == query.shape[-1] for x in (query, key, value))
-    return is_plain and not has_window and is_even
+    is_of_type = how.plan.core == "blocks" or all(x.dtype == torch.bfloat16 for x in (query, key, value))
+    return has_no_more and not has_window and is_even and is_of_type
 
 
 def _gathered(
