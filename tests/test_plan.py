@@ -438,7 +438,7 @@ def test_a_gpu_without_the_kernels_needs_no_more_than_planned(monkeypatch):
         return trace_without_data(*how, on_gpu=True)[1][0][1]
 
     with_kernels = peak()
-    monkeypatch.setattr("lora_rm.model.elementwise.kernels_for", lambda *_: None)
+    monkeypatch.setattr("lora_rm.model.cuda_kernels.kernels_for", lambda *_: None)
     assert peak() == with_kernels
 
 

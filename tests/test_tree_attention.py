@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model import block_attention as block_attention_module
-from lora_rm.model import cpu_attention
+from lora_rm.model import cpu_attention, cpu_library
 from lora_rm.model import tree_attention as tree_attention_module
 from lora_rm.model.reward_model import _probe
 from lora_rm.model.tree_attention import time_cores, tree_attention
@@ -289,13 +289,13 @@ def test_without_a_compiler_torch_computes_the_attention(tmp_path, monkeypatch, 
         monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path / "cache"))
     cpu_attention._is_exact.cache_clear()
-    cpu_attention._library.cache_clear()
+    cpu_library.library.cache_clear()
     try:
         assert not cpu_attention.is_to_be_had(6, 2, 48)
         assert "Attention is computed by torch, which takes longer" in capsys.readouterr().out
     finally:
         cpu_attention._is_exact.cache_clear()
-        cpu_attention._library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 @pytest.mark.parametrize("core", ON_CPU)

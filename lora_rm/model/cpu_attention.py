@@ -9,26 +9,18 @@ Shape letters as in tree_attention.
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_rm.console import say
 from lora_rm.data.batches import Tree, TreePlan
 from lora_rm.errors import first_line
-from lora_rm.model.base import cache_folder
+from lora_rm.model.cpu_library import has_instructions, library
 
 SOURCE = Path(__file__).with_suffix(".c")
-INSTRUCTIONS = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
-"""For any CPU that has them, not for the one at hand alone: the machines of a cluster share a home folder."""
-
 MOST_SHARED = 96
 """Query heads that may share keys: the rows of a block."""
 
@@ -136,14 +128,13 @@ def _compute(scale: float, *tensors: torch.Tensor) -> None:
         groups=key.shape[1],
         scale=scale,
     )
-    if _library(query.shape[2]).compute(ctypes.byref(job), torch.get_num_threads()):
+    if library(SOURCE, f"D={query.shape[2]}").compute(ctypes.byref(job), torch.get_num_threads()):
         raise MemoryError("no memory is left for the keys of one tree")
 
 
 def is_to_be_had(heads: int, groups: int, size: int) -> bool:
     """Whether attention can be compiled here for so many heads, that share keys in groups, of a size; the first time takes seconds."""
-    has_instructions = sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported()
-    return has_instructions and size % 16 == 0 and heads <= MOST_SHARED * groups and _is_exact(size)
+    return has_instructions() and size % 16 == 0 and heads <= MOST_SHARED * groups and _is_exact(size)
 
 
 @functools.cache
@@ -151,7 +142,8 @@ def _is_exact(size: int) -> bool:
     """Whether what was compiled gives what float32 gives, on two small trees with a stem."""
     trees = Tree(0, 70, (30, 5)), Tree(105, 9, (40,), 4)
     try:
-        _check(TreePlan(trees, torch.tensor([99, 104, 153])).with_core("compiled"), size)
+        with _disable_current_modes():  # a plan's, whose tensors have no data
+            _check(TreePlan(trees, torch.tensor([99, 104, 153])).with_core("compiled"), size)
     except (OSError, RuntimeError) as error:
         say(f"Attention is computed by torch, which takes longer: {first_line(error, 160)}")
         return False
@@ -181,46 +173,3 @@ def _check(plan: TreePlan, size: int) -> None:
         off = float((one - other).detach().norm() / other.detach().norm())
         if not off < 2**-7:  # bfloat16 rounds by 2^-9
             raise RuntimeError(f"what was compiled is {off:.1e} off")
-
-
-@functools.cache
-def _library(size: int) -> Any:
-    """The C file compiled for a head size, kept for the next process.
-
-    Raises:
-        OSError: If there is no compiler, or no folder to write to.
-        RuntimeError: If the compiler fails.
-    """
-    flags = [
-        "-O3",
-        "-std=gnu17",
-        "-shared",
-        "-fPIC",
-        "-fopenmp",
-        f"-DD={size}",
-        *(f"-m{name}" for name in INSTRUCTIONS),
-    ]
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
-    folder = cache_folder() / "compiled"
-    file = folder / f"attention-{size}-{name}.so"
-    if not file.exists():
-        compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
-            raise OSError("no C compiler (cc) was found")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            command = (
-                *compiler.split(),
-                *flags,
-                str(SOURCE),
-                "-o",
-                f"{made}/attention.so",
-                "-nodefaultlibs",
-                "-lm",
-                "-lc",
-            )
-            compiled = subprocess.run(command, capture_output=True, text=True, check=False)
-            if compiled.returncode:
-                raise RuntimeError(f"{compiler}: {compiled.stderr.strip()}")
-            Path(made, "attention.so").replace(file)  # at once: other processes may make the same
-    return ctypes.CDLL(str(file))

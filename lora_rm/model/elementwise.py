@@ -1,7 +1,7 @@
 """RMS norms, rotary positions and gated activations in fewer passes over a row.
 
 transformers writes the first two operation by operation: a norm is 8 passes forward and some 20 backward, rotary positions are 9
-and 16. Here a norm is one kernel each way on a GPU, and positions are three, or one in bfloat16 (`cuda_kernels`). Same
+and 16. Here a norm is one kernel each way on a GPU, and positions are three, or one in bfloat16 (`cuda_kernels`, `cpu_kernels`). Same
 sums, so rewards differ by rounding alone; of a norm only its input and a number a token wait for the backward pass,
 of an activation only what went in.
 
@@ -19,13 +19,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from lora_rm.model.cuda_kernels import Kernels, is_planned, kernels_for
+from lora_rm.model import cpu_kernels, cuda_kernels
+from lora_rm.model.cpu_kernels import CpuKernels
+from lora_rm.model.cuda_kernels import Kernels, is_planned
 
 SILU = nn.SiLU, SiLUActivation
 """The activation that has a kernel of its own."""
 
 AT_ONCE = 2**18
 """Values whose norm a CPU computes at once: a megabyte of float32, which stays in its cache. The norm of 3,165 tokens of 576 took half the time."""
+
+
+def _kernels_for(*tensors: torch.Tensor) -> Kernels | CpuKernels | None:
+    """The compiled kernels of the device where tensors lie, or for which they are planned."""
+    on_cpu = tensors[0].device.type == "cpu" and not is_planned()
+    return cpu_kernels.kernels_for(*tensors) if on_cpu else cuda_kernels.kernels_for(*tensors)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,6 +58,8 @@ class _RMSNorm(torch.autograd.Function):
                 gradient, x, weight.shape, scale, weight, [True, False]
             )
             return of_x, None, None
+        if kernels := cpu_kernels.kernels_for(gradient, x, weight):
+            return kernels.norm_backward(gradient, x, weight, scale), None, None
         # torch has no such kernel for a CPU, but that of a layer norm: around 0 it takes mean(w g) / sqrt(...) too much away
         of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             gradient,
@@ -72,7 +82,9 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Te
             x, weight.shape, weight, eps
         )
         return found
-    # on a CPU that is several passes over a float32 copy
+    if kernels := cpu_kernels.kernels_for(x, weight):
+        return kernels.norm(x, weight, eps)
+    # by torch's operations that is several passes over a float32 copy
     size = len(weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     y, scale = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
@@ -141,7 +153,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
         if isinstance(ctx.f, SILU):
-            if kernels := kernels_for(gradient, gate, up):
+            if kernels := _kernels_for(gradient, gate, up):
                 return *kernels.gated_backward(gradient, gate, up), None
             # in place: on a CPU a fresh tensor as long as the row takes longer to get than to fill
             of_gate = gradient * up
@@ -156,7 +168,7 @@ class _Gated(torch.autograd.Function):
 
 def _gated_product(gate: torch.Tensor, up: torch.Tensor, f: Any) -> torch.Tensor:
     if isinstance(f, SILU):
-        kernels = kernels_for(gate, up)
+        kernels = _kernels_for(gate, up)
         return kernels.gated(gate, up) if kernels else F.silu(gate).mul_(up)
     y: torch.Tensor = f(gate) * up
     return y
@@ -199,9 +211,11 @@ class _Rotation(torch.autograd.Function):
         return _turned(gradient, cos, high, low.neg()), None, None
 
 
-def _kernels_for_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Kernels | None:
+def _kernels_for_rotation(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> Kernels | CpuKernels | None:
     is_one_row = x.dim() == 4 and x.shape[0] == 1 and cos.shape == (1, 1, *x.shape[2:])
-    return kernels_for(x, cos, sin) if is_one_row else None
+    return _kernels_for(x, cos, sin) if is_one_row else None
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
