@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, make_base, make_model
+from conftest import FAMILIES, compiles, make_base, make_model
 from torch.utils import cpp_extension
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
@@ -13,7 +13,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
-from lora_rm.model import elementwise
+from lora_rm.model import cpu_kernels, elementwise
+from lora_rm.model.cpu_kernels import CpuKernels
 from lora_rm.model.cuda_kernels import _NoKernels, _nvrtc, kernels_for, without_launches
 from lora_rm.model.elementwise import FusedNorm, GatedMLP, _is_plain_rotation, fuse_elementwise
 
@@ -34,7 +35,16 @@ def assert_alike(found, expected, dtype):
         assert float((one - other).abs().max()) <= EXACT[dtype] * float(other.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(params=["float32", "bfloat16 by torch", pytest.param("bfloat16 compiled", marks=compiles)])
+def dtype(request, monkeypatch):
+    """Of a test, in bfloat16 with and without the compiled kernels of a CPU."""
+    if "by torch" in request.param:
+        monkeypatch.setattr(cpu_kernels, "_kernels", lambda: None)
+    elif "compiled" in request.param:
+        assert cpu_kernels._kernels() is not None
+    return getattr(torch, request.param.split()[0])
+
+
 @pytest.mark.parametrize("kind", [modeling_llama.LlamaRMSNorm, Olmo2RMSNorm, modeling_phi3.Phi3RMSNorm])
 def test_a_norm_and_its_gradient_are_those_of_transformers(kind, dtype, monkeypatch):
     monkeypatch.setattr(elementwise, "AT_ONCE", 200)  # four of the ten tokens
@@ -65,11 +75,10 @@ def test_of_a_norm_its_input_and_a_number_a_token_wait_for_the_backward_pass():
     assert sorted(kept) == [7, 64, 7 * 64]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
 def test_a_gated_mlp_and_its_gradients_are_those_of_transformers(act, dtype):
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, hidden_act=act)
+    config = LlamaConfig(hidden_size=16, intermediate_size=48, num_attention_heads=2, hidden_act=act)
     mlp = modeling_llama.LlamaMLP(config).to(dtype)
     x, seen = torch.randn(2, 5, 16).to(dtype) * 3, torch.randn(2, 5, 16).to(dtype)
 
@@ -110,13 +119,12 @@ def test_what_is_another_function_is_left_alone():
     assert not _is_plain_rotation(modeling_phi3.apply_rotary_pos_emb)  # turns parts of heads too
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary_positions_and_their_gradient_are_those_of_transformers(dtype):
     torch.manual_seed(0)
-    angles = torch.randn(1, 5, 4) * 9
+    angles = torch.randn(1, 5, 24) * 9
     cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
-    sin[..., 4:] *= 1.5  # scaled positions need not be alike in both halves
-    heads = [torch.randn(1, 5, count, 8).to(dtype).transpose(1, 2) for count in (4, 2)]  # as projections lie
+    sin[..., 24:] *= 1.5  # scaled positions need not be alike in both halves
+    heads = [torch.randn(1, 5, count, 48).to(dtype).transpose(1, 2) for count in (4, 2)]  # as projections lie
 
     def run(function):
         q, k = (x.clone().requires_grad_() for x in heads)
@@ -184,6 +192,33 @@ class ByTorch(_NoKernels):
     def turned(self, x, cos, sin, *, back):
         low, high = sin.chunk(2, dim=-1)
         return elementwise._turned(x, cos, *((high, low.neg()) if back else (low.neg(), high)))
+
+
+@compiles
+@pytest.mark.parametrize("name", ["gated", "gated_backward", "norm", "norm_backward", "turned"])
+def test_kernels_of_a_cpu_that_give_other_values_are_not_used(name, monkeypatch, capsys):
+    def off(self, *args, **kwargs):
+        found = real(self, *args, **kwargs)
+        first = found[0] if isinstance(found, tuple) else found
+        first[-1] *= 1.02
+        return found
+
+    real = getattr(CpuKernels, name)
+    monkeypatch.setattr(CpuKernels, name, off)
+    assert cpu_kernels._kernels.__wrapped__() is None
+    assert "Norms, activations and positions are computed by torch" in capsys.readouterr().out
+
+
+@compiles
+def test_kernels_of_a_cpu_take_only_what_they_compute():
+    x = torch.randn(3, 32).bfloat16()
+    assert isinstance(cpu_kernels.kernels_for(x, x), CpuKernels)
+    for other in (x.float(), x[:, :24], x[:0], x.to("meta").as_subclass(Other)):
+        assert cpu_kernels.kernels_for(x, other) is None
+
+
+class Other(torch.Tensor):
+    """A tensor of another class, such as one that is sharded."""
 
 
 def test_kernels_are_checked_wherever_they_are_first_asked_for():

@@ -1,13 +1,14 @@
 """Rewards and every gradient of a packed, prefix-shared row equal those of separate conversations."""
 
 import dataclasses
-import shutil
+import functools
 
 import pytest
 import torch
 from conftest import (
     FAMILIES,
     assert_same_gradients,
+    compiles,
     gradients,
     make_base,
     make_model,
@@ -16,12 +17,13 @@ from conftest import (
     shake,
     some_trees,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rm.data.batches import build_batch
 from lora_rm.data.tokens import TokenTree
 from lora_rm.model import block_attention as block_attention_module
-from lora_rm.model import cpu_attention, cpu_library
+from lora_rm.model import cpu_attention, cpu_kernels, cpu_library
 from lora_rm.model import tree_attention as tree_attention_module
 from lora_rm.model.reward_model import _probe
 from lora_rm.model.tree_attention import time_cores, tree_attention
@@ -197,10 +199,7 @@ def test_every_core_gives_the_same_gradients(tmp_path, monkeypatch, family, core
         assert float((found[1][1][name] - gradient).abs().max() / gradient.abs().max()) < 1e-5, name
 
 
-compiles = pytest.mark.skipif(
-    not (torch.cpu._is_avx512_bf16_supported() and shutil.which("cc")),
-    reason="needs AVX512-BF16 and a C compiler",
-)
+autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 ON_CPU = ["blocks", pytest.param("compiled", marks=compiles)]
 
 TREES = {
@@ -276,6 +275,14 @@ def test_a_model_of_one_layer_trains_with_compiled_attention(tmp_path):
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0.05, atol=0.02)
     for name, gradient in found[0][1].items():
         assert float((found[1][1][name] - gradient).norm() / gradient.norm()) < 0.1, name
+
+
+@compiles
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode, autocast])
+def test_compiled_attention_is_checked_wherever_it_is_first_asked_for(mode):
+    with mode():
+        assert cpu_attention._is_exact.__wrapped__(64)
+        assert cpu_kernels._kernels.__wrapped__()
 
 
 @compiles

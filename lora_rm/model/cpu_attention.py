@@ -139,10 +139,15 @@ def is_to_be_had(heads: int, groups: int, size: int) -> bool:
 
 @functools.cache
 def _is_exact(size: int) -> bool:
-    """Whether what was compiled gives what float32 gives, on two small trees with a stem."""
+    """Whether what was compiled gives what float32 gives, on two small trees with a stem; whatever mode asks, a plan's among them."""
     trees = Tree(0, 70, (30, 5)), Tree(105, 9, (40,), 4)
     try:
-        with _disable_current_modes():  # a plan's, whose tensors have no data
+        with (
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
             _check(TreePlan(trees, torch.tensor([99, 104, 153])).with_core("compiled"), size)
     except (OSError, RuntimeError) as error:
         say(f"Attention is computed by torch, which takes longer: {first_line(error, 160)}")
@@ -159,16 +164,15 @@ def _check(plan: TreePlan, size: int) -> None:
         for start, end in (*piece.before, (piece.start, piece.end)):
             hidden[piece.start : piece.end, start:end] = False
     hidden |= torch.ones_like(hidden).triu(1)
-    with torch.enable_grad():
-        query, key, value = (x.float().requires_grad_() for x in inputs)
-        scores = query @ key.repeat_interleave(3, 1).mT / size**0.5
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        expected = (weights @ value.repeat_interleave(3, 1)).transpose(1, 2)
-        direction = torch.randn(expected.shape, generator=generator).bfloat16()
-        gradients = torch.autograd.grad(expected, (query, key, value), direction.float())
-        query, key, value = (x.clone().requires_grad_() for x in inputs)
-        found = compiled_attention(query, key, value, plan, size**-0.5)
-        our_gradients = torch.autograd.grad(found, (query, key, value), direction)
+    query, key, value = (x.float().requires_grad_() for x in inputs)
+    scores = query @ key.repeat_interleave(3, 1).mT / size**0.5
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    expected = (weights @ value.repeat_interleave(3, 1)).transpose(1, 2)
+    direction = torch.randn(expected.shape, generator=generator).bfloat16()
+    gradients = torch.autograd.grad(expected, (query, key, value), direction.float())
+    query, key, value = (x.clone().requires_grad_() for x in inputs)
+    found = compiled_attention(query, key, value, plan, size**-0.5)
+    our_gradients = torch.autograd.grad(found, (query, key, value), direction)
     for one, other in zip((found, *our_gradients), (expected, *gradients), strict=True):
         off = float((one - other).detach().norm() / other.detach().norm())
         if not off < 2**-7:  # bfloat16 rounds by 2^-9
