@@ -560,7 +560,7 @@ def _one_core(model: RewardModel, earlier: str) -> Core:
     wanted = cast("Core", processes.gather(earlier or model.core)[0])
     if not all(processes.gather(wanted in model.exact_cores())):
         say(
-            f"Attention was computed with the core {wanted}, which is not exact here: what comes may differ in its last bits."
+            f"Attention was computed with the core {wanted}, which cannot be used here: what comes may differ in its last bits."
         )
         wanted = "answers"
     model.set_core(wanted)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, compiles, make_base, make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import cpp_extension
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
@@ -210,11 +211,47 @@ def test_kernels_of_a_cpu_that_give_other_values_are_not_used(name, monkeypatch,
 
 
 @compiles
+def test_kernels_of_a_cpu_hide_nothing_that_is_no_number():
+    values = torch.tensor([float("nan"), float("inf"), float("-inf"), 300.0, -300.0]).bfloat16()
+    gate = torch.cat((values, torch.zeros(11, dtype=torch.bfloat16))).expand(2, 16)
+    up, gradient = torch.full((2, 2, 16), 3.0).bfloat16()
+    kernels = cpu_kernels._kernels()
+    found = [kernels.gated(gate, up), *kernels.gated_backward(gradient, gate, up)]
+    expected = [
+        torch.nn.functional.silu(gate) * up,
+        torch.ops.aten.silu_backward(gradient * up, gate),
+        torch.nn.functional.silu(gate) * gradient,
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.isfinite(), other.isfinite())
+        torch.testing.assert_close(one[:, 3:], other[:, 3:])
+    for number in range(3):
+        x = torch.ones(4, 32).bfloat16()
+        x[1, 7] = values[number]
+        y, _ = kernels.norm(x, torch.ones(32).bfloat16(), 1e-6)
+        assert not y[1].isfinite().all()
+        assert y[0].isfinite().all()
+
+
+@compiles
 def test_kernels_of_a_cpu_take_only_what_they_compute():
     x = torch.randn(3, 32).bfloat16()
     assert isinstance(cpu_kernels.kernels_for(x, x), CpuKernels)
     for other in (x.float(), x[:, :24], x[:0], x.to("meta").as_subclass(Other)):
         assert cpu_kernels.kernels_for(x, other) is None
+
+
+@compiles
+def test_what_is_planned_for_a_cpu_has_the_tensors_of_its_kernels_and_what_is_traced_has_torchs():
+    with FakeTensorMode():
+        x, angles = torch.empty(1, 4, 24, 64).bfloat16(), torch.empty(1, 1, 24, 64).bfloat16()
+        assert cpu_kernels.kernels_for(x, x) is None
+        with cpu_kernels.without_runs():
+            kernels = cpu_kernels.kernels_for(x, x)
+            assert kernels.gated(x, x).shape == x.shape
+            assert [y.shape for y in kernels.norm(x, x[0, 0, 0], 1e-6)] == [x.shape, (1, 4, 24, 1)]
+            assert kernels.turned(x, angles, angles, back=False).shape == x.shape
+        assert cpu_kernels.kernels_for(x, x) is None
 
 
 class Other(torch.Tensor):

@@ -278,6 +278,21 @@ def test_a_model_of_one_layer_trains_with_compiled_attention(tmp_path):
 
 
 @compiles
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", range(4), ids=["query", "key", "value", "gradient"])
+def test_compiled_attention_hides_nothing_that_is_no_number(which, bad):
+    plan = build_batch(TREES["several"]).plan
+    inputs = list(random_rows(plan, 6, 2, 64))
+    inputs[which][0, 1, 230, 5] = bad
+    expected, found = (
+        [bool(x.isfinite().all()) for x in attend_with(core, inputs[:3], inputs[3], plan, torch.bfloat16)]
+        for core in ("answers", "compiled")
+    )
+    assert not all(expected)
+    assert not any(ours and not theirs for ours, theirs in zip(found, expected, strict=True))
+
+
+@compiles
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode, autocast])
 def test_compiled_attention_is_checked_wherever_it_is_first_asked_for(mode):
     with mode():

@@ -7,11 +7,15 @@ operations remain.
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -37,7 +41,7 @@ class CpuKernels:
             self._check()
 
     def _run(self, name: str, *args: torch.Tensor | int | float) -> None:
-        if any(isinstance(x, FakeTensor) for x in args):  # a plan of the step's memory
+        if isinstance(args[0], FakeTensor):
             return
         kinds: dict[type, Any] = {int: ctypes.c_long, float: ctypes.c_float}
         values = (
@@ -129,14 +133,25 @@ def _rows(x: torch.Tensor) -> tuple[int, int]:
 
 
 def kernels_for(*tensors: torch.Tensor) -> CpuKernels | None:
-    """The kernels for tensors, if these are for them."""
+    """The kernels for tensors, if these are for them: with data, unless a plan counts them. A graph that is traced gets torch's operations."""
+    kinds = (torch.Tensor, nn.Parameter, *((FakeTensor,) if _is_planned.get() else ()))
     for x in tensors:
-        if x.dtype != torch.bfloat16 or x.shape[-1] % 16 or not x.numel() or type(x) not in _KINDS:
+        if x.dtype != torch.bfloat16 or x.shape[-1] % 16 or not x.numel() or type(x) not in kinds:
             return None
     return _kernels()
 
 
-_KINDS = torch.Tensor, torch.nn.Parameter, FakeTensor
+_is_planned: ContextVar[bool] = ContextVar("is_planned", default=False)
+
+
+@contextmanager
+def without_runs() -> Iterator[None]:
+    """Tensors without data are what kernels give, to count their bytes."""
+    token = _is_planned.set(True)
+    try:
+        yield
+    finally:
+        _is_planned.reset(token)
 
 
 @functools.cache

@@ -34,6 +34,7 @@ from lora_rm.losses import preference_losses
 from lora_rm.model.base import BaseModel
 from lora_rm.model.checkpointing import Mode
 from lora_rm.model.classifier import make_trainable, new_classifier, wanted_quantization
+from lora_rm.model.cpu_kernels import without_runs
 from lora_rm.model.cuda_kernels import without_launches
 from lora_rm.model.quantization import codes_8bit, quantized_layers
 from lora_rm.model.reward_model import RewardModel, cores_of_cpu
@@ -329,7 +330,7 @@ def trace_without_data(
         with (
             _dense_weights_of_dora(),
             _no_data(autocast_on_gpu=in_16_bits),
-            without_launches() if on_gpu else contextlib.nullcontext(),
+            without_launches() if on_gpu else without_runs(),
         ):
             fill(model, torch.device("cpu"))
             if compute_dtype != torch.float32:
