@@ -36,7 +36,7 @@ from lora_rm.data.tokens import ChatTokenizer, TokenTree, tokenize
 from lora_rm.export import huggingface
 from lora_rm.merge import check_mergeable
 from lora_rm.model.base import BaseModel
-from lora_rm.model.cpu_library import has_instructions
+from lora_rm.model.cpu_library import find_compiler, has_instructions
 from lora_rm.model.elementwise import give_back_rotary
 from lora_rm.model.quantization import code_hashes
 from lora_rm.model.record import write_record
@@ -47,7 +47,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real preference data, where a checkout has it beside it."""
 
 compiles = pytest.mark.skipif(
-    not (has_instructions() and shutil.which("cc")), reason="needs a CPU with AVX512-BF16 and a C compiler"
+    not (has_instructions() and find_compiler()), reason="needs a CPU with AVX512-BF16 and a C compiler"
 )
 """For tests of what is compiled for a CPU."""
 

@@ -67,7 +67,7 @@ class _AdaptedProduct(torch.autograd.Function):
             else:
                 of_x = (gradient @ weight).addmm_(low_gradient, a)
         own = (None,) * (4 + len(sources) * bool(ctx.make))
-        # B's transposed, since a CPU takes 1.5 times as long where the longer factor is the transposed one
+        # B's transposed, since a CPU takes 1.5 times as long where the longer factor is the transposed one (of a GPU not measured)
         return of_x, low_gradient.T @ x, _scaled_product(low.T, gradient, ctx.scale).T, *own
 
 

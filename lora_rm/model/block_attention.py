@@ -1,6 +1,6 @@
 """Attention whose gradients are products over blocks of queries, for a CPU that multiplies in bfloat16.
 
-torch's flash attention on a CPU runs at a fifth of such a machine's peak, and its backward pass takes three times the forward
+torch's flash attention on a CPU runs at a fifth to a third of such a machine's peak, and its backward pass takes three times the forward
 one. Here the forward pass is torch's, piece by piece; the backward pass is three batches of products a block.
 
 Shape letters as in tree_attention; R = H / G query heads share keys. A block's rows are its queries, each with its R heads.

@@ -41,7 +41,7 @@ typedef struct {
     float scale;
     // of this file alone, 0 at first
     int32_t stem;
-    float *of_stem;  // (2, trees, G, stem, D): what trees add to the gradients of the stem's keys and values
+    float *of_stem;  // (2, trees, G, stem, D), not counted by the planner: what trees add to the gradients of the stem's keys and values
 } Job;
 
 // What a thread works with. The right factors of a task's products, as pairs:
@@ -60,7 +60,7 @@ typedef struct {
     int end[ROWS];  // a row's query sees the keys before it
 } Room;
 
-// To 2e-7 of itself, not less than 2^-126; of the two values that are compared the second is given back if
+// To 5e-6 of itself, not less than 2^-126; of the two values that are compared the second is given back if
 // one is no number
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
@@ -274,7 +274,7 @@ static void compute_block(const Job *job, Room *room, int group, int to_row, int
 static void arrange(const Job *job, const bf16 *x, int group, const Tree *tree, int length, long width,
                     int32_t *columns, int32_t *rows) {
     static const bf16 zeros[D];
-    for (int token = 0; token < width; token += 16) {
+    for (int token = 0; token < length; token += 16) {
         const bf16 *of[16];
         for (int i = 0; i < 16; i++) {
             int at = token + i, row = at < tree->stem ? at : tree->start + at - tree->stem;
@@ -304,6 +304,9 @@ static void put_gradients(const Job *job, const float *from, float scale, bf16 *
         }
 }
 
+// Keys are computed 16 at a time
+INLINE int whole_length(int length) { return (length + 15) / 16 * 16; }
+
 // Its tokens and the stem's
 static int tree_length(const Job *job, const Tree *tree) {
     int length = tree->stem + tree->prompt;
@@ -322,8 +325,8 @@ static void compute_tree(const Job *job, Room *room, int group, int number) {
     arrange(job, job->value, group, tree, length, room->width, is_backward ? room->value_columns : 0,
             is_backward ? 0 : room->value_rows);
     if (is_backward) {
-        memset(room->of_key, 0, sizeof(float) * room->width * D);
-        memset(room->of_value, 0, sizeof(float) * room->width * D);
+        memset(room->of_key, 0, sizeof(float) * whole_length(length) * D);
+        memset(room->of_value, 0, sizeof(float) * whole_length(length) * D);
     }
     int to_row = tree->start - tree->stem;
     for (int i = 0, end = before; i < tree->num_answers; i++) {
@@ -341,21 +344,23 @@ static void compute_tree(const Job *job, Room *room, int group, int number) {
 }
 
 static void add_stems(const Job *job) {
-    for (int which = 0; which < 2; which++)
-        for (long at = 0, size = (long)job->groups * job->stem * D; at < size; at += 16) {
+    long size = (long)job->groups * job->stem * D;
+    for (int which = 0; which < 2; which++) {
+        const float *from = job->of_stem + which * job->num_trees * size;
+        bf16 *to = which ? job->of_value : job->of_key;
+#pragma omp parallel for
+        for (long at = 0; at < size; at += 16) {
             __m512 sum = _mm512_setzero_ps();
-            const float *from = job->of_stem + which * job->num_trees * size + at;
             for (int tree = 0; tree < job->num_trees; tree++)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + tree * size));
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + tree * size + at));
             long group = at / D / job->stem, token = at / D % job->stem;
-            _mm256_storeu_si256(
-                (void *)((which ? job->of_value : job->of_key) + (token * job->groups + group) * D + at % D),
-                narrow(sum));
+            _mm256_storeu_si256((void *)(to + (token * job->groups + group) * D + at % D), narrow(sum));
         }
+    }
 }
 
 static int make_room(Room *room, int longest, int is_backward) {
-    long width = (longest + 15) / 16 * 16 + KEYS;
+    long width = whole_length(longest);
     room->width = width += width % 32 ? 0 : 16;  // rows 4096 bytes apart would share few lines of the cache
     long pairs = width / 2 * D;
     int32_t *all = aligned_alloc(64, sizeof(int32_t) * (is_backward ? 7 : 2) * pairs);

@@ -1,6 +1,6 @@
 """Attention over a row of trees on a CPU that multiplies in bfloat16, compiled where a C compiler is at hand.
 
-torch's flash attention runs at a quarter of such a machine's peak. Here a tree's keys are arranged once for all of its
+torch's flash attention runs at a fifth to a third of such a machine's peak. Here a tree's keys are arranged once for all of its
 queries, scores and weights stay in registers and the cache, and blocks that a causal mask hides are not computed. It is the
 computation of `block_attention`, with scores in float32 throughout.
 
@@ -23,6 +23,9 @@ from lora_rm.model.cpu_library import has_instructions, library
 SOURCE = Path(__file__).with_suffix(".c")
 MOST_SHARED = 96
 """Query heads that may share keys: the rows of a block."""
+
+_CHECKED: set[int] = set()
+"""Head sizes for which what was compiled has been found right."""
 
 
 def compiled_attention(
@@ -60,7 +63,7 @@ class _CompiledAttention(torch.autograd.Function):
 # operators of torch's, so that tensors without data go through, and checkpointing knows the output as attention's
 
 
-@torch.library.custom_op("lora_rm::tree_attention", mutates_args=())
+@torch.library.custom_op("lora_rm::tree_attention", mutates_args=(), device_types="cpu")
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -79,7 +82,7 @@ def _like_outputs(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Ten
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("lora_rm::tree_attention_backward", mutates_args=())
+@torch.library.custom_op("lora_rm::tree_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -129,12 +132,18 @@ def _compute(scale: float, *tensors: torch.Tensor) -> None:
         scale=scale,
     )
     if library(SOURCE, f"D={query.shape[2]}").compute(ctypes.byref(job), torch.get_num_threads()):
-        raise MemoryError("no memory is left for the keys of one tree")
+        raise RuntimeError("can't allocate memory for the keys of one tree")  # as torch says it
 
 
 def is_to_be_had(heads: int, groups: int, size: int) -> bool:
     """Whether attention can be compiled here for so many heads, that share keys in groups, of a size; the first time takes seconds."""
     return has_instructions() and size % 16 == 0 and heads <= MOST_SHARED * groups and _is_exact(size)
+
+
+def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether queries, keys and values, (1, H, T, D) and twice (1, G, T, D), are what was compiled and checked; a model's config may tell other sizes."""
+    are_of_type = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (query, key, value))
+    return are_of_type and query.shape[-1] in _CHECKED and query.shape[1] <= MOST_SHARED * key.shape[1]
 
 
 @functools.cache
@@ -152,6 +161,7 @@ def _is_exact(size: int) -> bool:
     except (OSError, RuntimeError) as error:
         say(f"Attention is computed by torch, which takes longer: {first_line(error, 160)}")
         return False
+    _CHECKED.add(size)
     return True
 
 

@@ -47,7 +47,7 @@ class CpuKernels:
         values = (
             ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else kinds[type(x)](x) for x in args
         )
-        self._compiled[name](*values)
+        getattr(self._compiled, name)(*values)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The product of silu(gate) and up."""
@@ -69,7 +69,7 @@ class CpuKernels:
         """Of x (..., D): w x / sqrt(mean(x^2) + eps), and 1 / sqrt(...) of every row, (..., 1) float32."""
         x = x.contiguous()
         y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        self._run("norm", x, weight, y, scale, *_rows(x), eps)
+        self._run("norm", x, weight, y, scale, *_rows(x), float(eps))
         return y, scale
 
     def norm_backward(
@@ -136,7 +136,9 @@ def kernels_for(*tensors: torch.Tensor) -> CpuKernels | None:
     """The kernels for tensors, if these are for them: with data, unless a plan counts them. A graph that is traced gets torch's operations."""
     kinds = (torch.Tensor, nn.Parameter, *((FakeTensor,) if _is_planned.get() else ()))
     for x in tensors:
-        if x.dtype != torch.bfloat16 or x.shape[-1] % 16 or not x.numel() or type(x) not in kinds:
+        if type(x) not in kinds or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return None
+        if x.shape[-1] % 16 or not x.numel():
             return None
     return _kernels()
 

@@ -18,16 +18,18 @@ from lora_rm.model.base import cache_folder
 INSTRUCTIONS = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
 """For any CPU that has them, not for the one at hand alone: the machines of a cluster share a home folder."""
 
-FLAGS = (
-    *("-O3", "-std=gnu17", "-shared", "-fPIC", "-fopenmp", *(f"-m{name}" for name in INSTRUCTIONS)),
-    # OpenMP is torch's, which is there: threads of another would wait for those of torch that still spin
-    *("-nodefaultlibs", "-lm", "-lc"),
-)
+FLAGS = ("-O3", "-std=gnu17", "-fPIC", "-fopenmp", *(f"-m{name}" for name in INSTRUCTIONS))
 
 
 def has_instructions() -> bool:
     """Whether what is compiled would run here."""
-    return sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported()
+    is_known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private, so it may go
+    return sys.platform == "linux" and is_known()
+
+
+def find_compiler() -> str | None:
+    """The command of a C compiler."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
 
 
 @functools.cache
@@ -39,22 +41,29 @@ def library(source: Path, *definitions: str) -> Any:
         definitions: Of its macros, such as D=64.
 
     Raises:
-        OSError: If there is no compiler, or no folder to write to.
+        OSError: If there is no compiler, or no folder of one's own to keep it in.
         RuntimeError: If the compiler fails.
     """
     defined = [f"-D{definition}" for definition in definitions]
     name = hashlib.sha256(source.read_bytes() + " ".join((*defined, *FLAGS)).encode()).hexdigest()[:16]
     folder = cache_folder() / "compiled"
     file = folder / f"{source.stem}-{name}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise OSError(f"others can write to {folder}, from which code would be loaded; remove it")
     if not file.exists():
-        compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+        compiler = find_compiler()
         if compiler is None:
             raise OSError("no C compiler (cc) was found")
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            command = (*compiler.split(), *defined, str(source), *FLAGS, "-o", f"{made}/{file.name}")
-            compiled = subprocess.run(command, capture_output=True, text=True, check=False)
-            if compiled.returncode:
-                raise RuntimeError(f"{compiler}: {compiled.stderr.strip()}")
+            _run(*compiler.split(), *defined, *FLAGS, "-c", str(source), "-o", f"{made}/object.o")
+            # without OpenMP's library: torch's is there, and threads of another would wait for those of torch that still spin
+            _run(*compiler.split(), "-shared", f"{made}/object.o", "-lm", "-o", f"{made}/{file.name}")
             Path(made, file.name).replace(file)  # at once: other processes may make the same
     return ctypes.CDLL(str(file))
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")

@@ -1,7 +1,8 @@
 """RMS norms, rotary positions and gated activations in fewer passes over a row.
 
 transformers writes the first two operation by operation: a norm is 8 passes forward and some 20 backward, rotary positions are 9
-and 16. Here a norm is one kernel each way on a GPU, and positions are three, or one in bfloat16 (`cuda_kernels`, `cpu_kernels`). Same
+and 16. Here a norm is one kernel each way on a GPU, and positions are three, or one in bfloat16 (`cuda_kernels`); on a CPU in bfloat16
+all are one each way (`cpu_kernels`). Same
 sums, so rewards differ by rounding alone; of a norm only its input and a number a token wait for the backward pass,
 of an activation only what went in.
 

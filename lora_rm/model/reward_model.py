@@ -723,7 +723,7 @@ def cores_of_cpu(config: Any, dtype: torch.dtype) -> list[Core]:
 def _heads(config: Any) -> tuple[int, int, int]:
     """Query heads of a model, key-value heads, and the size of a head."""
     text = config.get_text_config()
-    heads: int = text.num_attention_heads
+    heads: int = getattr(text, "num_attention_heads", 1)
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, getattr(text, "num_key_value_heads", None) or heads, size
 

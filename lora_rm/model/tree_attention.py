@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 
 from lora_rm.data.batches import Core, Tree, TreePlan
 from lora_rm.model.block_attention import block_attention
-from lora_rm.model.cpu_attention import compiled_attention
+from lora_rm.model.cpu_attention import compiled_attention, suits
 from lora_rm.model.quantization import autocast_dtype
 
 NAME = "lora_rm_tree"
@@ -146,8 +146,8 @@ def _is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: 
     has_no_more = how.softcap is None and not how.dropout
     has_window = how.window is not None and how.window < how.plan.longest[1]
     is_even = all(x.stride(-1) == 1 and x.shape[-1] == query.shape[-1] for x in (query, key, value))
-    is_of_type = how.plan.core == "blocks" or all(x.dtype == torch.bfloat16 for x in (query, key, value))
-    return has_no_more and not has_window and is_even and is_of_type
+    is_compiled = how.plan.core == "blocks" or suits(query, key, value)
+    return has_no_more and not has_window and is_even and is_compiled
 
 
 def _gathered(
