@@ -263,23 +263,26 @@ def test_compiled_attention_gives_the_same_bits_with_any_number_of_threads():
     assert all(torch.equal(one, other) for run in found[1:] for one, other in zip(run, found[0], strict=True))
 
 
-@compiles
-def test_a_model_of_one_layer_trains_with_compiled_attention(tmp_path):
-    base = make_base(tmp_path / "base", "llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("core", ON_CPU)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_train_in_bfloat16_as_near_to_float32_as_answer_by_answer(tmp_path, family, core):
+    """Gemma 2's scores are soft-capped, which torch computes; OLMo 2's queries and keys leave its positions in float32."""
+    base = make_base(tmp_path / family, family, dtype=torch.bfloat16)
     model = shake(make_model(base, quantization="none", load_dtype="bfloat16"))
-    model.set_compute_dtype(torch.bfloat16)
-    assert model.exact_cores() == ["compiled", "blocks", "answers"]
     model.train()
     model.set_batching("shared")
     trees = some_trees(model.classifier.config.vocab_size)
-    found = []
-    for core in ("answers", "compiled"):
-        model.set_core(core)
-        rewards = model.rewards(model.batch(trees))
-        found.append((rewards.detach(), gradients(model, rewards)))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.05, atol=0.02)
-    for name, gradient in found[0][1].items():
-        assert float((found[1][1][name] - gradient).norm() / gradient.norm()) < 0.1, name
+
+    def run(core, dtype):
+        model.set_compute_dtype(dtype)
+        assert core in model.exact_cores()
+        rewards = model.rewards(build_batch(trees, "shared", core))
+        found = gradients(model, rewards)
+        return torch.cat([rewards.detach(), *(gradient.flatten() for gradient in found.values())])
+
+    exact = run("answers", torch.float32)
+    theirs, ours = run("answers", torch.bfloat16), run(core, torch.bfloat16)
+    assert 0 < float((ours - exact).norm()) < 1.5 * float((theirs - exact).norm())
 
 
 @compiles
