@@ -245,7 +245,8 @@ def test_gradients_on_a_cpu_are_as_near_to_float32s_as_flash_attentions(core, tr
     for one, theirs, expected in zip(ours, flash, exact, strict=True):
         off, allowed = (float((x - expected).norm()) for x in (one, theirs))
         assert 0 < off < (2 if core == "blocks" else 1.02) * allowed
-        assert allowed < 0.025 * float(expected.norm())
+        # a key's gradient adds up those of its heads: of 71, flash attention's is 2 % off
+        assert allowed < (0.025 if heads == 71 else 0.01) * float(expected.norm())
 
 
 @compiles
@@ -305,7 +306,7 @@ def test_compiled_attention_hides_nothing_that_is_no_number(which, bad):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode, autocast])
 def test_compiled_attention_is_checked_wherever_it_is_first_asked_for(mode):
     with mode():
-        assert cpu_attention._is_exact.__wrapped__(64)
+        assert cpu_attention._is_exact(64)
         assert cpu_kernels._kernels.__wrapped__()
 
 
@@ -322,14 +323,10 @@ def test_without_a_compiler_torch_computes_the_attention(tmp_path, monkeypatch, 
     else:
         monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("LORA_RM_CACHE", str(tmp_path / "cache"))
-    cpu_attention._is_exact.cache_clear()
-    cpu_library.library.cache_clear()
-    try:
-        assert not cpu_attention.is_to_be_had(6, 2, 48)
-        assert "Attention is computed by torch, which takes longer" in capsys.readouterr().out
-    finally:
-        cpu_attention._is_exact.cache_clear()
-        cpu_library.library.cache_clear()
+    monkeypatch.setattr(cpu_attention, "_CHECKED", {})
+    monkeypatch.setattr(cpu_attention, "library", cpu_library.library.__wrapped__)
+    assert not cpu_attention.is_to_be_had(6, 2, 48)
+    assert "Attention is computed by torch, which takes longer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("core", ON_CPU)

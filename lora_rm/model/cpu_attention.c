@@ -10,19 +10,17 @@
 // multiplies two neighbours along the sum at once, so the right factor lies as "pairs": 32 bits hold a column
 // of two rows.
 
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu_vectors.h"
+
 enum { ROWS = 96, KEYS = 64 };
 
-#define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 6") for (int i = 0; i < (n); i++)
 
-typedef uint16_t bf16;
 typedef __m512 Tile[6][4];
 
 typedef struct {
@@ -59,25 +57,6 @@ typedef struct {
     float high[ROWS], total[ROWS], again[ROWS], sum[ROWS], product[ROWS];
     int end[ROWS];  // a row's query sees the keys before it
 } Room;
-
-// To 5e-6 of itself, not less than 2^-126; of the two values that are compared the second is given back if
-// one is no number
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x = _mm512_sub_ps(x, whole);
-    const float factors[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
-                             2.4022651e-1f, 6.9314718e-1f, 1.0f};
-    __m512 y = _mm512_set1_ps(factors[0]);
-    EACH (i, 6) y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(factors[i + 1]));
-    return _mm512_scalef_ps(y, whole);
-}
-
-INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-INLINE __m512 widen(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)x)), 16));
-}
 
 INLINE __m512i paired(__m256i one, __m256i next) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16));
@@ -156,7 +135,7 @@ INLINE void weigh(const Job *job, Room *room, int rows, int key, int first, int 
                 __m512 weight = exponential(_mm512_sub_ps(tile[i][j], _mm512_set1_ps(now)));
                 weight = _mm512_maskz_mov_ps(seen(key + 16 * j, first, end), weight);
                 total = _mm512_add_ps(total, weight);
-                _mm256_storeu_si256((void *)(room->weights + (row + i) * KEYS + 16 * j), narrow(weight));
+                store(room->weights + (row + i) * KEYS + 16 * j, weight);
             }
             room->high[row + i] = now;
             room->again[row + i] = now == before ? 1.0f : expf(before - now);
@@ -247,7 +226,7 @@ static void compute_block(const Job *job, Room *room, int group, int to_row, int
         room->sum[row] = row < rows ? job->sums[head] : INFINITY;
         __m512 product = _mm512_setzero_ps();
         for (int d = 0; d < D; d += 16)
-            product = _mm512_fmadd_ps(widen(room->gradient + row * D + d), widen(job->output + head * D + d),
+            product = _mm512_fmadd_ps(load(room->gradient + row * D + d), load(job->output + head * D + d),
                                       product);
         room->product[row] = _mm512_reduce_add_ps(product);
     }
@@ -265,8 +244,7 @@ static void compute_block(const Job *job, Room *room, int group, int to_row, int
         __m512 factor = _mm512_set1_ps(job->gradient ? job->scale : 1.0f / room->total[row]);
         bf16 *to = (job->gradient ? job->of_query : job->output) + head * D;
         for (int d = 0; d < D; d += 16)
-            _mm256_storeu_si256((void *)(to + d),
-                                narrow(_mm512_mul_ps(_mm512_loadu_ps(room->result + row * D + d), factor)));
+            store(to + d, _mm512_mul_ps(_mm512_loadu_ps(room->result + row * D + d), factor));
     }
 }
 
@@ -300,7 +278,7 @@ static void put_gradients(const Job *job, const float *from, float scale, bf16 *
             if (token < in_stem)
                 _mm512_storeu_ps(of_stem + (((long)number * job->groups + group) * job->stem + token) * D + d,
                                  x);
-            else _mm256_storeu_si256((void *)(to + (row * job->groups + group) * D + d), narrow(x));
+            else store(to + (row * job->groups + group) * D + d, x);
         }
 }
 
@@ -354,7 +332,7 @@ static void add_stems(const Job *job) {
             for (int tree = 0; tree < job->num_trees; tree++)
                 sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + tree * size + at));
             long group = at / D / job->stem, token = at / D % job->stem;
-            _mm256_storeu_si256((void *)(to + (token * job->groups + group) * D + at % D), narrow(sum));
+            store(to + (token * job->groups + group) * D + at % D, sum);
         }
     }
 }

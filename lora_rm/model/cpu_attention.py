@@ -8,7 +8,6 @@ Shape letters as in tree_attention.
 """
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 MOST_SHARED = 96
 """Query heads that may share keys: the rows of a block."""
 
-_CHECKED: set[int] = set()
-"""Head sizes for which what was compiled has been found right."""
+_CHECKED: dict[int, bool] = {}
+"""Whether what was compiled for a head size has been found right."""
 
 
 def compiled_attention(
@@ -137,16 +136,21 @@ def _compute(scale: float, *tensors: torch.Tensor) -> None:
 
 def is_to_be_had(heads: int, groups: int, size: int) -> bool:
     """Whether attention can be compiled here for so many heads, that share keys in groups, of a size; the first time takes seconds."""
-    return has_instructions() and size % 16 == 0 and heads <= MOST_SHARED * groups and _is_exact(size)
+    if not has_instructions() or size % 16 or heads > MOST_SHARED * groups:
+        return False
+    if size not in _CHECKED:
+        _CHECKED[size] = _is_exact(size)
+    return _CHECKED[size]
 
 
 def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether queries, keys and values, (1, H, T, D) and twice (1, G, T, D), are what was compiled and checked; a model's config may tell other sizes."""
     are_of_type = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (query, key, value))
-    return are_of_type and query.shape[-1] in _CHECKED and query.shape[1] <= MOST_SHARED * key.shape[1]
+    return (
+        are_of_type and _CHECKED.get(query.shape[-1], False) and query.shape[1] <= MOST_SHARED * key.shape[1]
+    )
 
 
-@functools.cache
 def _is_exact(size: int) -> bool:
     """Whether what was compiled gives what float32 gives, on two small trees with a stem; whatever mode asks, a plan's among them."""
     trees = Tree(0, 70, (30, 5)), Tree(105, 9, (40,), 4)
@@ -161,7 +165,6 @@ def _is_exact(size: int) -> bool:
     except (OSError, RuntimeError) as error:
         say(f"Attention is computed by torch, which takes longer: {first_line(error, 160)}")
         return False
-    _CHECKED.add(size)
     return True
 
 

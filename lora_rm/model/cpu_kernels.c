@@ -3,53 +3,36 @@
 //
 // Everything is computed in float32 and rounded once. Rows are a multiple of 16 values long.
 
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "cpu_vectors.h"
+
 #define EACH_ROW(count) _Pragma("omp parallel for schedule(static)") for (long row = 0; row < (count); row++)
-
-typedef uint16_t bf16;
-
-INLINE __m512 load(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)x)), 16));
-}
-
-INLINE void store(bf16 *to, __m512 x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 // 1 / (1 + exp(-x))
 INLINE __m512 sigmoid(__m512 x) {
-    x = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
-    // of two values that are compared the second is given back if one is no number
-    x = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_max_ps(_mm512_set1_ps(-126.0f), x));
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x = _mm512_sub_ps(x, whole);
-    const float factors[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
-                             2.4022651e-1f, 6.9314718e-1f, 1.0f};
-    __m512 y = _mm512_set1_ps(factors[0]), one = _mm512_set1_ps(1.0f);
-    for (int i = 1; i < 7; i++) y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(factors[i]));
-    return _mm512_div_ps(one, _mm512_add_ps(one, _mm512_scalef_ps(y, whole)));
+    __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-void gated(const bf16 *gate, const bf16 *up, bf16 *y, long rows, int size) {
-    EACH_ROW (rows)
-        for (long i = row * size; i < (row + 1) * size; i += 16) {
-            __m512 g = load(gate + i);
-            store(y + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + i)));
-        }
+// eights: of values, an even number
+void gated(const bf16 *gate, const bf16 *up, bf16 *y, long eights) {
+    EACH_ROW (eights / 2) {
+        __m512 g = load(gate + 16 * row);
+        store(y + 16 * row, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + 16 * row)));
+    }
 }
 
 void gated_backward(const bf16 *gradient, const bf16 *gate, const bf16 *up, bf16 *of_gate, bf16 *of_up,
-                    long rows, int size) {
-    EACH_ROW (rows)
-        for (long i = row * size; i < (row + 1) * size; i += 16) {
-            __m512 dy = load(gradient + i), g = load(gate + i), s = sigmoid(g), silu = _mm512_mul_ps(g, s);
-            store(of_up + i, _mm512_mul_ps(dy, silu));
-            // s (1 + g (1 - s)) = s + silu (1 - s)
-            __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
-            store(of_gate + i, _mm512_mul_ps(_mm512_mul_ps(dy, load(up + i)), slope));
-        }
+                    long eights) {
+    EACH_ROW (eights / 2) {
+        long i = 16 * row;
+        __m512 dy = load(gradient + i), g = load(gate + i), s = sigmoid(g), silu = _mm512_mul_ps(g, s);
+        store(of_up + i, _mm512_mul_ps(dy, silu));
+        // s (1 + g (1 - s)) = s + silu (1 - s)
+        __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+        store(of_gate + i, _mm512_mul_ps(_mm512_mul_ps(dy, load(up + i)), slope));
+    }
 }
 
 void norm(const bf16 *x, const bf16 *weight, bf16 *y, float *scale, long rows, int size, float eps) {
@@ -84,10 +67,7 @@ void norm_backward(const bf16 *gradient, const bf16 *x, const bf16 *weight, cons
     }
 }
 
-INLINE __m512 load_some(const bf16 *x, __mmask16 which) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, x)), 16));
-}
+INLINE __m512 load_some(const bf16 *x, __mmask16 which) { return wide(_mm256_maskz_loadu_epi16(which, x)); }
 
 // (tokens, heads, 2 half) in any order of tokens and heads; sign: 1 turns, -1 turns back
 void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long tokens, int heads, int half,
@@ -106,8 +86,8 @@ void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long token
                 high = _mm512_mul_ps(high, load_some(c + half + i, which));
                 low = sign > 0 ? _mm512_sub_ps(low, of_low) : _mm512_add_ps(low, of_low);
                 high = sign > 0 ? _mm512_add_ps(high, of_high) : _mm512_sub_ps(high, of_high);
-                _mm256_mask_storeu_epi16(to + i, which, (__m256i)_mm512_cvtneps_pbh(low));
-                _mm256_mask_storeu_epi16(to + half + i, which, (__m256i)_mm512_cvtneps_pbh(high));
+                _mm256_mask_storeu_epi16(to + i, which, narrow(low));
+                _mm256_mask_storeu_epi16(to + half + i, which, narrow(high));
             }
         }
 }

@@ -15,6 +15,9 @@ import torch
 
 from lora_rm.model.base import cache_folder
 
+HEADER = Path(__file__).with_name("cpu_vectors.h")
+"""What the C files include."""
+
 INSTRUCTIONS = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
 """For any CPU that has them, not for the one at hand alone: the machines of a cluster share a home folder."""
 
@@ -45,7 +48,8 @@ def library(source: Path, *definitions: str) -> Any:
         RuntimeError: If the compiler fails.
     """
     defined = [f"-D{definition}" for definition in definitions]
-    name = hashlib.sha256(source.read_bytes() + " ".join((*defined, *FLAGS)).encode()).hexdigest()[:16]
+    all_there_is = source.read_bytes() + HEADER.read_bytes() + " ".join((*defined, *FLAGS)).encode()
+    name = hashlib.sha256(all_there_is).hexdigest()[:16]
     folder = cache_folder() / "compiled"
     file = folder / f"{source.stem}-{name}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

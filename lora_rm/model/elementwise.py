@@ -21,7 +21,6 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from lora_rm.model import cpu_kernels, cuda_kernels
-from lora_rm.model.cpu_kernels import CpuKernels
 from lora_rm.model.cuda_kernels import Kernels, is_planned
 
 SILU = nn.SiLU, SiLUActivation
@@ -31,7 +30,7 @@ AT_ONCE = 2**18
 """Values whose norm a CPU computes at once: a megabyte of float32, which stays in its cache. The norm of 3,165 tokens of 576 took half the time."""
 
 
-def _kernels_for(*tensors: torch.Tensor) -> Kernels | CpuKernels | None:
+def _kernels_for(*tensors: torch.Tensor) -> Kernels | None:
     """The compiled kernels of the device where tensors lie, or for which they are planned."""
     on_cpu = tensors[0].device.type == "cpu" and not is_planned()
     return cpu_kernels.kernels_for(*tensors) if on_cpu else cuda_kernels.kernels_for(*tensors)
@@ -212,9 +211,7 @@ class _Rotation(torch.autograd.Function):
         return _turned(gradient, cos, high, low.neg()), None, None
 
 
-def _kernels_for_rotation(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> Kernels | CpuKernels | None:
+def _kernels_for_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Kernels | None:
     is_one_row = x.dim() == 4 and x.shape[0] == 1 and cos.shape == (1, 1, *x.shape[2:])
     return _kernels_for(x, cos, sin) if is_one_row else None
 

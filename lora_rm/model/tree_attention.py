@@ -80,10 +80,11 @@ def tree_attention(
         # to one type, as autocast does for torch's function; rotary positions in float32 leave queries and keys in it
         dtype = autocast_dtype(value_1GTD, value_1GTD.dtype)
         rows = query_1HTD.to(dtype), key_1GTD.to(dtype), value_1GTD.to(dtype)
-        if _is_plain(*rows, how) and tree_plan.core == "compiled":
-            return compiled_attention(*rows, tree_plan, how.scale(query_1HTD)), None
-        if _is_plain(*rows, how) and torch.is_grad_enabled():  # the forward pass is that of `answers`
-            return block_attention(*rows, tree_plan, how.scale(query_1HTD)), None
+        if _is_plain(*rows, how):
+            if tree_plan.core == "compiled":
+                return compiled_attention(*rows, tree_plan, how.scale(query_1HTD)), None
+            if torch.is_grad_enabled():  # the forward pass is that of `answers`
+                return block_attention(*rows, tree_plan, how.scale(query_1HTD)), None
     # split, not slices: the backward pass of a slice fills a tensor as long as the row, for every answer
     queries, keys, values = (x.split(tree_plan.lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD))
     outputs = [_attend(q, k, v, how) for q, k, v in _answers(queries, keys, values, tree_plan)]
