@@ -39,6 +39,7 @@ from lora_rm.export.huggingface import hub_id, inherited_license, model_card
 from lora_rm.export.onnx import export_onnx
 from lora_rm.export.proof import need, prove, read_parity
 from lora_rm.export.torch_export import export_torch_export, store_as
+from lora_rm.model.elementwise import AT_ONCE
 from lora_rm.unfinished import unfinished_folder
 from lora_rm.verify import score_in_fresh_process
 from lora_rm.workflow import EXPORTS, WITH_DTYPE, export_run
@@ -271,6 +272,23 @@ def test_the_graph_pools_by_the_mask(family, tmp_path):
                 reward for batch in batches for reward in made(*map(torch.tensor, batch.values())).tolist()
             ]
         assert found == pytest.approx(expected, abs=1e-4), way
+
+
+def test_a_graph_takes_more_tokens_than_a_norm_takes_at_once(merged, tmp_path):
+    """The example that is traced is short: what a model does to its own code's blocks must not end up in the graph."""
+    made = graph.load_graph(merged)
+    program = graph.trace(made)
+    hidden = made.head.shape[1]
+    shape = AT_ONCE // hidden // 250 + 1, 250  # a little more
+    ids = torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(2))
+    assert ids.numel() * hidden > AT_ONCE
+    with torch.no_grad():
+        torch.testing.assert_close(
+            program.module()(ids, torch.ones_like(ids)), made(ids, torch.ones_like(ids))
+        )
+    kinds = [str(node.target) for node in program.graph.nodes]
+    assert sum("rms_norm" in kind for kind in kinds) >= 5
+    assert not any("split" in kind for kind in kinds)
 
 
 def test_what_cannot_be_traced_is_said_plainly():

@@ -77,7 +77,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """What eq. 4 makes of x (..., D), and 1 / sqrt(...) of every token, (..., 1) float32."""
-    if x.is_cuda or is_planned():
+    # a graph takes one operation: a loop over tokens would be unrolled for the length that it was traced with
+    if x.is_cuda or is_planned() or torch.compiler.is_compiling():
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten._fused_rms_norm(
             x, weight.shape, weight, eps
         )
