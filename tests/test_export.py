@@ -274,8 +274,8 @@ def test_the_graph_pools_by_the_mask(family, tmp_path):
         assert found == pytest.approx(expected, abs=1e-4), way
 
 
-def test_a_graph_takes_more_tokens_than_a_norm_takes_at_once(merged, tmp_path):
-    """The example that is traced is short: what a model does to its own code's blocks must not end up in the graph."""
+def test_a_graph_takes_more_tokens_than_a_norm_takes_at_once(merged):
+    """The example that is traced is short, and a loop over blocks of tokens would be unrolled for its one block."""
     made = graph.load_graph(merged)
     program = graph.trace(made)
     hidden = made.head.shape[1]
